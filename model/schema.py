@@ -1,0 +1,36 @@
+"""Field kinds of users, items and request context; `schema.json` on disk."""
+
+import json
+from enum import StrEnum
+from pathlib import Path
+
+from model.settings import SettingsBase
+
+
+class FieldKind(StrEnum):
+    """How a field's values are read by the model."""
+
+    CATEGORICAL = "categorical"  # one string per entity
+    MULTI_CATEGORICAL = "multi_categorical"  # list of strings per entity
+    NUMERIC = "numeric"  # float64 per entity
+    TEXT = "text"  # free text, bag of words
+
+
+class Schema(SettingsBase):
+    """The fields of each table, in column order. Ids, timestamps and events are not fields.
+
+    `item_title` names the item field that holds a human-readable title, if there is one; a title
+    is for showing and is listed in `items` only when the model should read it.
+    """
+
+    users: dict[str, FieldKind] = {}
+    items: dict[str, FieldKind] = {}
+    context: dict[str, FieldKind] = {}
+    item_title: str | None = None
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "Schema":
+        return cls.parse(json.loads(path.read_text()), where=path.name)
