@@ -28,7 +28,9 @@ class SettingsBase(BaseModel):
             for e in error.errors():
                 key = ".".join([where, *map(str, e["loc"])])
                 if e["type"] == "extra_forbidden":
-                    problems.append(f"{key}: no such setting (known: {', '.join(cls.model_fields)})")
+                    problems.append(
+                        f"{key}: no such setting (known: {', '.join(cls.model_fields)})"
+                    )
                 else:
                     problems.append(f"{key}: {e['msg']} (got {e.get('input')!r})")
             raise InputError("; ".join(problems)) from None

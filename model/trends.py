@@ -8,8 +8,9 @@ Shapes: M items, P periods.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +50,34 @@ class TrendSnapshot:
         payload = json.dumps([self.item_ids, self.log_q.tolist(), self.floor, self.as_of])
         return f"{self.as_of}-{hashlib.sha256(payload.encode()).hexdigest()[:8]}"
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; floats round-trip exactly."""
+        return {
+            "item_ids": list(self.item_ids),
+            "log_q": self.log_q.tolist(),
+            "floor": self.floor,
+            "as_of": self.as_of,
+            "window_seconds": self.window_seconds,
+            "num_items": self.num_items,
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Inverse of `to_json`."""
+        return cls(
+            item_ids=tuple(values["item_ids"]),
+            log_q=np.asarray(values["log_q"], dtype=np.float64),
+            floor=float(values["floor"]),
+            as_of=int(values["as_of"]),
+            window_seconds=int(values["window_seconds"]),
+            num_items=int(values["num_items"]),
+        )
+
+    def dense(self, item_ids: Sequence[str]) -> NDArray[np.float64]:
+        """log q in the order of `item_ids` `[M]`; items not listed get the floor."""
+        listed = dict(zip(self.item_ids, self.log_q.tolist(), strict=True))
+        return np.asarray([listed.get(item, self.floor) for item in item_ids])
+
 
 def snapshot_from_counts(
     item_ids: Sequence[str],
@@ -79,3 +108,157 @@ def snapshot_from_counts(
         window_seconds=int(window_seconds),
         num_items=num_items,
     )
+
+
+@dataclass(frozen=True)
+class ResolvedTrend:
+    """Trend settings with nothing left to derive; window_seconds 0 = everything before."""
+
+    period_seconds: int
+    window_seconds: int
+    smoothing: float
+
+    def settings(self) -> TrendSettings:
+        return TrendSettings(
+            period_seconds=self.period_seconds,
+            window_seconds=self.window_seconds,
+            smoothing=self.smoothing,
+        )
+
+
+def _window_counts(
+    item_E: NDArray[np.int64],
+    timestamp_E: NDArray[np.int64],
+    num_items: int,
+    period_seconds: int,
+    window_seconds: int,
+) -> Iterator[tuple[int, slice, NDArray[np.int64]]]:
+    """Yield (period, slice of the period's events, counts_M in force), events sorted by time.
+
+    Counts are advanced by the events that enter and leave the window, so a pass costs O(E).
+    """
+    period_E = timestamp_E // period_seconds
+    count_M = np.zeros(num_items, dtype=np.int64)
+    entered = left = 0
+    starts = np.flatnonzero(np.r_[True, np.diff(period_E) > 0])[: len(period_E)]
+    ends = np.r_[starts[1:], len(period_E)]
+    for start, end in zip(starts, ends, strict=True):
+        period = int(period_E[start])
+        now = period * period_seconds
+        np.add.at(count_M, item_E[entered:start], 1)
+        entered = start
+        if window_seconds:
+            oldest = int(np.searchsorted(timestamp_E, now - window_seconds, side="left"))
+            oldest = min(oldest, start)
+            np.subtract.at(count_M, item_E[left:oldest], 1)
+            left = oldest
+        yield period, slice(int(start), int(end)), count_M
+
+
+@dataclass(frozen=True)
+class TrendTable:
+    """log q of every period that holds events: rows of `log_q_PM` (float32).
+
+    `period_P` are the period numbers (timestamp // period_seconds), ascending.
+    """
+
+    trend: ResolvedTrend
+    period_P: NDArray[np.int64]
+    log_q_PM: NDArray[np.float32]
+
+    @classmethod
+    def build(
+        cls,
+        item_E: NDArray[np.int64],
+        timestamp_E: NDArray[np.int64],
+        num_items: int,
+        trend: ResolvedTrend,
+        periods: NDArray[np.int64] | None = None,
+    ) -> Self:
+        """Count `item_E` (events in any order) into one row per period.
+
+        Args:
+            periods: further period numbers that will be asked for (e.g. of test events).
+        """
+        order = np.argsort(timestamp_E, kind="stable")
+        item_E, timestamp_E = item_E[order], timestamp_E[order]
+        own = np.unique(timestamp_E // trend.period_seconds)
+        wanted = own if periods is None else np.union1d(own, periods)
+        log_q_PM = np.empty((len(wanted), num_items), dtype=np.float32)
+        for row, period in enumerate(wanted):
+            now = int(period) * trend.period_seconds
+            stop = np.searchsorted(timestamp_E, now, side="left")
+            first = (
+                np.searchsorted(timestamp_E, now - trend.window_seconds, side="left")
+                if trend.window_seconds
+                else 0
+            )
+            count_M = np.bincount(item_E[first:stop], minlength=num_items)
+            log_q_PM[row] = _log_q(count_M, trend.smoothing)
+        return cls(trend=trend, period_P=wanted, log_q_PM=log_q_PM)
+
+    def row_of(self, timestamp_N: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Row of each timestamp's period `[N]`; moments between rows use the row before them."""
+        period_N = np.asarray(timestamp_N) // self.trend.period_seconds
+        return np.clip(np.searchsorted(self.period_P, period_N, side="right") - 1, 0, None)
+
+
+def _log_q(count_M: NDArray[np.int64], smoothing: float) -> NDArray[np.float64]:
+    total = count_M.sum() + smoothing * len(count_M)
+    return np.log((count_M + smoothing) / total)
+
+
+MAX_TABLE_CELLS = 2**27  # float32 cells of a TrendTable: 512 MiB
+
+
+def choose_trend(
+    item_E: NDArray[np.int64],
+    timestamp_E: NDArray[np.int64],
+    num_items: int,
+    settings: TrendSettings,
+) -> ResolvedTrend:
+    """Fill in period and window by the likelihood of the log under its own past popularity.
+
+    Every candidate (period, window) is scored by Σ log q_{t}(a_t) over all events, q counting
+    only events before the event's period: the choice needs no model and leaks nothing. A fast
+    catalogue (news) gets hours, a film catalogue the whole past.
+    """
+    order = np.argsort(timestamp_E, kind="stable")
+    item_E, timestamp_E = item_E[order], timestamp_E[order]
+    span = int(timestamp_E[-1] - timestamp_E[0]) + 1 if len(timestamp_E) else 1
+    periods = [settings.period_seconds] if settings.period_seconds else [HOUR, DAY, 7 * DAY]
+    usable = [p for p in periods if (span // p + 1) * num_items <= MAX_TABLE_CELLS] or periods[-1:]
+    best: tuple[float, ResolvedTrend] | None = None
+    for period in usable:
+        if settings.window_seconds is not None:
+            windows = [settings.window_seconds]
+        else:
+            windows = [w for w in (period, 6 * HOUR, DAY, 7 * DAY, 30 * DAY) if period <= w < span]
+            windows = [*dict.fromkeys(windows), 0]
+        for window in windows:
+            likelihood = _prequential_log_likelihood(
+                item_E, timestamp_E, num_items, period, window, settings.smoothing
+            )
+            if best is None or likelihood > best[0]:
+                best = likelihood, ResolvedTrend(period, window, settings.smoothing)
+    assert best is not None  # noqa: S101 - both candidate lists are never empty
+    return best[1]
+
+
+def _prequential_log_likelihood(
+    item_E: NDArray[np.int64],
+    timestamp_E: NDArray[np.int64],
+    num_items: int,
+    period_seconds: int,
+    window_seconds: int,
+    smoothing: float,
+) -> float:
+    total = 0.0
+    for _, events, count_M in _window_counts(
+        item_E, timestamp_E, num_items, period_seconds, window_seconds
+    ):
+        in_window = events.start if not window_seconds else int(count_M.sum())
+        item_N = item_E[events]
+        total += float(np.log(count_M[item_N] + smoothing).sum())
+        total -= len(item_N) * float(np.log(in_window + smoothing * num_items))
+    return total

@@ -1,0 +1,21 @@
+"""KFP wrapper of the train step."""
+
+from kfp import dsl
+
+from components.image import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def train(
+    clean: dsl.Input[dsl.Dataset],
+    trend: dict,
+    settings: dict,
+    bundle: dsl.Output[dsl.Model],
+) -> None:
+    """Train HRNN on the clean tables and write a model bundle."""
+    from pathlib import Path
+
+    from components.train import steps
+
+    manifest = steps.run(Path(clean.path), Path(bundle.path), trend=trend, settings=settings)
+    bundle.metadata["model_version"] = manifest.model_version

@@ -1,0 +1,81 @@
+"""Train: clean tables → model bundle."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model import bundle as bundles
+from model.catalogue import Catalogue
+from model.evaluation import split_users
+from model.schema import Schema
+from model.sequences import Histories
+from model.training import TrainSettings, fit
+from model.trends import TrendSettings, choose_trend, snapshot_from_counts
+
+__all__ = ["TrainSettings", "run"]
+
+
+def run(
+    clean: Path, bundle: Path, *, trend: dict[str, Any], settings: dict[str, Any]
+) -> bundles.Manifest:
+    """Train on the training users of `clean` and write a bundle.
+
+    Raises:
+        InputError: wrong settings, or too little data.
+    """
+    train_settings = TrainSettings.parse(settings, "train")
+    trend_settings = TrendSettings.parse(trend, "trend")
+    schema = Schema.load(clean / "schema.json")
+    catalogue = Catalogue.from_tables(clean, schema)
+    histories = Histories.from_table(clean / "interactions.parquet", catalogue)
+    split = split_users(histories, train_settings.split)
+    print(
+        f"{len(split.train):,} training, {len(split.valid):,} validation, {len(split.test):,} test"
+        f" users; {split.train.num_events:,} training events; {len(catalogue):,} items"
+    )
+    resolved = choose_trend(
+        split.train.item_E, split.train.timestamp_E, len(catalogue), trend_settings
+    )
+    model = fit(
+        split.train,
+        split.valid,
+        len(catalogue),
+        train_settings,
+        resolved if train_settings.trend_decomposition else None,
+        progress=lambda line: print(line, flush=True),
+    )
+    # "Now" is the log's own end: everything that happened up to it counts.
+    as_of = int(histories.timestamp_E.max()) + 1
+    oldest = as_of - resolved.window_seconds if resolved.window_seconds else 0
+    count_M = np.bincount(
+        histories.item_E[histories.timestamp_E >= oldest], minlength=len(catalogue)
+    )
+    counted = np.flatnonzero(count_M)
+    snapshot = snapshot_from_counts(
+        [catalogue.item_ids[j] for j in counted],
+        count_M[counted],
+        num_items=len(catalogue),
+        smoothing=resolved.smoothing,
+        as_of=as_of,
+        window_seconds=resolved.window_seconds,
+    )
+    best = min(model.curve, key=lambda entry: entry["valid_ppl"])
+    return bundles.save(
+        bundle,
+        model=model,
+        catalogue=catalogue,
+        schema=schema,
+        settings=train_settings,
+        trend=snapshot,
+        metrics={
+            "training": {
+                "best_epoch": best["epoch"],
+                "valid_ppl": best["valid_ppl"],
+                "seconds": sum(entry["seconds"] for entry in model.curve),
+                "users": len(split.train),
+                "events": split.train.num_events,
+            },
+            "curve": model.curve,
+        },
+    )

@@ -1,0 +1,208 @@
+"""The bundle: what training hands to serving. A folder of safetensors, JSON and Parquet.
+
+Nothing in it can execute; every file is listed in `manifest.json` with its SHA-256, and loading
+verifies the digests before anything is read.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from model.catalogue import Catalogue
+from model.errors import BundleError, InputError
+from model.network import HRNN
+from model.schema import Schema
+from model.training import TrainedHRNN, TrainSettings
+from model.trends import ResolvedTrend, TrendSnapshot
+
+FORMAT = "hrnn-meta-bundle"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Contents of `manifest.json`; `files` maps a file's name to its SHA-256."""
+
+    format: str
+    format_version: int
+    model_version: str
+    created: str
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Everything in a bundle, loaded and checked."""
+
+    manifest: Manifest
+    model: TrainedHRNN
+    catalogue: Catalogue
+    schema: Schema
+    settings: TrainSettings
+    trend: TrendSnapshot
+    metrics: dict[str, Any]
+
+
+def save(
+    path: Path,
+    *,
+    model: TrainedHRNN,
+    catalogue: Catalogue,
+    schema: Schema,
+    settings: TrainSettings,
+    trend: TrendSnapshot,
+    metrics: dict[str, Any],
+) -> Manifest:
+    """Write a bundle; `path` appears complete or not at all.
+
+    Raises:
+        BundleError: `path` already holds something.
+    """
+    if path.exists() and any(path.iterdir()):
+        raise BundleError(f"{path} is not empty: a bundle is never written over another")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        weights = {n: t.contiguous() for n, t in model.network.state_dict().items()}
+        save_file(weights, work / "weights.safetensors")
+        catalogue.save(work / "items.parquet")
+        _write_json(work / "schema.json", schema.model_dump(mode="json"))
+        _write_json(work / "trend.json", trend.to_json())
+        _write_json(work / "metrics.json", metrics)
+        _write_json(
+            work / "settings.json",
+            {
+                "train": settings.model_dump(mode="json"),
+                "session_gap_seconds": model.session_gap,
+                "trend": None if model.trend is None else asdict(model.trend),
+            },
+        )
+        files = {f.name: _digest(f) for f in sorted(work.iterdir())}
+        created = datetime.now(UTC)
+        digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:8]
+        version = f"{created:%Y%m%dT%H%M%SZ}-{digest}"
+        card = _model_card(version, model, catalogue, schema, metrics)
+        (work / "MODEL_CARD.md").write_text(card)
+        files["MODEL_CARD.md"] = _digest(work / "MODEL_CARD.md")
+        manifest = Manifest(FORMAT, FORMAT_VERSION, version, created.isoformat(), files)
+        _write_json(work / MANIFEST, asdict(manifest))
+        work.chmod(0o755)
+        if path.exists():
+            path.rmdir()
+        work.replace(path)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    return manifest
+
+
+def verify(path: Path) -> Manifest:
+    """Check format, version, file list and every digest, reading no file's contents otherwise.
+
+    Raises:
+        BundleError: says which check failed.
+    """
+    try:
+        raw = json.loads((path / MANIFEST).read_text())
+        manifest = Manifest(**raw)
+    except FileNotFoundError:
+        raise BundleError(f"{path} is not a model bundle: it has no {MANIFEST}") from None
+    except (ValueError, TypeError) as error:
+        raise BundleError(f"{path / MANIFEST} is not a bundle manifest: {error}") from None
+    if manifest.format != FORMAT:
+        raise BundleError(f"{path} holds a {manifest.format!r}, not a {FORMAT}")
+    if manifest.format_version != FORMAT_VERSION:
+        raise BundleError(
+            f"{path} has bundle format {manifest.format_version}; this release reads "
+            f"{FORMAT_VERSION}: retrain, or serve it with the release that wrote it"
+        )
+    if not isinstance(manifest.files, dict):
+        raise BundleError(f"{path / MANIFEST}: 'files' is not an object")
+    for name, digest in manifest.files.items():
+        if Path(name).name != name:
+            raise BundleError(f"{path / MANIFEST} names a file outside the bundle: {name!r}")
+        if not (path / name).is_file():
+            raise BundleError(f"{path} is incomplete: {name} is missing")
+        if _digest(path / name) != digest:
+            raise BundleError(f"{path / name} does not match its digest: corrupt or changed")
+    extra = {f.name for f in path.iterdir()} - manifest.files.keys() - {MANIFEST}
+    if extra:
+        raise BundleError(f"{path} holds files that its manifest does not list: {sorted(extra)}")
+    return manifest
+
+
+def load(path: Path) -> Bundle:
+    """Verify and load.
+
+    Raises:
+        BundleError: the bundle is missing, corrupt, foreign, or its parts do not fit together.
+    """
+    manifest = verify(path)
+    try:
+        schema = Schema.load(path / "schema.json")
+        stored = json.loads((path / "settings.json").read_text())
+        settings = TrainSettings.parse(stored["train"])
+        trend = None if stored["trend"] is None else ResolvedTrend(**stored["trend"])
+        catalogue = Catalogue.load(path / "items.parquet", schema.item_title)
+        network = HRNN(settings.network, len(catalogue), with_trend=trend is not None)
+        network.load_state_dict(load_file(path / "weights.safetensors"))
+        network.eval()
+        for name, tensor in network.state_dict().items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise BundleError(f"{path}: weight {name} is not finite")
+        snapshot = TrendSnapshot.from_json(json.loads((path / "trend.json").read_text()))
+        metrics = json.loads((path / "metrics.json").read_text())
+    except (KeyError, ValueError, TypeError, RuntimeError, OSError, SafetensorError) as error:
+        raise BundleError(f"{path} cannot be loaded: {error}") from error
+    except InputError as error:
+        raise BundleError(f"{path} was written with other settings: {error}") from error
+    model = TrainedHRNN(network=network, session_gap=stored["session_gap_seconds"], trend=trend)
+    return Bundle(manifest, model, catalogue, schema, settings, snapshot, metrics)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _model_card(
+    version: str,
+    model: TrainedHRNN,
+    catalogue: Catalogue,
+    schema: Schema,
+    metrics: dict[str, Any],
+) -> str:
+    parameters = sum(p.numel() for p in model.network.parameters())
+    rows = [
+        ("Model", "HRNN (GRU with time-delta and session-start inputs), next item by softmax"),
+        ("Version", version),
+        ("Items", f"{len(catalogue):,}"),
+        ("Parameters", f"{parameters:,}"),
+        ("Session gap", f"{model.session_gap:,} s"),
+        ("Trend weight β", f"{float(model.network.beta.detach()):.3f}"),
+        ("Trend", "none" if model.trend is None else str(asdict(model.trend))),
+        ("Item fields", ", ".join(schema.items) or "none"),
+        *((f"Training {name}", value) for name, value in metrics.get("training", {}).items()),
+    ]
+    lines = ["# Model card", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows), ""]
+    lines += [
+        "Scores are unnormalised log-probabilities of the next interaction, learned from what",
+        "people did, not from what was good for them: popular and often shown items are favoured",
+        "as far as the trend decomposition does not account for them.",
+        "",
+    ]
+    return "\n".join(lines)

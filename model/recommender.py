@@ -1,0 +1,219 @@
+"""Inference: a loaded bundle answering queries.
+
+Shapes: B queries, N packed positions, M items (catalogue order: ids ascending), D embedding.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model import bundle as bundles
+from model.context import time_bucket
+from model.errors import InputError
+from model.query import Event, ItemFilter, Query, Recommendation
+from model.schema import FieldKind
+from model.sequences import pack
+from model.trends import TrendSnapshot
+
+
+class Recommender:
+    """Scores every item for a query and ranks; safe to share between threads (read-only)."""
+
+    max_history = 200  # newest known events of a history that are encoded
+
+    def __init__(self, bundle: bundles.Bundle) -> None:
+        self._bundle = bundle
+        self._network = bundle.model.network
+        self._catalogue = bundle.catalogue
+        w_MD, b_M = self._network.folded()
+        self._w_MD, self._b_M = w_MD.detach().contiguous(), b_M.detach()
+        self._masks: dict[tuple[str, str], NDArray[np.bool_]] = {}
+        self.version: str = bundle.manifest.model_version
+        self.item_ids: tuple[str, ...] = bundle.catalogue.item_ids
+        self.item_titles: dict[str, str] = bundle.catalogue.titles
+        self.beta = float(self._network.beta.detach())
+        self.trend: TrendSnapshot = bundle.trend
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Recommender":
+        """Load a bundle folder, digests verified.
+
+        Raises:
+            BundleError: missing, corrupt, foreign or unsupported.
+        """
+        return cls(bundles.load(Path(path)))
+
+    def knows(self, item_id: str) -> bool:
+        """Whether the catalogue holds the item."""
+        return item_id in self._catalogue.index
+
+    def affinities(self, queries: Sequence[Query]) -> NDArray[np.float32]:
+        """φ̃ `[B, M]`: affinity of every item, without trend, filters not applied."""
+        if not queries:
+            return np.empty((0, len(self.item_ids)), dtype=np.float32)
+        with torch.inference_mode():
+            query_BD = self._encode(queries)
+            phi_BM: NDArray[np.float32] = torch.addmm(self._b_M, query_BD, self._w_MD.T).numpy()
+        return phi_BM
+
+    def _encode(self, queries: Sequence[Query]) -> torch.Tensor:
+        histories = [self._known_events(q.history) for q in queries]
+        length_B = np.array([len(h) + 1 for h in histories])
+        order_B = np.argsort(-length_B, kind="stable")
+        # Concatenate the positions of all queries, longest first, then pack them time-major.
+        previous: list[NDArray[np.int64]] = []
+        delta: list[NDArray[np.float64]] = []
+        for b in order_B:
+            items = self._catalogue.encode([e.item_id for e in histories[b]])
+            times = np.array([e.timestamp for e in histories[b]] + [queries[b].timestamp])
+            previous.append(np.r_[self._network.num_items, items])
+            delta.append(np.diff(times, prepend=times[:1]))
+        start_B = np.r_[0, np.cumsum(length_B[order_B])[:-1]]
+        batch = pack(start_B, length_B[order_B])
+        previous_N = np.concatenate(previous)[batch.event_N]
+        delta_N = np.concatenate(delta)[batch.event_N]
+        has_previous_N = previous_N != self._network.num_items
+        x_NI = self._network.inputs(
+            torch.from_numpy(previous_N),
+            torch.from_numpy(time_bucket(delta_N, has_previous_N)),
+            torch.from_numpy(~has_previous_N | (delta_N > self._bundle.model.session_gap)),
+        )
+        query_ND, _ = self._network.encode(
+            x_NI,
+            torch.from_numpy(batch.batch_size_T),
+            self._network.initial_state(len(queries)),
+        )
+        query_BD = torch.empty(len(queries), query_ND.shape[1])
+        query_BD[torch.from_numpy(order_B)] = query_ND[torch.from_numpy(batch.last_S)]
+        return query_BD
+
+    def _known_events(self, history: Sequence[Event]) -> list[Event]:
+        known = [e for e in history if e.item_id in self._catalogue.index]
+        known.sort(key=lambda e: e.timestamp)
+        return known[-self.max_history :]
+
+    def allowed(self, query: Query) -> NDArray[np.bool_]:
+        """Items `[M]` that pass the query's filter and, with `exclude_seen`, are not in history.
+
+        Raises:
+            InputError: a filter names an item field that does not exist.
+        """
+        allowed_M = np.ones(len(self.item_ids), dtype=np.bool_)
+        item_filter: ItemFilter = query.filter
+        if item_filter.include is not None:
+            allowed_M[:] = False
+            allowed_M[self._positions(item_filter.include)] = True
+        if item_filter.exclude:
+            allowed_M[self._positions(item_filter.exclude)] = False
+        for name, values in item_filter.where.items():
+            any_M = np.zeros(len(self.item_ids), dtype=np.bool_)
+            for value in values:
+                any_M |= self._mask(name, value)
+            allowed_M &= any_M
+        if query.exclude_seen:
+            allowed_M[self._positions([e.item_id for e in query.history])] = False
+        return allowed_M
+
+    def _positions(self, item_ids: Sequence[str] | frozenset[str]) -> list[int]:
+        index = self._catalogue.index
+        return [index[i] for i in item_ids if i in index]
+
+    def _mask(self, name: str, value: str) -> NDArray[np.bool_]:
+        """Items whose field has this value; kept, as filters repeat."""
+        if name not in self._catalogue.fields:
+            known = ", ".join(self._catalogue.fields) or "none"
+            raise InputError(f"filter.where: items have no field {name!r} (fields: {known})")
+        kind = self._bundle.schema.items.get(name, FieldKind.CATEGORICAL)
+        key = (name, value)
+        if key not in self._masks:
+            column = self._catalogue.fields[name]
+            if kind is FieldKind.MULTI_CATEGORICAL:
+                matches = (v is not None and value in v for v in column)
+            elif kind is FieldKind.NUMERIC:
+                number = _number(name, value)
+                matches = (v is not None and v == number for v in column)
+            else:
+                matches = (v is not None and str(v) == value for v in column)
+            mask_M = np.fromiter(matches, np.bool_, len(self.item_ids))
+            if len(self._masks) >= 4096:  # bounded: values come from requests
+                self._masks.clear()
+            self._masks[key] = mask_M
+        return self._masks[key]
+
+    def recommend(
+        self,
+        queries: Sequence[Query],
+        k: int,
+        trend: TrendSnapshot | None = None,
+        trend_weight: float = 1.0,
+    ) -> list[list[Recommendation]]:
+        """Top k of φ̃ + trend_weight·β·log q by brute force; the reference for serving.
+
+        Sorted by score descending, ties by item id; fewer than k where fewer are allowed.
+
+        Args:
+            trend: snapshot to add; None means the bundle's own.
+        """
+        phi_BM = self.affinities(queries)
+        trend_M = self._trend_scores(trend, trend_weight)
+        return [
+            self._top(phi_M, trend_M, np.flatnonzero(self.allowed(query)), k)
+            for query, phi_M in zip(queries, phi_BM, strict=True)
+        ]
+
+    def rank(
+        self,
+        queries: Sequence[Query],
+        items: Sequence[Sequence[str]],
+        trend: TrendSnapshot | None = None,
+        trend_weight: float = 1.0,
+    ) -> list[list[Recommendation]]:
+        """Order each query's own list of items; unknown items are left out."""
+        phi_BM = self.affinities(queries)
+        trend_M = self._trend_scores(trend, trend_weight)
+        return [
+            self._top(phi_M, trend_M, np.array(sorted(set(self._positions(ids))), int), len(ids))
+            for phi_M, ids in zip(phi_BM, items, strict=True)
+        ]
+
+    def _trend_scores(self, trend: TrendSnapshot | None, weight: float) -> NDArray[np.float64]:
+        return weight * self.beta * (trend or self.trend).dense(self.item_ids)
+
+    def _top(
+        self,
+        phi_M: NDArray[np.float32],
+        trend_M: NDArray[np.float64],
+        candidate_C: NDArray[np.int64],
+        k: int,
+    ) -> list[Recommendation]:
+        affinity_C = phi_M[candidate_C].astype(np.float64)
+        score_C = affinity_C + trend_M[candidate_C]
+        # Candidates ascend by item id, so a stable sort breaks ties by id.
+        order = np.argsort(-score_C, kind="stable")[:k]
+        return [
+            Recommendation(
+                item_id=self.item_ids[candidate_C[c]],
+                score=float(score_C[c]),
+                affinity=float(affinity_C[c]),
+                trend=float(trend_M[candidate_C[c]]),
+            )
+            for c in order
+        ]
+
+    @property
+    def fields(self) -> Mapping[str, FieldKind]:
+        """Item fields a filter can name."""
+        return {
+            n: self._bundle.schema.items.get(n, FieldKind.CATEGORICAL)
+            for n in self._catalogue.fields
+        }
+
+
+def _number(name: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise InputError(f"filter.where: {name} is numeric, {value!r} is not a number") from None

@@ -1,0 +1,153 @@
+"""User histories and their cutting into truncated-BPTT batches (§2.1).
+
+Shapes: E events, U users, N positions of one batch. A position k of a user stands *before* event
+k: its input is event k − 1 (none for k = 0) and the time of event k; its target is event k.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from model.catalogue import Catalogue
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Events of U users, concatenated user after user, each user's in time order.
+
+    `item_E` int64 catalogue positions, `timestamp_E` int64 Unix seconds,
+    `offset_U1` int64 `[U + 1]`: user u owns events offset[u] … offset[u + 1] − 1.
+    """
+
+    user_ids: tuple[str, ...]
+    item_E: NDArray[np.int64]
+    timestamp_E: NDArray[np.int64]
+    offset_U1: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.user_ids)
+
+    @property
+    def num_events(self) -> int:
+        return len(self.item_E)
+
+    @classmethod
+    def from_table(cls, path: Path, catalogue: Catalogue, min_events: int = 1) -> Self:
+        """Read `clean/interactions.parquet` (sorted by user, time), users in order of id.
+
+        Args:
+            min_events: users with fewer events are left out.
+        """
+        table = pq.read_table(path, columns=["user_id", "item_id", "timestamp"])
+        user_code_E, user_names = _codes(table.column("user_id"))
+        item_code_E, item_names = _codes(table.column("item_id"))
+        starts = np.flatnonzero(np.r_[True, np.diff(user_code_E) != 0])[: len(user_code_E)]
+        histories = cls(
+            user_ids=tuple(user_names[user_code_E[start]] for start in starts),
+            item_E=catalogue.encode(item_names)[item_code_E],
+            timestamp_E=table.column("timestamp").to_numpy().astype(np.int64),
+            offset_U1=np.r_[starts, len(user_code_E)].astype(np.int64),
+        )
+        return histories.subset(np.flatnonzero(np.diff(histories.offset_U1) >= min_events))
+
+    def subset(self, users: NDArray[np.int64]) -> Self:
+        """The histories of the users at these positions, in the given order."""
+        length = np.diff(self.offset_U1)[users]
+        offset = np.r_[0, np.cumsum(length)].astype(np.int64)
+        source = np.repeat(self.offset_U1[users] - offset[:-1], length) + np.arange(offset[-1])
+        return type(self)(
+            user_ids=tuple(self.user_ids[u] for u in users),
+            item_E=self.item_E[source],
+            timestamp_E=self.timestamp_E[source],
+            offset_U1=offset,
+        )
+
+
+def _codes(column: pa.ChunkedArray) -> tuple[NDArray[np.int64], list[str]]:
+    """Dictionary codes of a string column, and the strings."""
+    encoded = column.combine_chunks().dictionary_encode()
+    return encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64), (
+        encoded.dictionary.to_pylist()
+    )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Segments of up to `bptt` positions of different users, packed without padding.
+
+    Positions are stored time-major like a `torch.nn.utils.rnn.PackedSequence`: first the first
+    position of every segment (longest segment first), then the second positions, …
+
+    `event_N` int64: the target event of each position. `batch_size_T` int64: how many segments
+    reach step t. `previous_S` int64: the segment of the batch before that this one continues, or
+    −1 where a history begins.
+    """
+
+    event_N: NDArray[np.int64]
+    batch_size_T: NDArray[np.int64]
+    previous_S: NDArray[np.int64]
+    last_S: NDArray[np.int64]  # position in N of each segment's last step
+
+
+def pack(start_S: NDArray[np.int64], length_S: NDArray[np.int64]) -> Batch:
+    """Pack segments given by their first event and length; lengths must be descending."""
+    steps = int(length_S[0])
+    batch_size_T = (length_S[None, :] > np.arange(steps)[:, None]).sum(axis=1)
+    first_T = np.r_[0, np.cumsum(batch_size_T)]
+    step_N = np.repeat(np.arange(steps), batch_size_T)
+    segment_N = np.arange(first_T[-1]) - first_T[step_N]
+    return Batch(
+        event_N=start_S[segment_N] + step_N,
+        batch_size_T=batch_size_T.astype(np.int64),
+        previous_S=np.full(len(start_S), -1, dtype=np.int64),
+        last_S=first_T[length_S - 1] + np.arange(len(start_S)),
+    )
+
+
+def bptt_batches(
+    histories: Histories, *, bptt: int, batch_events: int, rng: np.random.Generator | None
+) -> Iterator[Batch]:
+    """Cut histories into batches of about `batch_events` positions; every position exactly once.
+
+    A user's next segment always comes in the next batch, so the state of the batch before is all
+    that has to be carried. Short histories are gathered until the batch is full.
+
+    Args:
+        rng: shuffles the users; None keeps their order (evaluation).
+    """
+    users = np.arange(len(histories)) if rng is None else rng.permutation(len(histories))
+    queue = iter(users)
+    carried: list[tuple[int, int, int]] = []  # (segment of the last batch, next event, end)
+    exhausted = False
+    while True:
+        segments = carried
+        total = sum(min(bptt, end - start) for _, start, end in segments)
+        while not exhausted and total < batch_events:
+            user = next(queue, None)
+            if user is None:
+                exhausted = True
+                break
+            start, end = int(histories.offset_U1[user]), int(histories.offset_U1[user + 1])
+            if start < end:
+                segments.append((-1, start, end))
+                total += min(bptt, end - start)
+        if not segments:
+            return
+        previous_S, start_S, end_S = (np.array(column) for column in zip(*segments, strict=True))
+        length_S = np.minimum(end_S - start_S, bptt)
+        order = np.argsort(-length_S, kind="stable")
+        previous_S, start_S, end_S = previous_S[order], start_S[order], end_S[order]
+        length_S = length_S[order]
+        batch = pack(start_S, length_S)
+        yield Batch(batch.event_N, batch.batch_size_T, previous_S, batch.last_S)
+        carried = [
+            (s, int(start_S[s] + length_S[s]), int(end_S[s]))
+            for s in range(len(start_S))
+            if start_S[s] + length_S[s] < end_S[s]
+        ]

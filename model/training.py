@@ -1,0 +1,251 @@
+"""Training by truncated BPTT over rolling histories, with early stopping on validation PPL.
+
+Shapes: E events, N packed positions, S segments, M items, P trend periods.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.context import infer_session_gap, time_bucket
+from model.errors import InputError
+from model.evaluation import SplitSettings
+from model.losses import softmax_cross_entropy
+from model.network import HRNN, NetworkSettings
+from model.sequences import Batch, Histories, bptt_batches
+from model.settings import SettingsBase
+from model.trends import ResolvedTrend, TrendTable
+
+
+class TrainSettings(SettingsBase):
+    """How a model is trained; None means: derived from the data."""
+
+    network: NetworkSettings = NetworkSettings()
+    split: SplitSettings = SplitSettings()
+    session_gap_seconds: int | None = None
+    trend_decomposition: bool = True
+    max_epochs: int = 60
+    patience: int = 4  # epochs without a better validation PPL
+    learning_rate: float = 0.003
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    bptt: int = 32
+    batch_events: int = 1024
+    seed: int = 0
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Model inputs of every position (event) of some histories, as tensors `[E]`."""
+
+    previous_item: Tensor  # catalogue position, M where a history begins
+    bucket: Tensor
+    session_start: Tensor
+    target: Tensor
+    trend_row: Tensor | None
+
+    @classmethod
+    def of(
+        cls, histories: Histories, num_items: int, session_gap: int, trend: TrendTable | None
+    ) -> "Positions":
+        first_E = np.zeros(histories.num_events, dtype=bool)
+        first_E[histories.offset_U1[:-1]] = True
+        delta_E = np.diff(histories.timestamp_E, prepend=0)
+        previous_E = np.where(first_E, num_items, np.roll(histories.item_E, 1))
+        return cls(
+            previous_item=torch.from_numpy(previous_E),
+            bucket=torch.from_numpy(time_bucket(delta_E, ~first_E)),
+            session_start=torch.from_numpy(first_E | (delta_E > session_gap)),
+            target=torch.from_numpy(histories.item_E),
+            trend_row=None
+            if trend is None
+            else torch.from_numpy(trend.row_of(histories.timestamp_E)),
+        )
+
+
+@dataclass
+class TrainedHRNN:
+    """A network with what it needs to read histories. Implements `NextItemModel`."""
+
+    network: HRNN
+    session_gap: int
+    trend: ResolvedTrend | None
+    curve: list[dict[str, float]] = field(default_factory=list)  # one entry per epoch
+    trend_table: TrendTable | None = None  # of the training log, for evaluation
+
+    def iter_scores(
+        self, histories: Histories, block: int
+    ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+        """Scores φ + β·log q(t) of every event given the ones before it."""
+        positions = Positions.of(
+            histories, self.network.num_items, self.session_gap, self.trend_table
+        )
+        trend_PM = _trend_tensor(self.trend_table)
+        self.network.eval()
+        with torch.inference_mode():
+            for batch, query_ND in _encode_batches(
+                self.network, positions, histories, bptt=128, batch_events=4096, rng=None
+            ):
+                for start in range(0, len(batch.event_N), block):
+                    event_B = batch.event_N[start : start + block]
+                    score_BM = self.network.scores(query_ND[start : start + block])
+                    if trend_PM is not None and positions.trend_row is not None:
+                        row_B = positions.trend_row[torch.from_numpy(event_B)]
+                        score_BM = score_BM + self.network.beta * trend_PM[row_B]
+                    yield event_B, score_BM
+
+
+def _trend_tensor(table: TrendTable | None) -> Tensor | None:
+    return None if table is None else torch.from_numpy(table.log_q_PM)
+
+
+def _encode_batches(
+    network: HRNN,
+    positions: Positions,
+    histories: Histories,
+    *,
+    bptt: int,
+    batch_events: int,
+    rng: np.random.Generator | None,
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Encode batch after batch, carrying each user's state across segments (detached)."""
+    h_SH: Tensor | None = None
+    for batch in bptt_batches(histories, bptt=bptt, batch_events=batch_events, rng=rng):
+        event_N = torch.from_numpy(batch.event_N)
+        previous_S = torch.from_numpy(batch.previous_S)
+        h0_SH = network.initial_state(len(previous_S))
+        if h_SH is not None:
+            carried_S1 = (previous_S >= 0)[:, None]
+            h0_SH = torch.where(carried_S1, h_SH[previous_S.clamp(min=0)], h0_SH)
+        x_NI = network.inputs(
+            positions.previous_item[event_N],
+            positions.bucket[event_N],
+            positions.session_start[event_N],
+        )
+        query_ND, h_SH = network.encode(x_NI, torch.from_numpy(batch.batch_size_T), h0_SH)
+        yield batch, query_ND
+        h_SH = h_SH.detach()
+
+
+def fit(
+    train: Histories,
+    valid: Histories,
+    num_items: int,
+    settings: TrainSettings,
+    trend: ResolvedTrend | None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> TrainedHRNN:
+    """Train until validation PPL stops improving; the best epoch's weights are kept.
+
+    Args:
+        trend: trend decomposition to train under, None to train without.
+        progress: receives one line per epoch.
+
+    Raises:
+        InputError: nothing to train on, or the loss became NaN.
+    """
+    if train.num_events < 2 or num_items < 2:
+        raise InputError(
+            f"cannot train on {train.num_events} events of {num_items} items: give a larger log"
+        )
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    torch.manual_seed(settings.seed)
+    rng = np.random.default_rng(settings.seed)
+    later_E = np.ones(train.num_events, dtype=bool)
+    later_E[train.offset_U1[:-1]] = False
+    gaps = np.diff(train.timestamp_E, prepend=0)[later_E]
+    model = TrainedHRNN(
+        network=HRNN(settings.network, num_items, with_trend=trend is not None),
+        session_gap=settings.session_gap_seconds or infer_session_gap(gaps),
+        trend=trend,
+    )
+    if trend is not None:
+        periods = np.unique(np.r_[train.timestamp_E, valid.timestamp_E] // trend.period_seconds)
+        model.trend_table = TrendTable.build(
+            train.item_E, train.timestamp_E, num_items, trend, periods
+        )
+    network = model.network
+    count_M = np.bincount(train.item_E, minlength=num_items) + 1.0
+    if trend is None:
+        # Start at the popularity model: the bias is log p(a), learning begins with what is left.
+        network.item_bias.data = torch.from_numpy(np.log(count_M / count_M.sum())).float()
+    positions = Positions.of(train, num_items, model.session_gap, model.trend_table)
+    trend_PM = _trend_tensor(model.trend_table)
+    optimiser = torch.optim.Adam(
+        network.parameters(),
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+    best_ppl, best_weights, waited = float("inf"), copy.deepcopy(network.state_dict()), 0
+    for epoch in range(1, settings.max_epochs + 1):
+        started = time.perf_counter()
+        network.train()
+        total = 0.0
+        for batch, query_ND in _encode_batches(
+            network,
+            positions,
+            train,
+            bptt=settings.bptt,
+            batch_events=settings.batch_events,
+            rng=rng,
+        ):
+            event_N = torch.from_numpy(batch.event_N)
+            trend_NM = None
+            if trend_PM is not None and positions.trend_row is not None:
+                trend_NM = network.beta * trend_PM[positions.trend_row[event_N]]
+            loss = softmax_cross_entropy(
+                network.scores(query_ND), positions.target[event_N], trend_NM
+            )
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
+            optimiser.step()
+            total += float(loss.detach()) * len(event_N)
+        if not np.isfinite(total):
+            raise InputError(
+                f"training diverged in epoch {epoch} (loss {total}): lower train.learning_rate"
+            )
+        ppl = validation_ppl(model, valid)
+        entry = {
+            "epoch": epoch,
+            "train_ppl": float(np.exp(total / train.num_events)),
+            "valid_ppl": ppl,
+            "seconds": time.perf_counter() - started,
+            "events_per_second": train.num_events / (time.perf_counter() - started),
+        }
+        model.curve.append(entry)
+        progress(
+            f"epoch {epoch:3d}  train PPL {entry['train_ppl']:8.1f}  valid PPL {ppl:8.1f}"
+            f"  {entry['seconds']:5.1f} s  {entry['events_per_second']:,.0f} events/s"
+        )
+        if ppl < best_ppl:
+            best_ppl, best_weights, waited = ppl, copy.deepcopy(network.state_dict()), 0
+        else:
+            waited += 1
+            if waited >= settings.patience:
+                break
+    network.load_state_dict(best_weights)
+    network.eval()
+    return model
+
+
+def validation_ppl(model: Any, histories: Histories) -> float:
+    """PPL over all events but each user's first."""
+    from model.evaluation import later_events
+    from model.metrics import negative_log_likelihood
+
+    nll_E = np.zeros(histories.num_events)
+    for event_N, score_NM in model.iter_scores(histories, 4096):
+        target_N = torch.from_numpy(histories.item_E[event_N])
+        nll_E[event_N] = negative_log_likelihood(score_NM, target_N)
+    return float(np.exp(nll_E[later_events(histories)].mean()))
