@@ -32,8 +32,10 @@ def infer_session_gap(gap_N: NDArray[np.int64]) -> int:
     when there are no gaps to look at.
     """
     log_gap = np.log(gap_N[gap_N > 0].astype(np.float64))
-    if len(log_gap) < 2:
+    if len(log_gap) == 0:
         return 1800
+    if np.ptp(log_gap) == 0.0:  # one mode only: no gap ends a session
+        return int(np.exp(log_gap[0]).round())
     count_B, edge_B1 = np.histogram(log_gap, bins=256)
     centre_B = (edge_B1[1:] + edge_B1[:-1]) / 2
     below_B = np.cumsum(count_B)

@@ -17,7 +17,7 @@ class NetworkSettings(SettingsBase):
     embedding: int = 64  # D, size of an item vector
     hidden: int = 128  # H, size of the state
     control: int = 16  # size of the time-delta embedding
-    dropout: float = 0.2  # on item inputs and on the query
+    dropout: float = 0.4  # on item inputs and on the query
     time_input: bool = True  # control inputs on; off = a plain GRU (ablation)
 
 

@@ -7,7 +7,6 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +15,9 @@ from torch import Tensor
 
 from model.context import infer_session_gap, time_bucket
 from model.errors import InputError
-from model.evaluation import SplitSettings
+from model.evaluation import NextItemModel, SplitSettings, later_events
 from model.losses import softmax_cross_entropy
+from model.metrics import negative_log_likelihood
 from model.network import HRNN, NetworkSettings
 from model.sequences import Batch, Histories, bptt_batches
 from model.settings import SettingsBase
@@ -33,11 +33,11 @@ class TrainSettings(SettingsBase):
     trend_decomposition: bool = True
     max_epochs: int = 60
     patience: int = 4  # epochs without a better validation PPL
-    learning_rate: float = 0.003
+    learning_rate: float = 0.002
     weight_decay: float = 0.0
     clip_norm: float = 1.0
-    bptt: int = 32
-    batch_events: int = 1024
+    bptt: int = 100  # positions of one user per gradient step
+    batch_events: int = 1024  # positions per gradient step
     seed: int = 0
     threads: int | None = None
 
@@ -160,9 +160,7 @@ def fit(
         torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     rng = np.random.default_rng(settings.seed)
-    later_E = np.ones(train.num_events, dtype=bool)
-    later_E[train.offset_U1[:-1]] = False
-    gaps = np.diff(train.timestamp_E, prepend=0)[later_E]
+    gaps = np.diff(train.timestamp_E, prepend=0)[later_events(train)]
     model = TrainedHRNN(
         network=HRNN(settings.network, num_items, with_trend=trend is not None),
         session_gap=settings.session_gap_seconds or infer_session_gap(gaps),
@@ -239,11 +237,8 @@ def fit(
     return model
 
 
-def validation_ppl(model: Any, histories: Histories) -> float:
+def validation_ppl(model: NextItemModel, histories: Histories) -> float:
     """PPL over all events but each user's first."""
-    from model.evaluation import later_events
-    from model.metrics import negative_log_likelihood
-
     nll_E = np.zeros(histories.num_events)
     for event_N, score_NM in model.iter_scores(histories, 4096):
         target_N = torch.from_numpy(histories.item_E[event_N])

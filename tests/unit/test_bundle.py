@@ -1,0 +1,189 @@
+"""Bundles: what was saved comes back; what was tampered with does not."""
+
+import json
+import os
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+
+from components.train import steps
+from model import bundle as bundles
+from model.errors import BundleError, InputError
+from model.query import Event, ItemFilter, Query
+from model.recommender import Recommender
+from tests import synthetic
+
+TRAIN = {
+    "max_epochs": 2,
+    "network": {"embedding": 8, "hidden": 16, "control": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bundle")
+    clean = synthetic.clean_tables(folder / "clean", synthetic.successor(60, 10, 20, seed=0))
+    steps.run(clean, folder / "bundle", trend={}, settings=TRAIN)
+    return folder / "bundle"
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "bundle")
+
+
+@pytest.fixture(scope="module")
+def recommender(trained):
+    return Recommender.load(trained)
+
+
+def _query(*items, at=2_000_000_000.0, **more):
+    events = [Event(i, 1_000_000_000.0 + 60 * n) for n, i in enumerate(items)]
+    return Query(history=events, timestamp=at, **more)
+
+
+def test_load_gives_back_the_same_scores(trained, recommender):
+    again = Recommender.load(trained)
+    queries = [_query("i001", "i004"), _query()]
+    np.testing.assert_array_equal(again.affinities(queries), recommender.affinities(queries))
+    assert again.version == recommender.version
+    assert again.item_titles["i003"] == "Item 3"
+
+
+def test_batch_equals_single(recommender):
+    queries = [_query(), _query("i001"), _query("i003", "i007", "i001"), _query("i002", "i009")]
+    single = np.concatenate([recommender.affinities([q]) for q in queries])
+    np.testing.assert_allclose(recommender.affinities(queries), single, atol=1e-5)
+    assert recommender.affinities([]).shape == (0, 20)
+
+
+def test_scores_are_affinity_plus_trend_and_normalise(recommender):
+    [items] = recommender.recommend([_query("i001")], k=1000)
+    assert len(items) == 20  # k beyond the catalogue gives the catalogue
+    assert [i.score for i in items] == sorted((i.score for i in items), reverse=True)
+    for item in items:
+        assert item.score == pytest.approx(item.affinity + item.trend)
+    [plain] = recommender.recommend([_query("i001")], k=1000, trend_weight=0.0)
+    assert all(item.trend == 0 for item in plain)
+
+
+def test_request_time_and_events_change_the_answer(recommender):
+    soon, later = _query("i001", at=1_000_000_060.0), _query("i001", at=1_000_864_000.0)
+    more = _query("i001", "i008", at=1_000_000_120.0)
+    scores = recommender.affinities([soon, later, more])
+    assert np.abs(scores[0] - scores[1]).max() > 1e-4
+    assert np.abs(scores[0] - scores[2]).max() > 1e-4
+
+
+def test_unknown_items_in_a_history_are_skipped(recommender):
+    np.testing.assert_allclose(
+        recommender.affinities([_query("nope", "i002")]),
+        recommender.affinities(
+            [Query([Event("i002", 1_000_000_060.0)], timestamp=2_000_000_000.0)]
+        ),
+        atol=1e-5,
+    )
+
+
+def test_filters(recommender):
+    where = ItemFilter(where={"genres": frozenset(["even"])}, exclude=frozenset(["i000"]))
+    [items] = recommender.recommend([_query("i002", filter=where, exclude_seen=True)], k=50)
+    assert {i.item_id for i in items} == {f"i{j:03d}" for j in range(4, 20, 2)}
+    include = ItemFilter(include=frozenset(["i001", "i002", "unknown"]))
+    [items] = recommender.recommend([_query(filter=include)], k=50)
+    assert {i.item_id for i in items} == {"i001", "i002"}
+    year = ItemFilter(where={"year": frozenset(["1992"])})
+    [items] = recommender.recommend([_query(filter=year)], k=50)
+    assert {i.item_id for i in items} == {"i002", "i007", "i012", "i017"}
+    with pytest.raises(InputError, match=r"no field 'colour' \(fields: .*genres"):
+        recommender.recommend([_query(filter=ItemFilter(where={"colour": frozenset("r")}))], 1)
+    with pytest.raises(InputError, match="not a number"):
+        recommender.allowed(_query(filter=ItemFilter(where={"year": frozenset(["x"])})))
+
+
+def test_rank_orders_the_given_items_only(recommender):
+    [ranked] = recommender.rank([_query("i001")], [["i005", "i003", "unknown", "i005"]])
+    assert {i.item_id for i in ranked} == {"i005", "i003"}
+    [full] = recommender.recommend([_query("i001")], k=20)
+    order = [i.item_id for i in full if i.item_id in {"i005", "i003"}]
+    assert [i.item_id for i in ranked] == order
+
+
+def test_a_bundle_is_never_written_over(trained):
+    loaded = bundles.load(trained)
+    with pytest.raises(BundleError, match="not empty"):
+        bundles.save(
+            trained,
+            model=loaded.model,
+            catalogue=loaded.catalogue,
+            schema=loaded.schema,
+            settings=loaded.settings,
+            trend=loaded.trend,
+            metrics={},
+        )
+
+
+def _edit_manifest(path, **changes):
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | changes))
+
+
+def _resign(path):
+    files = {f.name: bundles._digest(f) for f in path.iterdir() if f.name != "manifest.json"}
+    _edit_manifest(path, files=files)
+
+
+def _flip_a_byte(path):
+    data = bytearray((path / "weights.safetensors").read_bytes())
+    data[-1] ^= 1
+    (path / "weights.safetensors").write_bytes(data)
+
+
+def _truncate(path):
+    os.truncate(path / "weights.safetensors", 100)
+
+
+def _pickle_as_weights(path):
+    (path / "weights.safetensors").write_bytes(pickle.dumps({"a": 1}))
+    _resign(path)
+
+
+def _huge_header(path):
+    (path / "weights.safetensors").write_bytes((2**60).to_bytes(8, "little") + b"{}")
+    _resign(path)
+
+
+def _other_shape(path):
+    settings = json.loads((path / "settings.json").read_text())
+    settings["train"]["network"]["hidden"] = 17
+    (path / "settings.json").write_text(json.dumps(settings))
+    _resign(path)
+
+
+DAMAGE = {
+    "no manifest": (lambda p: (p / "manifest.json").unlink(), "no manifest.json"),
+    "garbage manifest": (lambda p: (p / "manifest.json").write_text("{"), "not a bundle manifest"),
+    "foreign": (lambda p: _edit_manifest(p, format="other"), "not a hrnn-meta-bundle"),
+    "future": (lambda p: _edit_manifest(p, format_version=99), "bundle format 99"),
+    "missing file": (lambda p: (p / "items.parquet").unlink(), "items.parquet is missing"),
+    "extra file": (lambda p: (p / "x.pkl").write_bytes(b""), "does not list"),
+    "outside": (
+        lambda p: _edit_manifest(p, files={"../../etc/passwd": "0"}),
+        "outside the bundle",
+    ),
+    "changed": (_flip_a_byte, "does not match its digest"),
+    "truncated": (_truncate, "does not match its digest"),
+    "pickle": (_pickle_as_weights, "cannot be loaded"),
+    "huge header": (_huge_header, "cannot be loaded"),
+    "other shape": (_other_shape, "cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damaged_bundles_are_refused(case, copy):
+    damage, message = DAMAGE[case]
+    damage(copy)
+    with pytest.raises(BundleError, match=message):
+        bundles.load(copy)

@@ -1,0 +1,92 @@
+"""log q(t): leak-free, normalised, chosen by the data."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.trends import (
+    DAY,
+    HOUR,
+    ResolvedTrend,
+    TrendSettings,
+    TrendSnapshot,
+    TrendTable,
+    _prequential_log_likelihood,
+    choose_trend,
+    snapshot_from_counts,
+)
+
+logs = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 300)), min_size=1, max_size=60)
+
+
+def naive_log_q(item, time, num_items, period, window, smoothing, now):
+    start = now // period * period
+    counts = np.full(num_items, smoothing)
+    for j, t in zip(item, time, strict=True):
+        if t < start and (window == 0 or t >= start - window):
+            counts[j] += 1
+    return np.log(counts / counts.sum())
+
+
+@given(log=logs, period=st.integers(1, 50), window=st.integers(0, 120), now=st.integers(0, 300))
+def test_table_equals_the_naive_count(log, period, window, now):
+    item, time = (np.array(column) for column in zip(*log, strict=True))
+    trend = ResolvedTrend(period, window, 0.5)
+    table = TrendTable.build(item, time, 5, trend, np.array([now // period]))
+    row = table.log_q_PM[table.row_of(np.array([now]))[0]]
+    np.testing.assert_allclose(row, naive_log_q(item, time, 5, period, window, 0.5, now), rtol=1e-6)
+
+
+@given(log=logs, period=st.integers(1, 50), window=st.integers(0, 120))
+def test_likelihood_of_the_choice_equals_the_naive_sum(log, period, window):
+    log = sorted(log, key=lambda event: event[1])
+    item, time = (np.array(column) for column in zip(*log, strict=True))
+    naive = sum(naive_log_q(item, time, 5, period, window, 0.5, t)[j] for j, t in log)
+    value = _prequential_log_likelihood(item, time, 5, period, window, 0.5)
+    assert value == pytest.approx(naive)
+
+
+@settings(max_examples=30)
+@given(log=logs, period=st.integers(1, 50), cut=st.integers(0, 300), seed=st.integers(0, 99))
+def test_no_event_at_or_after_the_period_start_matters(log, period, cut, seed):
+    item, time = (np.array(column) for column in zip(*log, strict=True))
+    start = cut // period * period
+    other = item.copy()
+    later = time >= start
+    other[later] = np.random.default_rng(seed).integers(0, 5, later.sum())
+    trend = ResolvedTrend(period, 0, 1.0)
+    rows = [
+        TrendTable.build(i, time, 5, trend, np.array([cut // period])).log_q_PM[
+            np.searchsorted(np.union1d(time // period, [cut // period]), cut // period)
+        ]
+        for i in (item, other)
+    ]
+    np.testing.assert_array_equal(*rows)
+
+
+def test_news_gets_hours_and_films_the_whole_past():
+    rng = np.random.default_rng(0)
+    hours = np.repeat(np.arange(24 * 14), 100)
+    time = hours * HOUR + rng.integers(0, HOUR, len(hours))
+    news = (hours + rng.integers(0, 3, len(hours))) % 50  # the top items move on every hour
+    fast = choose_trend(news, time, 50, TrendSettings())
+    assert fast.period_seconds == HOUR
+    assert 0 < fast.window_seconds <= 6 * HOUR
+    films = rng.choice(50, p=(p := np.arange(1, 51) / np.arange(1, 51).sum()), size=len(time))
+    assert p.sum() == pytest.approx(1)
+    assert choose_trend(films, time, 50, TrendSettings()).window_seconds == 0
+    fixed = TrendSettings(period_seconds=DAY, window_seconds=7 * DAY)
+    assert choose_trend(films, time, 50, fixed) == ResolvedTrend(DAY, 7 * DAY, 1.0)
+
+
+def test_snapshot_is_a_distribution_and_round_trips():
+    snapshot = snapshot_from_counts(
+        ["b", "a", "c"], [5, 5, 1], num_items=10, smoothing=0.5, as_of=7, window_seconds=0
+    )
+    assert snapshot.item_ids == ("a", "b", "c")  # ties by id
+    assert np.exp(snapshot.log_q).sum() + 7 * np.exp(snapshot.floor) == pytest.approx(1)
+    again = TrendSnapshot.from_json(snapshot.to_json())
+    np.testing.assert_array_equal(again.log_q, snapshot.log_q)
+    assert again.version == snapshot.version
+    assert snapshot.dense(["c", "zz"]).tolist() == [snapshot.log_q[2], snapshot.floor]
