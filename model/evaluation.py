@@ -38,13 +38,22 @@ class UserSplit:
 
 def split_users(histories: Histories, settings: SplitSettings) -> UserSplit:
     """Random user split, the same for everyone who asks with the same seed."""
-    kept = histories.subset(np.flatnonzero(np.diff(histories.offset_U1) >= settings.min_events))
+    kept = histories.subset(_natural_order(histories, settings.min_events))
     # The legacy generator is the published protocol's, so that results can be compared.
     order = np.random.RandomState(settings.seed).permutation(len(kept))
     num_test = max(1, round(settings.test_share * len(kept)))
     num_valid = max(1, round(settings.valid_share * len(kept)))
     test, valid, train = np.split(order, [num_test, num_test + num_valid])
     return UserSplit(*(kept.subset(np.sort(part)) for part in (train, valid, test)))
+
+
+def _natural_order(histories: Histories, min_events: int) -> NDArray[np.int64]:
+    """Users with enough events; ids that are all numbers sort as numbers (1, 2, 10)."""
+    users = np.flatnonzero(np.diff(histories.offset_U1) >= min_events)
+    ids = [histories.user_ids[u] for u in users]
+    if all(i.isascii() and i.isdigit() for i in ids):
+        return users[np.argsort([int(i) for i in ids], kind="stable")]
+    return users[np.argsort(np.array(ids), kind="stable")]
 
 
 class NextItemModel(Protocol):
