@@ -1,0 +1,183 @@
+"""Features for the transformer: users read with a deadline, the trend snapshot kept fresh.
+
+The feature store blocks and may be down, slow or wrong; nothing here waits longer than its
+deadline, and the event loop never waits at all.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+from model.errors import InputError, UnavailableError
+from model.query import Event
+from model.trends import TrendSnapshot
+from serving import metrics
+from serving.ranking import Trend
+from serving.settings import ServeSettings
+
+log = logging.getLogger("hrnn.serving")
+
+QUEUE_PER_THREAD = 4  # reads waiting for a thread before further ones are refused
+
+
+class UserFeatures(Protocol):
+    """What a feature store knows of a user; see feature_repo.store."""
+
+    @property
+    def known(self) -> bool: ...
+    @property
+    def profile(self) -> dict[str, Any]: ...
+    @property
+    def history(self) -> Sequence[Event]: ...
+
+
+class Reader(Protocol):
+    """feature_repo.store.FeatureReader as used here: blocking, thread-safe."""
+
+    def user(self, user_id: str) -> UserFeatures: ...
+    def trend(self) -> TrendSnapshot | None: ...
+
+
+class Features:
+    """User reads and the current trend.
+
+    `open_reader` is tried again while it fails, so that a store that comes up later is used.
+    """
+
+    def __init__(self, open_reader: Callable[[], Reader], settings: ServeSettings) -> None:
+        self._open_reader = open_reader
+        self._settings = settings
+        self._reader: Reader | None = None
+        self._users = ThreadPoolExecutor(settings.feature_threads, "features")
+        # A thread of its own: reads of users that hang must not stop the trend.
+        self._trends = ThreadPoolExecutor(1, "trend")
+        self._waiting = 0
+        self._trend: Trend | None = None
+        self._snapshot: TrendSnapshot | None = None
+        self._trend_read_at = float("-inf")  # monotonic seconds
+        self._healthy = True
+        self._refreshing: asyncio.Task[None] | None = None
+
+    def prepare(self) -> None:
+        """Connect and read the trend before serving; a store that is down is not an error."""
+        try:
+            self._refresh()
+        except InputError:
+            raise
+        except Exception as error:
+            self._trend_failed("error", error)
+
+    async def open(self) -> None:
+        """Keep the trend fresh from now on."""
+        self._refreshing = asyncio.create_task(self._refresh_forever())
+
+    async def close(self) -> None:
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._refreshing
+        for executor in (self._users, self._trends):
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    def trend(self) -> tuple[Trend, str | None]:
+        """The snapshot to use for one answer, and what is wrong with it if anything."""
+        if self._trend is None:
+            return Trend.uniform(), "trend_unavailable"
+        age = time.monotonic() - self._trend_read_at
+        return self._trend, "trend_stale" if age > self._settings.trend_stale_seconds else None
+
+    async def user(self, user_id: str) -> UserFeatures:
+        """Profile and history of one user.
+
+        Raises:
+            UnavailableError: the store failed, or did not answer within the deadline.
+        """
+        reader = self._reader
+        if reader is None:
+            metrics.FEATURE_ERRORS.labels("user", "error").inc()
+            raise UnavailableError("the feature store is not connected")
+        if self._waiting >= self._settings.feature_threads * QUEUE_PER_THREAD:
+            metrics.FEATURE_ERRORS.labels("user", "deadline").inc()
+            raise UnavailableError("too many reads of the feature store are waiting")
+        future = self._users.submit(reader.user, user_id)
+        self._waiting += 1
+        loop = asyncio.get_running_loop()
+        # Counted until the thread is free, not until the caller has given up.
+        future.add_done_callback(lambda _: _call_soon(loop, self._read_done))
+        try:
+            deadline = self._settings.feature_deadline_seconds
+            return await asyncio.wait_for(asyncio.wrap_future(future), deadline)
+        except TimeoutError:
+            metrics.FEATURE_ERRORS.labels("user", "deadline").inc()
+            raise UnavailableError("the feature store missed its deadline") from None
+        except Exception as error:
+            metrics.FEATURE_ERRORS.labels("user", "error").inc()
+            raise UnavailableError(f"the feature store failed: {type(error).__name__}") from error
+
+    def _read_done(self) -> None:
+        self._waiting -= 1
+
+    async def _refresh_forever(self) -> None:
+        loop = asyncio.get_running_loop()
+        reading: asyncio.Future[None] | None = None
+        while True:
+            await asyncio.sleep(self._settings.trend_refresh_seconds)
+            if reading is not None and not reading.done():
+                metrics.FEATURE_ERRORS.labels("trend", "deadline").inc()
+                continue  # still stuck in the one before
+            reading = loop.run_in_executor(self._trends, self._refresh)
+            try:
+                await asyncio.wait_for(
+                    asyncio.shield(reading), self._settings.trend_deadline_seconds
+                )
+            except TimeoutError as error:
+                reading.add_done_callback(_retrieve)
+                self._trend_failed("deadline", error)
+            except Exception as error:
+                self._trend_failed("error", error)
+
+    def _refresh(self) -> None:
+        """Read the snapshot; blocking, one at a time."""
+        if self._reader is None:
+            self._reader = self._open_reader()
+        snapshot = self._reader.trend()
+        if snapshot is None:
+            raise UnavailableError("the feature store holds no trend snapshot")
+        if self._snapshot is None or not _same(snapshot, self._snapshot):
+            self._trend, self._snapshot = Trend.of(snapshot), snapshot
+            log.info("trend snapshot %s in use", self._trend.version)
+        self._trend_read_at = time.monotonic()
+        metrics.trend_read(snapshot)
+        if not self._healthy:
+            log.info("feature store readable again")
+            self._healthy = True
+
+    def _trend_failed(self, kind: str, error: BaseException) -> None:
+        metrics.FEATURE_ERRORS.labels("trend", kind).inc()
+        if self._healthy:  # once, not every few seconds
+            log.warning("cannot read the trend snapshot: %s", type(error).__name__)
+            self._healthy = False
+
+
+def _same(a: TrendSnapshot, b: TrendSnapshot) -> bool:
+    return (
+        a.as_of == b.as_of
+        and a.floor == b.floor
+        and a.item_ids == b.item_ids
+        and bool((a.log_q == b.log_q).all())
+    )
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed: the process is stopping
+        loop.call_soon_threadsafe(callback)
+
+
+def _retrieve(future: "asyncio.Future[None]") -> None:
+    """Take an exception nobody waits for any more."""
+    if not future.cancelled():
+        future.exception()

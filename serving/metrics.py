@@ -1,0 +1,135 @@
+"""Prometheus metrics of both processes. Labels are bounded and never hold ids."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from model.errors import InputError, UnavailableError
+from model.trends import TrendSnapshot
+
+# Fine between 1 and 50 ms, where answers are; coarse up to the deadlines.
+SECONDS = (
+    *(0.0005, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.005, 0.0075, 0.01, 0.015, 0.02),
+    *(0.03, 0.04, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0),
+)
+
+REQUESTS = Counter(
+    "hrnn_requests_total",
+    "Requests by task (recommend, rank, score, mixed, unknown) and outcome "
+    "(ok, degraded, invalid, unavailable, error)",
+    ["task", "outcome"],
+)
+REQUEST_SECONDS = Histogram(
+    "hrnn_request_duration_seconds", "Time to answer a request", ["task"], buckets=SECONDS
+)
+IN_FLIGHT = Gauge("hrnn_requests_in_flight", "Requests being answered")
+INSTANCES = Histogram(
+    "hrnn_request_instances",
+    "Instances in a request",
+    buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256),
+)
+STAGE_SECONDS = Histogram(
+    "hrnn_stage_duration_seconds",
+    "Time in a stage of answering (transformer: features, predictor, ranking; "
+    "predictor: model, candidates)",
+    ["stage"],
+    buckets=SECONDS,
+)
+ROUNDS = Histogram(
+    "hrnn_threshold_rounds",
+    "Calls to the predictor until the top-k was proved exact",
+    buckets=(1, 2, 3, 4, 6, 8, 12, 16),
+)
+FALLBACKS = Counter(
+    "hrnn_fallbacks_total",
+    "Answers degraded, by reason "
+    "(features_unavailable, trend_unavailable, trend_stale, predictor_unavailable)",
+    ["reason"],
+)
+FEATURE_ERRORS = Counter(
+    "hrnn_feature_errors_total",
+    "Reads of the feature store that failed, by read (user, trend) and kind (deadline, error)",
+    ["read", "kind"],
+)
+PREDICTOR_ERRORS = Counter(
+    "hrnn_predictor_errors_total",
+    "Calls to the predictor that failed, by kind (deadline, unavailable, invalid_answer, error)",
+    ["kind"],
+)
+UNKNOWN_ITEMS = Counter(
+    "hrnn_unknown_items_total", "Items in histories and rank lists that the model does not know"
+)
+NEW_USERS = Counter("hrnn_unknown_users_total", "Requests for a user the feature store lacks")
+MODEL_INFO = Gauge("hrnn_model_info", "1 for the model version that answers", ["version"])
+BUNDLE_LOAD_SECONDS = Gauge(
+    "hrnn_bundle_load_seconds", "Time to verify, load and warm up the model bundle"
+)
+TREND_AS_OF = Gauge(
+    "hrnn_trend_as_of_timestamp_seconds", "The moment the trend snapshot in use was counted for"
+)
+TREND_READ = Gauge(
+    "hrnn_trend_last_read_timestamp_seconds", "When the trend snapshot was last read successfully"
+)
+TREND_AGE = Gauge(
+    "hrnn_trend_age_seconds",
+    "Now minus the moment the trend snapshot was counted for; large on a historical log",
+)
+
+_version: str | None = None
+
+
+def set_model_version(version: str) -> None:
+    """Show `version` as the one in use, and no other."""
+    global _version
+    if version != _version:
+        MODEL_INFO.clear()
+        MODEL_INFO.labels(version).set(1)
+        _version = version
+
+
+def trend_read(snapshot: TrendSnapshot) -> None:
+    """Record a successful read of the trend snapshot."""
+    TREND_AS_OF.set(snapshot.as_of)
+    TREND_READ.set_to_current_time()
+    TREND_AGE.set_function(lambda: time.time() - snapshot.as_of)
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Time a stage."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        STAGE_SECONDS.labels(name).observe(time.perf_counter() - start)
+
+
+class RequestRecord:
+    """What `request` counts; filled in as it becomes known."""
+
+    task = "unknown"
+    degraded = False
+    version: str | None = None  # of the model that answered
+
+
+@contextmanager
+def request() -> Iterator[RequestRecord]:
+    """Count and time one request by its task and how it ended."""
+    record = RequestRecord()
+    outcome = "error"
+    start = time.perf_counter()
+    with IN_FLIGHT.track_inprogress():
+        try:
+            yield record
+            outcome = "degraded" if record.degraded else "ok"
+        except InputError:
+            outcome = "invalid"
+            raise
+        except UnavailableError:
+            outcome = "unavailable"
+            raise
+        finally:
+            REQUEST_SECONDS.labels(record.task).observe(time.perf_counter() - start)
+            REQUESTS.labels(record.task, outcome).inc()

@@ -1,0 +1,200 @@
+"""The predictor: histories in, affinities φ̃ of the best candidates out.
+
+Shapes: B instances, M items, C candidates.
+"""
+
+import asyncio
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.errors import BundleError, InputError
+from model.query import Event, Query
+from serving import metrics
+from serving.schemas import ScoreInstance, parse_score_instances
+from serving.server import PREDICTOR, JsonModel, main
+from serving.settings import ServeSettings
+
+log = logging.getLogger("hrnn.serving")
+
+MANIFEST, CHAMPION = "manifest.json", "champion.json"
+
+
+class Scorer(Protocol):
+    """What the predictor needs of model.recommender.Recommender."""
+
+    version: str
+    item_ids: tuple[str, ...]
+    beta: float
+
+    def affinities(self, queries: Sequence[Query]) -> NDArray[np.float32]: ...
+    def allowed(self, query: Query) -> NDArray[np.bool_]: ...
+
+
+class Predictor(JsonModel):
+    """Answers candidate questions of the transformer with one model bundle."""
+
+    def __init__(self, settings: ServeSettings, scorer: Scorer | None = None) -> None:
+        super().__init__(settings)
+        # One thread: PyTorch gains nothing from two requests at once, and the event loop
+        # stays free for health checks.
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+        if scorer is not None:
+            self._use(scorer)
+
+    def load(self) -> bool:
+        """Load and warm up the bundle that the settings name.
+
+        Raises:
+            InputError: no model directory is set.
+            BundleError: there is none, or it cannot be used.
+        """
+        if self.settings.model_dir is None:
+            raise InputError("no model: give --model-dir, a bundle or a model store")
+        import torch
+
+        from model.recommender import Recommender
+
+        torch.set_num_threads(self.settings.model_threads)
+        start = time.perf_counter()
+        path = bundle_path(Path(self.settings.model_dir))
+        self._use(Recommender.load(path))
+        seconds = time.perf_counter() - start
+        metrics.BUNDLE_LOAD_SECONDS.set(seconds)
+        log.info("loaded model %s in %.2f s", self._scorer.version, seconds)
+        return True
+
+    def _use(self, scorer: Scorer) -> None:
+        self._scorer = scorer
+        self._index = {item: j for j, item in enumerate(scorer.item_ids)}
+        order = sorted(range(len(scorer.item_ids)), key=scorer.item_ids.__getitem__)
+        self._id_rank_M = np.empty(len(order), dtype=np.int64)
+        self._id_rank_M[order] = np.arange(len(order))
+        self._warm_up()
+        metrics.set_model_version(scorer.version)
+        self.ready = True
+
+    def _warm_up(self) -> None:
+        """Run every path once, so that the first request finds no cold one."""
+        items = self._scorer.item_ids
+        history = [Event(items[i % len(items)], float(i)) for i in range(100)] if items else []
+        queries = [
+            Query(history=[], timestamp=0.0),
+            Query(history=history[:1], timestamp=1000.0),
+            Query(history=history, timestamp=1000.0, exclude_seen=True),
+        ]
+        for batch in (queries[:1], queries[2:], queries, queries * 5):
+            for query, phi_M in zip(batch, self._scorer.affinities(batch), strict=True):
+                self._candidates(phi_M, self._scorer.allowed(query), 256)
+
+    async def answer(self, instances: list[Any], record: metrics.RequestRecord) -> list[Any]:
+        record.task, record.version = "score", self._scorer.version
+        parsed = parse_score_instances(instances, self.settings)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, self._score, parsed)
+
+    def _score(self, instances: Sequence[ScoreInstance]) -> list[dict[str, Any]]:
+        queries = [instance.to_query() for instance in instances]
+        allowed_BM = []
+        for i, query in enumerate(queries):
+            try:
+                allowed_BM.append(self._scorer.allowed(query))
+            except InputError as error:
+                raise InputError(f"instances[{i}].{error}") from None
+        with metrics.stage("model"):
+            phi_BM = self._scorer.affinities(queries)
+        with metrics.stage("candidates"):
+            return [
+                self._answer_of(*one)
+                for one in zip(instances, queries, phi_BM, allowed_BM, strict=True)
+            ]
+
+    def _answer_of(
+        self,
+        instance: ScoreInstance,
+        query: Query,
+        phi_M: NDArray[np.float32],
+        allowed_M: NDArray[np.bool_],
+    ) -> dict[str, Any]:
+        scorer = self._scorer
+        best_C, exhausted = self._candidates(phi_M, allowed_M, instance.top_n)
+        scored = {}
+        unknown_score_items = 0
+        for item in instance.score_items:
+            position = self._index.get(item)
+            if position is None:
+                unknown_score_items += 1
+            elif allowed_M[position]:
+                scored[item] = float(phi_M[position])
+        unknown = sum(event.item_id not in self._index for event in query.history)
+        return {
+            "item_ids": [scorer.item_ids[c] for c in best_C],
+            "affinities": phi_M[best_C].astype(np.float64).tolist(),
+            "scored": scored,
+            "exhausted": exhausted,
+            "beta": scorer.beta,
+            "model_version": scorer.version,
+            "unknown_items": unknown,
+            "unknown_score_items": unknown_score_items,
+        }
+
+    def _candidates(
+        self, phi_M: NDArray[np.float32], allowed_M: NDArray[np.bool_], top_n: int
+    ) -> tuple[NDArray[np.int64], bool]:
+        """Positions of the top_n allowed items by φ̃ (ties by item id), and whether that is all."""
+        allowed_C = np.flatnonzero(allowed_M)
+        exhausted = top_n >= len(allowed_C)
+        if 0 < top_n < len(allowed_C):
+            phi_C = phi_M[allowed_C]
+            nth = np.partition(phi_C, len(phi_C) - top_n)[len(phi_C) - top_n]
+            allowed_C = allowed_C[phi_C >= nth]
+        elif top_n == 0:
+            allowed_C = allowed_C[:0]
+        order = np.lexsort((self._id_rank_M[allowed_C], -phi_M[allowed_C]))
+        return allowed_C[order][:top_n], exhausted
+
+    async def close(self) -> None:
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+def bundle_path(path: Path) -> Path:
+    """The bundle to serve: `path` itself, or the champion of a model store.
+
+    Raises:
+        BundleError: there is neither, or champion.json cannot be used.
+    """
+    if (path / MANIFEST).exists():
+        return path
+    champion = path / CHAMPION
+    try:
+        relative = json.loads(champion.read_text())["path"]
+        target = (path / relative).resolve()
+    except FileNotFoundError:
+        raise BundleError(
+            f"{path} holds no model: neither {MANIFEST} (a bundle) nor {CHAMPION} (a model store); "
+            "train one with `hrnn run`"
+        ) from None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise BundleError(f"{champion} does not name a bundle: {error!r}") from None
+    if not target.is_relative_to(path.resolve()):
+        raise BundleError(f"{champion} names a bundle outside of the model store: {relative}")
+    return target
+
+
+def build(settings: ServeSettings) -> Predictor:
+    """A predictor, loaded and warm."""
+    predictor = Predictor(settings)
+    predictor.load()
+    return predictor
+
+
+if __name__ == "__main__":
+    sys.exit(main(PREDICTOR, build))

@@ -1,0 +1,294 @@
+"""Requests and answers of both processes: typed, limited, unknown fields refused.
+
+Validation is strict (no "5" for 5) and every refusal names the field. Each process reads a list
+of JSON objects, `instances`, and answers `predictions` in the same order.
+"""
+
+import math
+import reprlib
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    StringConstraints,
+    ValidationError,
+)
+
+from model.errors import InputError
+from model.query import Event, FieldValue, ItemFilter, Query
+from serving.settings import ServeSettings
+
+TASKS = ("recommend", "rank")
+MAX_TIMESTAMP = 253_402_300_799  # 9999-12-31; milliseconds of any recent year are above
+MAX_FIELDS = 100
+MAX_TEXT = 10_000
+SHOWN_PROBLEMS = 5
+
+
+def _timestamp(value: float) -> float:
+    if value < 0:
+        raise ValueError("must not be negative (Unix seconds)")
+    if value > MAX_TIMESTAMP:
+        raise ValueError("must be Unix seconds, not milliseconds")
+    return value
+
+
+def _field_value(value: Any) -> FieldValue:
+    match value:
+        case None:
+            return None
+        case str() if len(value) <= MAX_TEXT:
+            return value
+        case bool():
+            pass
+        case int() | float() if math.isfinite(value):
+            return float(value)
+        case list() if len(value) <= MAX_FIELDS and all(
+            isinstance(v, str) and len(v) <= MAX_TEXT for v in value
+        ):
+            return tuple(value)
+    raise ValueError(f"must be text, a finite number, a list of up to {MAX_FIELDS} texts, or null")
+
+
+def _task(value: Any) -> Any:
+    if value not in TASKS:
+        raise ValueError(f"is not supported (supported: {', '.join(TASKS)})")
+    return value
+
+
+def _no_exploration(value: float) -> float:
+    if value != 0:
+        raise ValueError("exploration is not supported yet: leave it out or send 0")
+    return value
+
+
+Id = Annotated[str, StringConstraints(min_length=1, max_length=512)]
+Timestamp = Annotated[FiniteFloat, AfterValidator(_timestamp)]
+Value = Annotated[Any, AfterValidator(_field_value)]
+Fields = Annotated[dict[Id, Value], Field(max_length=MAX_FIELDS)]
+
+
+class Request(BaseModel):
+    """Base of request objects."""
+
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class HistoryEvent(Request):
+    """One past interaction; `timestamp` in Unix seconds, `value` e.g. a rating."""
+
+    item_id: Id
+    timestamp: Timestamp
+    event_type: Annotated[str, StringConstraints(max_length=512)] | None = None
+    value: FiniteFloat | None = None
+
+
+class Filter(Request):
+    """Items must be in `include` (if given), not in `exclude`, and match every field of `where`."""
+
+    include: list[Id] | None = None
+    exclude: list[Id] = []
+    where: Annotated[dict[Id, list[str]], Field(max_length=MAX_FIELDS)] = {}
+
+    def to_filter(self) -> ItemFilter:
+        return ItemFilter(
+            include=None if self.include is None else frozenset(self.include),
+            exclude=frozenset(self.exclude),
+            where={name: frozenset(values) for name, values in self.where.items()},
+        )
+
+
+class Instance(Request):
+    """One request to the transformer: who, when, and what is wanted."""
+
+    user_id: Id | None = None
+    user: Fields = {}
+    history: list[HistoryEvent] | None = None  # replaces the stored one
+    timestamp: Timestamp | None = None  # None: now
+    context: Fields = {}
+    task: Annotated[Literal["recommend", "rank"], BeforeValidator(_task)] = "recommend"
+    items: list[Id] | None = None  # of task rank
+    num_results: Annotated[int, Field(ge=1)] | None = None
+    exclude_seen: bool = False
+    filter: Filter = Filter()
+    trend_weight: Annotated[FiniteFloat, Field(ge=0, le=100)] = 1.0
+    exploration_weight: Annotated[FiniteFloat, AfterValidator(_no_exploration)] = 0.0
+
+
+class ScoreInstance(Request):
+    """One request to the predictor: a complete query, and which affinities to return."""
+
+    history: list[HistoryEvent] = []
+    timestamp: Timestamp
+    user: Fields = {}
+    context: Fields = {}
+    filter: Filter = Filter()
+    exclude_seen: bool = False
+    top_n: Annotated[int, Field(ge=0)]
+    score_items: list[Id] = []
+
+    def to_query(self) -> Query:
+        return Query(
+            history=to_events(self.history),
+            timestamp=self.timestamp,
+            user=self.user,
+            context=self.context,
+            filter=self.filter.to_filter(),
+            exclude_seen=self.exclude_seen,
+        )
+
+
+class RecommendedItem(BaseModel):
+    """score = affinity + trend: unnormalised log-probabilities."""
+
+    item_id: str
+    score: float
+    affinity: float
+    trend: float
+
+
+class Prediction(BaseModel):
+    """One answer of the transformer. `degraded` lists what was missing, usually nothing."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    recommendation_id: str
+    model_version: str | None  # None: the predictor did not answer
+    trend_version: str | None  # None: no trend snapshot was available
+    degraded: list[str]
+    items: list[RecommendedItem]
+    unknown_items: int = 0
+
+
+def to_events(history: Sequence[HistoryEvent]) -> list[Event]:
+    """Events in order of time; ties keep their order."""
+    events = [Event(e.item_id, e.timestamp, e.event_type, e.value) for e in history]
+    events.sort(key=lambda e: e.timestamp)
+    return events
+
+
+def parse_instances(raw: Sequence[Any], settings: ServeSettings) -> list[Instance]:
+    """Validate the transformer's instances.
+
+    Raises:
+        InputError: names the fields that are wrong and why.
+    """
+    _check_sizes(raw, settings)
+    instances = _parse(Instance, raw)
+    total = 0
+    for i, instance in enumerate(instances):
+        where = f"instances[{i}]"
+        if instance.task == "rank":
+            if not instance.items:
+                raise InputError(f"{where}.items: task 'rank' needs a list of item ids to rank")
+        elif instance.items is not None:
+            raise InputError(
+                f"{where}.items: only task 'rank' takes items; "
+                "use filter.include to restrict recommendations"
+            )
+        if (instance.num_results or 0) > settings.max_num_results:
+            raise InputError(
+                f"{where}.num_results: must be at most {settings.max_num_results} "
+                f"(got {instance.num_results})"
+            )
+        total += instance.num_results or settings.default_num_results
+    if total > settings.max_total_results:
+        raise InputError(
+            f"instances: num_results add up to {total}, more than "
+            f"{settings.max_total_results} in one request; split it"
+        )
+    return instances
+
+
+def parse_score_instances(raw: Sequence[Any], settings: ServeSettings) -> list[ScoreInstance]:
+    """Validate the predictor's instances.
+
+    Raises:
+        InputError: names the fields that are wrong and why.
+    """
+    _check_sizes(raw, settings, ("history",))
+    return _parse(ScoreInstance, raw)
+
+
+R = TypeVar("R", bound=Request)
+
+
+def _parse(kind: type[R], raw: Sequence[Any]) -> list[R]:
+    parsed = []
+    for i, values in enumerate(raw):
+        try:
+            parsed.append(kind.model_validate(values))
+        except ValidationError as error:
+            raise InputError(_explain(f"instances[{i}]", error, kind)) from None
+    return parsed
+
+
+def _explain(where: str, error: ValidationError, kind: type[BaseModel]) -> str:
+    problems = []
+    found = error.errors(include_url=False, include_context=False)
+    for e in found[:SHOWN_PROBLEMS]:
+        # Keys come from the request: never repeat a long one in full.
+        path = where + "".join(
+            f"[{part}]" if isinstance(part, int) else f".{part:.80}" for part in e["loc"]
+        )
+        message = e["msg"].removeprefix("Value error, ")
+        if e["type"] == "extra_forbidden":
+            known = f" (known: {', '.join(kind.model_fields)})" if len(e["loc"]) == 1 else ""
+            problems.append(f"{path}: no such field{known}")
+        elif e["type"] == "missing":
+            problems.append(f"{path}: is required")
+        else:
+            problems.append(f"{path}: {message} (got {reprlib.repr(e['input'])})")
+    if len(found) > SHOWN_PROBLEMS:
+        problems.append(f"and {len(found) - SHOWN_PROBLEMS} more problems")
+    return "; ".join(problems)
+
+
+def _check_sizes(
+    raw: Sequence[Any],
+    settings: ServeSettings,
+    names: Sequence[str] = ("history", "items", "include", "exclude", "where"),
+) -> None:
+    """Refuse what is too long before any time is spent on validating it."""
+    if not raw:
+        raise InputError("instances: must hold at least one instance")
+    if len(raw) > settings.max_instances:
+        raise InputError(
+            f"instances: at most {settings.max_instances} in one request (got {len(raw)})"
+        )
+    for i, instance in enumerate(raw):
+        if not isinstance(instance, Mapping):
+            raise InputError(
+                f"instances[{i}]: must be a JSON object (got {reprlib.repr(instance)})"
+            )
+        item_filter = instance.get("filter")
+        if not isinstance(item_filter, Mapping):
+            item_filter = {}
+        where = item_filter.get("where")
+        lists = {
+            "history": (instance.get("history"), settings.max_history),
+            "items": (instance.get("items"), settings.max_items),
+            "include": (item_filter.get("include"), settings.max_items),
+            "exclude": (item_filter.get("exclude"), settings.max_items),
+        }
+        if isinstance(where, Mapping):
+            longest = max(where.values(), key=_length, default=None)
+            lists["where"] = (longest, settings.max_items)
+        for name, (values, limit) in lists.items():
+            if name in names and _length(values) > limit:
+                path = name if name in ("history", "items") else f"filter.{name}"
+                raise InputError(
+                    f"instances[{i}].{path}: at most {limit} entries (got {_length(values)})"
+                )
+
+
+def _length(values: Any) -> int:
+    return len(values) if isinstance(values, list) else 0

@@ -1,0 +1,506 @@
+"""A KServe model server that binds where it is told, refuses bad input with 4xx and stops cleanly.
+
+KServe's own server listens on all interfaces, answers much bad input with 500, lets anyone unload
+a model, and logs request contents with every error. The routes kept are listed in `_application`.
+"""
+
+import argparse
+import asyncio
+import errno
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+import orjson
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+from model.errors import HrnnError, InputError, UnavailableError
+from serving import codec, metrics
+from serving.kserve_api import (
+    AsyncServerInterceptor,
+    DataPlane,
+    InferenceServicer,
+    InvalidInput,
+    Model,
+    ModelNotFound,
+    ModelNotReady,
+    ModelServer,
+    ServerNotReady,
+    V1Endpoints,
+    V2Endpoints,
+    metrics_handler,
+    pb_grpc,
+)
+from serving.settings import MAX_MESSAGE_BYTES, ServeSettings
+
+log = logging.getLogger("hrnn.serving")
+
+EXIT_WITH_PARENT = "HRNN_EXIT_WITH_PARENT"
+PREDICTOR, TRANSFORMER = "predictor", "transformer"
+
+
+class JsonModel(Model):  # type: ignore[misc]
+    """A KServe model whose instances and predictions are JSON objects, whatever the protocol."""
+
+    def __init__(self, settings: ServeSettings) -> None:
+        super().__init__(settings.model_name)
+        self.settings = settings
+
+    async def answer(self, instances: list[Any], record: metrics.RequestRecord) -> list[Any]:
+        """One prediction per instance, in order.
+
+        Raises:
+            InputError: an instance is wrong; the message names the field.
+            UnavailableError: nothing can be answered now.
+        """
+        raise NotImplementedError
+
+    async def predict(
+        self,
+        payload: Any,
+        headers: dict[str, str] | None = None,
+        response_headers: dict[str, str] | None = None,
+    ) -> Any:
+        try:
+            with metrics.request() as record:
+                instances = codec.read_instances(payload)
+                predictions = await self.answer(instances, record)
+                metrics.INSTANCES.observe(len(predictions))
+        except InputError as error:
+            raise InvalidInput(str(error)) from None
+        return codec.write_predictions(payload, predictions, record.version)
+
+    async def open(self) -> None:
+        """Start what lives in the event loop; called before the server accepts requests."""
+
+    async def close(self) -> None:
+        """Stop what `open` started."""
+
+    def get_input_types(self) -> list[dict[str, Any]]:
+        return [{"name": codec.INPUT, "datatype": "BYTES", "shape": [-1]}]
+
+    def get_output_types(self) -> list[dict[str, Any]]:
+        return [{"name": codec.OUTPUT, "datatype": "BYTES", "shape": [-1]}]
+
+
+class Plane(DataPlane):  # type: ignore[misc]
+    """KServe's data plane, honest about readiness."""
+
+    async def get_model(self, name: str) -> Any:
+        model = self.get_model_from_registry(name)
+        if not model.ready:  # KServe would load it again, inside the event loop
+            raise ModelNotReady(name)
+        return model
+
+    async def ready(self) -> bool:
+        models = self.model_registry.get_models().values()
+        return bool(models) and all(model.ready for model in models)
+
+
+class Servicer(InferenceServicer):  # type: ignore[misc]
+    """gRPC Open Inference Protocol without the calls that load and unload models."""
+
+    async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:  # noqa: N802
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "models are loaded at start-up")
+
+    async def RepositoryModelUnload(self, request: Any, context: Any) -> Any:  # noqa: N802
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "models are loaded at start-up")
+
+
+class StatusInterceptor(AsyncServerInterceptor):
+    """Exceptions to gRPC status codes, without request contents in the log."""
+
+    async def intercept(
+        self, method: Callable[..., Any], request: Any, context: Any, method_name: str
+    ) -> Any:
+        try:
+            return await method(request, context)
+        except (InvalidInput, InputError) as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except ModelNotFound as error:
+            await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+        except (ModelNotReady, UnavailableError) as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        except (grpc.aio.AbortError, asyncio.CancelledError):
+            raise
+        except Exception as error:
+            log_failure(error)
+            await context.abort(grpc.StatusCode.INTERNAL, "internal error, see the server's log")
+
+
+class Rest:
+    """The HTTP routes of one server."""
+
+    def __init__(self, plane: Plane, settings: ServeSettings) -> None:
+        self._plane = plane
+        self._settings = settings
+
+    def application(self) -> FastAPI:
+        app = FastAPI(openapi_url=None)
+        v1, v2 = V1Endpoints(self._plane), V2Endpoints(self._plane)
+        app.add_route("/v1/models/{model_name}:predict", self._v1, methods=["POST"])
+        app.add_route("/v2/models/{model_name}/infer", self._v2, methods=["POST"])
+        get: list[tuple[str, Callable[..., Any]]] = [
+            ("/", self._plane.live),
+            ("/metrics", metrics_handler),
+            ("/v1/models", v1.models),
+            ("/v1/models/{model_name}", v1.model_ready),
+            ("/v2", v2.metadata),
+            ("/v2/health/live", v2.live),
+            ("/v2/health/ready", v2.ready),
+            ("/v2/models", v2.models),
+            ("/v2/models/{model_name}", self._model_metadata),
+            ("/v2/models/{model_name}/ready", self._model_ready),
+        ]
+        for path, endpoint in get:
+            app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
+        app.add_exception_handler(HTTPException, _http_error)
+        app.add_exception_handler(ModelNotFound, _not_found)
+        app.add_exception_handler(Exception, _server_error)
+        app.add_exception_handler(ModelNotReady, _not_ready)
+        app.add_exception_handler(ServerNotReady, _not_ready)
+        return app
+
+    async def _v1(self, request: Request) -> Response:
+        return await self._predict(request, open_inference=False)
+
+    async def _v2(self, request: Request) -> Response:
+        return await self._predict(request, open_inference=True)
+
+    async def _model_metadata(self, model_name: str) -> Any:
+        return await self._plane.model_metadata(model_name)
+
+    async def _model_ready(self, model_name: str) -> Any:
+        if not await self._plane.model_ready(model_name):
+            raise ModelNotReady(model_name)
+        return {"name": model_name, "ready": True}
+
+    async def _predict(self, request: Request, open_inference: bool) -> Response:
+        name = request.path_params["model_name"]
+        try:
+            payload = codec.parse_json(await self._body(request))
+            if open_inference:
+                payload = codec.infer_request(payload, name)
+            result, _ = await self._plane.infer(model_name=name, request=payload, headers={})
+            content = result.to_rest()[0] if open_inference else result
+            return Response(orjson.dumps(content), media_type="application/json")
+        except InputError as error:  # before the model saw it, so not counted there
+            metrics.REQUESTS.labels("unknown", "invalid").inc()
+            return _error(400, str(error))
+        except HTTPException as error:
+            metrics.REQUESTS.labels("unknown", "invalid").inc()
+            return _error(error.status_code, error.detail)
+        except InvalidInput as error:
+            return _error(400, str(error))
+        except ModelNotFound as error:
+            return _error(404, str(error))
+        except (ModelNotReady, UnavailableError) as error:
+            return _error(503, str(error), {"Retry-After": "1"})
+        except Exception as error:
+            log_failure(error)
+            return _error(500, "internal error, see the server's log")
+
+    async def _body(self, request: Request) -> bytes:
+        """The whole body, at most `max_body_bytes`.
+
+        Raises:
+            HTTPException: 413 too large, 415 not JSON.
+        """
+        kind = request.headers.get("content-type", "application/json")
+        if kind.partition(";")[0].strip().lower() != "application/json":
+            raise HTTPException(415, "send the body as Content-Type: application/json")
+        if request.headers.get("content-encoding", "identity") != "identity":
+            raise HTTPException(415, "send the body without Content-Encoding")
+        limit = self._settings.max_body_bytes
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > limit:
+                raise HTTPException(413, f"the body is larger than {limit} bytes")
+        return bytes(body)
+
+
+def _error(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
+    body = orjson.dumps({"error": message})
+    return Response(body, status, headers=headers, media_type="application/json")
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)  # noqa: S101 - registered for it
+    return _error(error.status_code, error.detail)
+
+
+async def _not_found(_: Request, error: Exception) -> Response:
+    return _error(404, str(error))
+
+
+async def _not_ready(_: Request, error: Exception) -> Response:
+    return _error(503, str(error), {"Retry-After": "1"})
+
+
+async def _server_error(_: Request, error: Exception) -> Response:
+    log_failure(error)
+    return _error(500, "internal error, see the server's log")
+
+
+def log_failure(error: BaseException) -> None:
+    """Log an unexpected error by type and place; its text could quote a request."""
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    where = " < ".join(f"{f.filename}:{f.lineno}" for f in reversed(frames))
+    log.error("%s at %s", type(error).__name__, where)
+
+
+class _Uvicorn(uvicorn.Server):
+    """Uvicorn that leaves signals to `Server`."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Server(ModelServer):  # type: ignore[misc]
+    """One model on HTTP and gRPC, both bound to `host`."""
+
+    def __init__(
+        self,
+        model: JsonModel,
+        settings: ServeSettings,
+        http_socket: socket.socket,
+        grpc_port: int,
+        max_message_bytes: int,
+    ) -> None:
+        super().__init__(
+            http_port=http_socket.getsockname()[1],
+            grpc_port=grpc_port,
+            workers=1,
+            enable_latency_logging=False,
+        )
+        self.dataplane = Plane(self.registered_models)
+        self._model = model
+        self._settings = settings
+        self._http_socket = http_socket
+        self._max_message_bytes = max_message_bytes
+        self.register_model(model)
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT; requests in flight are finished first."""
+        try:
+            import uvloop
+
+            factory: Callable[[], asyncio.AbstractEventLoop] | None = uvloop.new_event_loop
+        except ImportError:
+            factory = None
+        with asyncio.Runner(loop_factory=factory) as runner:
+            runner.run(self._run())
+
+    async def _run(self) -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        await self._model.open()
+        grpc_server = await self._start_grpc()
+        grace = self._settings.grace_seconds
+        app = Rest(self.dataplane, self._settings).application()
+        http_server = _Uvicorn(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                lifespan="off",
+                timeout_keep_alive=65,  # longer than the proxies in front
+                timeout_graceful_shutdown=max(1, round(grace)),
+            )
+        )
+        http_task = asyncio.create_task(http_server.serve([self._http_socket]))
+        stop_task = asyncio.create_task(stop.wait())
+        log.info(
+            "serving %s on http://%s:%d and grpc://%s:%d",
+            self._model.name,
+            self._settings.host,
+            self.http_port,
+            self._settings.host,
+            self.grpc_port,
+        )
+        await asyncio.wait({http_task, stop_task}, return_when=asyncio.FIRST_COMPLETED)
+        log.info("stopping")
+        http_server.should_exit = True
+        await asyncio.gather(http_task, grpc_server.stop(grace), return_exceptions=True)
+        await self._model.close()
+        self._model.ready = False
+        stop_task.cancel()
+        if not http_task.cancelled() and http_task.exception() is not None:
+            raise http_task.exception()  # type: ignore[misc]
+
+    async def _start_grpc(self) -> Any:
+        # Without so_reuseport=0 a second server would share the port silently.
+        server = grpc.aio.server(
+            ThreadPoolExecutor(max_workers=1),
+            interceptors=(StatusInterceptor(),),
+            options=[
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.max_receive_message_length", self._max_message_bytes),
+            ],
+        )
+        pb_grpc.add_GRPCInferenceServiceServicer_to_server(
+            Servicer(self.dataplane, self.model_repository_extension), server
+        )
+        try:
+            server.add_insecure_port(f"{self._settings.host}:{self.grpc_port}")
+        except RuntimeError:
+            raise _in_use(self._settings.host, self.grpc_port) from None
+        await server.start()
+        return server
+
+
+def reserve(host: str, port: int) -> socket.socket:
+    """Bind a port without listening: others get a clear refusal, clients none too early.
+
+    Raises:
+        UnavailableError: the port is in use or the host is not one of this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EADDRINUSE:
+            raise _in_use(host, port) from None
+        raise UnavailableError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+    return sock
+
+
+def _in_use(host: str, port: int) -> UnavailableError:
+    return UnavailableError(
+        f"port {port} on {host} is in use: stop what uses it, or choose another port"
+    )
+
+
+class _JsonLines(logging.Formatter):
+    """One JSON object a line: time, level, role, logger, message."""
+
+    def __init__(self, role: str) -> None:
+        super().__init__()
+        self._role = role
+
+    def format(self, record: logging.LogRecord) -> str:
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line = {
+            "time": f"{stamp}.{record.msecs:03.0f}Z",
+            "level": record.levelname.lower(),
+            "role": self._role,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info and record.exc_info[1] is not None:
+            line["error"] = type(record.exc_info[1]).__name__
+        return json.dumps(line)
+
+
+def configure_logging(role: str) -> None:
+    """Structured lines on stderr; no line per request."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_JsonLines(role))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("hrnn").setLevel(logging.INFO)
+    for name in ("kserve", "kserve.trace", "uvicorn", "uvicorn.error", "uvicorn.access"):
+        logger = logging.getLogger(name)
+        # A handler of its own keeps KServe from configuring per-request logs.
+        logger.handlers = [logging.NullHandler()]
+        logger.setLevel(logging.WARNING)
+        logger.propagate = True
+
+
+def exit_with_parent(grace_seconds: float) -> None:
+    """Stop when stdin closes: the launcher holds its other end, and even SIGKILL closes it.
+
+    Unlike PR_SET_PDEATHSIG this does not depend on which thread started the process.
+    """
+
+    def watch() -> None:
+        while os.read(0, 1024):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(grace_seconds + 5)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+def parse_arguments(role: str, arguments: Sequence[str]) -> ServeSettings:
+    """Settings from HRNN_* variables, overridden by flags.
+
+    Flags are the settings' names; `--http-port` and `--grpc-port` are the role's own. Both
+    spellings, with - and _, are accepted: the KServe controller passes --predictor_host and such.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m serving.{role}",
+        description=f"The {role} of the HRNN-meta service. "
+        "Every flag can also be set as HRNN_<NAME>.",
+        allow_abbrev=False,
+    )
+    own = {f"{role}_{kind}_port": f"{kind}_port" for kind in ("http", "grpc")}
+    for name, info in ServeSettings.model_fields.items():
+        names = [name, own[name]] if name in own else [name]
+        spellings = [s for n in names for s in (f"--{n.replace('_', '-')}", f"--{n}")]
+        parser.add_argument(
+            *dict.fromkeys(spellings),
+            dest=name,
+            metavar="X",
+            help=f"default: {info.default}",
+        )
+    parser.add_argument("--predictor_protocol", choices=["grpc-v2"], help=argparse.SUPPRESS)
+    flags = vars(parser.parse_args(arguments))
+    flags.pop("predictor_protocol")
+    given = {name: value for name, value in flags.items() if value is not None}
+    base = {n: v for n, v in ServeSettings.from_env().model_dump().items() if n not in given}
+    return ServeSettings.parse(base | given, where="setting")
+
+
+def main(
+    role: str,
+    build: Callable[[ServeSettings], JsonModel],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Run one role until it is told to stop.
+
+    Returns:
+        0 after a clean stop, 2 after an error a person can fix (one sentence on stderr).
+    """
+    configure_logging(role)
+    try:
+        settings = parse_arguments(role, sys.argv[1:] if arguments is None else arguments)
+        if os.environ.get(EXIT_WITH_PARENT):
+            exit_with_parent(settings.grace_seconds)
+        predictor = role == PREDICTOR
+        http_port = settings.predictor_http_port if predictor else settings.transformer_http_port
+        grpc_port = settings.predictor_grpc_port if predictor else settings.transformer_grpc_port
+        with reserve(settings.host, http_port) as http_socket:
+            reserve(settings.host, grpc_port).close()  # gRPC binds its port itself
+            model = build(settings)
+            limit = MAX_MESSAGE_BYTES if predictor else settings.max_body_bytes
+            Server(model, settings, http_socket, grpc_port, limit).run()
+    except HrnnError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0

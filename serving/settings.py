@@ -1,0 +1,108 @@
+"""Settings of the two serving processes; from HRNN_* variables in containers, flags on a laptop."""
+
+import os
+import socket
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from model.errors import InputError
+from model.settings import SettingsBase
+
+ENV_PREFIX = "HRNN_"
+MAX_MESSAGE_BYTES = 64 * 2**20  # gRPC between transformer and predictor; gRPC's default is 4 MiB
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class ServeSettings(SettingsBase):
+    """Addresses, deadlines and limits. Durations in seconds, sizes in bytes.
+
+    Every field can be set by the environment variable HRNN_<FIELD IN CAPITALS>.
+    """
+
+    host: str = "127.0.0.1"  # what both processes bind to; 0.0.0.0 in a container
+    transformer_http_port: Port = 8080
+    transformer_grpc_port: Port = 8081
+    predictor_http_port: Port = 8090
+    predictor_grpc_port: Port = 8091
+    predictor_host: str | None = None  # host[:port] of the predictor's gRPC; None: same host
+    model_name: str = "hrnn-meta"
+
+    model_dir: str | None = None  # a bundle, or a model store with champion.json
+    model_threads: PositiveInt = 1  # PyTorch threads; more than one pays off above ~100k items
+
+    # The feature store; the same names as feature_repo.store.FeatureStoreSettings.from_env.
+    feature_root: str | None = None
+    online_store: Literal["sqlite", "redis"] = "sqlite"
+    redis_url: str | None = None
+
+    feature_deadline_seconds: PositiveFloat = 0.5
+    predictor_deadline_seconds: PositiveFloat = 1.0  # all rounds of one request together
+    trend_refresh_seconds: PositiveFloat = 5.0
+    trend_deadline_seconds: PositiveFloat = 5.0
+    trend_stale_seconds: PositiveFloat = 60.0  # without a successful read: answers are labelled
+    feature_threads: PositiveInt = 8
+    grace_seconds: NonNegativeFloat = 10.0  # for requests in flight at SIGTERM
+
+    default_num_results: PositiveInt = 25
+    max_num_results: PositiveInt = 100_000
+    max_total_results: PositiveInt = 400_000  # over the instances of one request
+    max_instances: PositiveInt = 256
+    max_history: PositiveInt = 1000
+    max_items: PositiveInt = 10_000  # of `items`, of each filter list
+    max_body_bytes: PositiveInt = 4 * 2**20
+
+    @property
+    def predictor_address(self) -> str:
+        """host:port of the predictor's gRPC server."""
+        host = self.predictor_host or self.host
+        return host if ":" in host else f"{host}:{self.predictor_grpc_port}"
+
+    @property
+    def transformer_url(self) -> str:
+        return f"http://{self.host}:{self.transformer_http_port}"
+
+    @property
+    def predictor_url(self) -> str:
+        return f"http://{self.host}:{self.predictor_http_port}"
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] = os.environ) -> Self:
+        """Read HRNN_* variables; empty ones count as unset.
+
+        Raises:
+            InputError: names the variable and what is wrong with it.
+        """
+        values = {
+            name: environ[variable]
+            for name in cls.model_fields
+            if environ.get(variable := ENV_PREFIX + name.upper())
+        }
+        try:
+            return cls.parse(values)
+        except InputError as error:
+            message = str(error)
+            for name in values:
+                message = message.replace(f"settings.{name}:", f"{ENV_PREFIX}{name.upper()}:")
+            raise InputError(message) from None
+
+    def to_env(self) -> dict[str, str]:
+        """Inverse of `from_env`: every field, unset ones as empty strings."""
+        return {
+            ENV_PREFIX + name.upper(): "" if value is None else str(value)
+            for name, value in self.model_dump(mode="json").items()
+        }
+
+    def with_free_ports(self) -> Self:
+        """The same settings on four ports that were free a moment ago (for tests)."""
+        names = [name for name in type(self).model_fields if name.endswith("_port")]
+        ports: dict[str, int] = {}
+        with ExitStack() as stack:
+            for name in names:
+                sock = stack.enter_context(socket.socket())
+                sock.bind((self.host, 0))
+                ports[name] = sock.getsockname()[1]
+        return self.model_copy(update=ports)

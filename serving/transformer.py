@@ -1,0 +1,306 @@
+"""The transformer: features → predictor → trend bias → exact top-k; degrades, never hangs.
+
+Every request is answered within its deadlines. What was missing is named in the answer's
+`degraded` and counted.
+"""
+
+import asyncio
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+from uuid import uuid4
+
+from model.errors import InputError, UnavailableError
+from model.query import Event, Recommendation
+from serving import metrics
+from serving.features import Features, Reader, UserFeatures
+from serving.ranking import AnswerError, Question, Search, Trend, ranked
+from serving.schemas import Filter, Instance, parse_instances, to_events
+from serving.scoring import PredictorClient, PredictorError, Scored
+from serving.server import TRANSFORMER, JsonModel, main
+from serving.settings import ServeSettings
+
+log = logging.getLogger("hrnn.serving")
+
+FEATURES_UNAVAILABLE = "features_unavailable"
+PREDICTOR_UNAVAILABLE = "predictor_unavailable"
+
+
+class Predictors(Protocol):
+    """serving.scoring.PredictorClient, or a stand-in."""
+
+    async def open(self) -> None: ...
+    async def close(self) -> None: ...
+    async def score(self, instances: Sequence[dict[str, Any]], timeout: float) -> list[Scored]: ...
+
+
+class Work:
+    """One instance on its way to an answer."""
+
+    def __init__(
+        self,
+        instance: Instance,
+        features: UserFeatures | None,
+        trend: Trend,
+        degraded: list[str],
+        settings: ServeSettings,
+    ) -> None:
+        self.instance = instance
+        self.trend = trend
+        self.degraded = degraded
+        self.unknown_items = 0
+        self.rounds = 0
+        self.version: str | None = None
+        self._results: list[Recommendation] | None = None
+        self._user = {**(features.profile if features else {}), **instance.user}
+        if instance.history is not None:
+            history = to_events(instance.history)
+        else:
+            history = list(features.history) if features else []
+        # Events after the request time are not part of p(a | h, t). "Now" is never before the
+        # newest event: clocks differ.
+        if instance.timestamp is None:
+            newest = history[-1].timestamp if history else 0.0
+            self._timestamp = max(time.time(), newest)
+        else:
+            self._timestamp = instance.timestamp
+            history = [e for e in history if e.timestamp <= self._timestamp]
+        self._history: list[Event] = history
+        if instance.task == "rank":
+            self._items = list(dict.fromkeys(instance.items or []))
+            self._k = instance.num_results or len(self._items)
+        else:
+            self._items = []
+            self._k = instance.num_results or settings.default_num_results
+        self._restart()
+
+    def _restart(self) -> None:
+        self._search: Search | None = None
+        if self.instance.task == "recommend":
+            self._search = Search(self._k, self.trend, self.instance.trend_weight)
+
+    @property
+    def question(self) -> Question | None:
+        """What to ask the predictor next; None when answered."""
+        if self._results is not None:
+            return None
+        return Question(0, self._items) if self._search is None else self._search.question
+
+    def ask(self) -> dict[str, Any]:
+        """The predictor's instance for `question`."""
+        question = self.question
+        assert question is not None  # noqa: S101 - only unanswered work asks
+        instance = self.instance
+        return {
+            "history": [
+                {
+                    "item_id": e.item_id,
+                    "timestamp": e.timestamp,
+                    "event_type": e.event_type,
+                    "value": e.value,
+                }
+                for e in self._history
+            ],
+            "timestamp": self._timestamp,
+            "user": self._user,
+            "context": instance.context,
+            "filter": instance.filter.model_dump(),
+            "exclude_seen": instance.exclude_seen,
+            "top_n": question.top_n,
+            "score_items": question.score_items,
+        }
+
+    def tell(self, scored: Scored) -> None:
+        """Take an answer.
+
+        Raises:
+            AnswerError: it makes no sense.
+        """
+        self.rounds += 1
+        if self.version not in (None, scored.model_version):
+            # The predictor changed its model between two rounds: affinities do not mix.
+            self.version = None
+            self._restart()
+            return
+        self.version = scored.model_version
+        self.unknown_items = scored.unknown_items
+        candidates = scored.candidates
+        if self._search is None:
+            self.unknown_items += scored.unknown_score_items
+            coefficient = self.instance.trend_weight * candidates.beta
+            self._results = ranked(candidates.scored.items(), self.trend, coefficient, self._k)
+            return
+        self._search.tell(candidates)
+        if self._search.question is None:
+            self._results = self._search.results()
+
+    def fall_back(self) -> None:
+        """Answer without the predictor: the trend's own order, log q as the score.
+
+        Items' fields are the predictor's, so with a `where` filter nothing is known to pass.
+        """
+        self.degraded.append(PREDICTOR_UNAVAILABLE)
+        self.version = None
+        self.unknown_items = 0
+        item_filter: Filter = self.instance.filter
+        include = None if item_filter.include is None else set(item_filter.include)
+        exclude = set(item_filter.exclude)
+        if self.instance.exclude_seen:
+            exclude |= {e.item_id for e in self._history}
+        if self.instance.task == "rank":
+            candidates = self._items
+        elif include is not None:
+            candidates = sorted(include)
+        else:
+            candidates = list(self.trend.item_ids)
+        passing = [
+            (i, 0.0)
+            for i in candidates
+            if i not in exclude and (include is None or i in include) and not item_filter.where
+        ]
+        self._results = ranked(passing, self.trend, 1.0, self._k)
+
+    def prediction(self) -> dict[str, Any]:
+        """The answer as JSON."""
+        assert self._results is not None  # noqa: S101 - called when answered
+        prediction: dict[str, Any] = {
+            "recommendation_id": uuid4().hex,
+            "model_version": self.version,
+            "trend_version": self.trend.version,
+            "degraded": self.degraded,
+            "items": [
+                {"item_id": r.item_id, "score": r.score, "affinity": r.affinity, "trend": r.trend}
+                for r in self._results
+            ],
+        }
+        if self.unknown_items:
+            prediction["unknown_items"] = self.unknown_items
+        return prediction
+
+
+class Transformer(JsonModel):
+    """Answers the public contract."""
+
+    def __init__(
+        self,
+        settings: ServeSettings,
+        open_reader: Callable[[], Reader],
+        predictors: Predictors | None = None,
+    ) -> None:
+        super().__init__(settings)
+        self._features = Features(open_reader, settings)
+        self._predictors = predictors or PredictorClient(settings)
+
+    def load(self) -> bool:
+        """Connect to the feature store and read the trend; a store that is down is no error."""
+        self._features.prepare()
+        self.ready = True
+        return True
+
+    async def open(self) -> None:
+        await self._predictors.open()
+        await self._features.open()
+
+    async def close(self) -> None:
+        await self._features.close()
+        await self._predictors.close()
+
+    async def answer(self, instances: list[Any], record: metrics.RequestRecord) -> list[Any]:
+        parsed = parse_instances(instances, self.settings)
+        tasks = {instance.task for instance in parsed}
+        record.task = tasks.pop() if len(tasks) == 1 else "mixed"
+        with metrics.stage("features"):
+            users = await self._read_users(parsed)
+        trend, trend_problem = self._features.trend()  # one snapshot for the whole answer
+        works = []
+        for instance in parsed:
+            features = users.get(instance.user_id) if instance.user_id is not None else None
+            degraded = [trend_problem] if trend_problem else []
+            if instance.user_id is not None and features is None:
+                degraded.append(FEATURES_UNAVAILABLE)
+            works.append(Work(instance, features, trend, degraded, self.settings))
+        await self._rank(works)
+        predictions = [work.prediction() for work in works]
+        for work in works:
+            metrics.UNKNOWN_ITEMS.inc(work.unknown_items)
+            for reason in work.degraded:
+                metrics.FALLBACKS.labels(reason).inc()
+                record.degraded = True
+            if work.version is not None:
+                record.version = work.version
+                metrics.set_model_version(work.version)
+        return predictions
+
+    async def _read_users(self, instances: Sequence[Instance]) -> dict[str, UserFeatures]:
+        """Features by user id; users that could not be read are absent."""
+        ids = list(dict.fromkeys(i.user_id for i in instances if i.user_id is not None))
+        if not ids:
+            return {}
+        found = await asyncio.gather(*map(self._features.user, ids), return_exceptions=True)
+        users = {}
+        for user_id, features in zip(ids, found, strict=True):
+            if isinstance(features, UnavailableError):
+                continue
+            if isinstance(features, BaseException):
+                raise features
+            users[user_id] = features
+            if not features.known:
+                metrics.NEW_USERS.inc()
+        return users
+
+    async def _rank(self, works: Sequence[Work]) -> None:
+        """Advance all instances in lockstep, one call to the predictor per round."""
+        deadline = time.monotonic() + self.settings.predictor_deadline_seconds
+        pending = list(works)
+        try:
+            while pending:
+                with metrics.stage("predictor"):
+                    answers = await self._predictors.score(
+                        [work.ask() for work in pending], deadline - time.monotonic()
+                    )
+                with metrics.stage("ranking"):
+                    for work, answer in zip(pending, answers, strict=True):
+                        work.tell(answer)
+                        if work.question is None and work.instance.task == "recommend":
+                            metrics.ROUNDS.observe(work.rounds)
+                pending = [work for work in pending if work.question is not None]
+        except PredictorError:
+            self._fall_back(pending)
+        except AnswerError:
+            metrics.PREDICTOR_ERRORS.labels("invalid_answer").inc()
+            self._fall_back([work for work in pending if work.question is not None])
+
+    def _fall_back(self, pending: Sequence[Work]) -> None:
+        for work in pending:
+            if work.trend.version is None:
+                raise UnavailableError(
+                    "neither the predictor nor a trend snapshot is available; try again"
+                )
+            work.fall_back()
+
+
+def build(settings: ServeSettings) -> Transformer:
+    """A transformer on the configured feature store, ready to serve."""
+    if not settings.feature_root:
+        raise InputError("no feature store: give --feature-root, the folder `hrnn run` filled")
+    root = settings.feature_root
+
+    def open_reader() -> Reader:
+        from feature_repo.store import FeatureReader, FeatureStoreSettings  # slow to import
+
+        reader: Reader = FeatureReader(
+            FeatureStoreSettings(
+                root=root, online=settings.online_store, redis_url=settings.redis_url
+            )
+        )
+        return reader
+
+    transformer = Transformer(settings, open_reader)
+    transformer.load()
+    return transformer
+
+
+if __name__ == "__main__":
+    sys.exit(main(TRANSFORMER, build))
