@@ -13,7 +13,14 @@ try:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from grpc_interceptor import AsyncServerInterceptor
-        from kserve import InferInput, InferOutput, InferRequest, InferResponse, Model
+        from kserve import (
+            InferInput,
+            InferOutput,
+            InferRequest,
+            InferResponse,
+            Model,
+            ModelRepository,
+        )
         from kserve.errors import InvalidInput, ModelNotFound, ModelNotReady, ServerNotReady
         from kserve.model_server import ModelServer
         from kserve.protocol.dataplane import DataPlane
@@ -38,6 +45,7 @@ __all__ = [
     "Model",
     "ModelNotFound",
     "ModelNotReady",
+    "ModelRepository",
     "ModelServer",
     "ServerNotReady",
     "V1Endpoints",

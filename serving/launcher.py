@@ -103,6 +103,10 @@ class LocalServing:
             raise
         return self
 
+    def command(self, role: str) -> list[str]:
+        """How a process is started; settings go by environment, as a URL may hold a password."""
+        return [sys.executable, "-m", f"serving.{role}"]
+
     def start_one(self, role: str) -> None:
         """Start one process without waiting for it."""
         environment = {**os.environ, **self.settings.to_env(), EXIT_WITH_PARENT: "1"}
@@ -114,7 +118,7 @@ class LocalServing:
         environment["PYTHONUNBUFFERED"] = "1"
         with self.log_file(role).open("ab") as log:
             self.processes[role] = subprocess.Popen(
-                [sys.executable, "-m", f"serving.{role}"],
+                self.command(role),
                 stdin=subprocess.PIPE,  # never written to; closes when this process ends
                 stdout=log,
                 stderr=subprocess.STDOUT,

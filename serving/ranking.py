@@ -177,7 +177,8 @@ def ranked(
     affinities: Iterable[tuple[str, float]], trend: Trend, coefficient: float, k: int
 ) -> list[Recommendation]:
     """Sort items by affinity + coefficient·log q descending, ties by item id; the first k."""
-    scored = [(i, a, coefficient * trend.get(i)) for i, a in affinities]
+    # + 0.0 turns the −0.0 of a zero coefficient into 0.0
+    scored = [(i, a, coefficient * trend.get(i) + 0.0) for i, a in affinities]
     score_C = np.fromiter((a + t for _, a, t in scored), np.float64, len(scored))
     if k < len(scored):
         cut = np.partition(score_C, len(scored) - k)[len(scored) - k]

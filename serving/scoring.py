@@ -54,6 +54,7 @@ class PredictorClient:
                 ("grpc.enable_retries", 0),
             ],
         )
+        self._channel.get_state(try_to_connect=True)  # not only at the first request
         self._stub = pb_grpc.GRPCInferenceServiceStub(self._channel)
 
     async def close(self) -> None:

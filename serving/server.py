@@ -192,6 +192,7 @@ class Rest:
     async def _predict(self, request: Request, open_inference: bool) -> Response:
         name = request.path_params["model_name"]
         try:
+            await self._plane.get_model(name)
             payload = codec.parse_json(await self._body(request))
             if open_inference:
                 payload = codec.infer_request(payload, name)

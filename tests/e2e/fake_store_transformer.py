@@ -1,0 +1,44 @@
+"""The real transformer on a feature store that is a JSON file, so that tests can change it.
+
+{"delay": seconds, "users": {id: {"profile": {...}, "history": [[item_id, timestamp], ...]}},
+ "trend": TrendSnapshot as JSON}
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+from model.query import Event
+from model.trends import TrendSnapshot
+from serving.server import TRANSFORMER, main
+from serving.transformer import Transformer
+
+
+class FileReader:
+    def _read(self):
+        values = json.loads(Path(os.environ["FAKE_STORE"]).read_text())
+        time.sleep(values.get("delay", 0))
+        return values
+
+    def user(self, user_id):
+        user = self._read()["users"].get(user_id)
+        if user is None:
+            return SimpleNamespace(known=False, profile={}, history=[])
+        history = [Event(item, timestamp) for item, timestamp in user["history"]]
+        return SimpleNamespace(known=True, profile=user.get("profile", {}), history=history)
+
+    def trend(self):
+        return TrendSnapshot.from_json(self._read()["trend"])
+
+
+def build(settings):
+    transformer = Transformer(settings, FileReader)
+    transformer.load()
+    return transformer
+
+
+if __name__ == "__main__":
+    sys.exit(main(TRANSFORMER, build))

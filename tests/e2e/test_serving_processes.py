@@ -1,0 +1,492 @@
+"""The two real processes with a real bundle: the contract over HTTP and gRPC, and real faults."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import grpc
+import httpx
+import psutil
+import pytest
+import torch
+
+from model import bundle
+from model.catalogue import Catalogue
+from model.errors import InputError, UnavailableError
+from model.network import HRNN
+from model.query import Event, ItemFilter, Query
+from model.recommender import Recommender
+from model.schema import FieldKind, Schema
+from model.training import TrainedHRNN, TrainSettings
+from model.trends import ResolvedTrend, snapshot_from_counts
+from serving.client import Client
+from serving.launcher import LocalServing
+from serving.settings import ServeSettings
+
+ITEMS = tuple(f"i{j:03}" for j in range(500))
+NOW = 1_000_000
+HISTORY = [(f"i{7 * k % 500:03}", 900_000 + 3000 * k) for k in range(20)]
+
+
+@pytest.fixture(scope="module")
+def bundle_dir(tmp_path_factory):
+    """A bundle with random weights: serving is about passing things on, not about accuracy."""
+    torch.manual_seed(0)
+    settings = TrainSettings()
+    network = HRNN(settings.network, len(ITEMS), with_trend=True)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3.0)
+    counts = [(j * 37) % 101 for j in range(400)]
+    trend = snapshot_from_counts(
+        ITEMS[:400], counts, num_items=500, smoothing=1.0, as_of=NOW, window_seconds=0
+    )
+    path = tmp_path_factory.mktemp("model") / "bundle"
+    bundle.save(
+        path,
+        model=TrainedHRNN(network, 3600, ResolvedTrend(86_400, 0, 1.0)),
+        catalogue=Catalogue(ITEMS, {"parity": [["even", "odd"][j % 2] for j in range(500)]}),
+        schema=Schema(items={"parity": FieldKind.CATEGORICAL}),
+        settings=settings,
+        trend=trend,
+        metrics={},
+    )
+    return path
+
+
+class Store:
+    """The file behind fake_store_transformer.py."""
+
+    def __init__(self, path, trend):
+        self.path = path
+        self.values = {"users": {"u1": {"history": HISTORY}}, "trend": trend.to_json()}
+        self.write()
+
+    def write(self, **changes):
+        self.values |= changes
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.values))
+        temporary.replace(self.path)
+
+
+class Serving(LocalServing):
+    """Both processes, the transformer on the file store."""
+
+    def command(self, role):
+        if role == "predictor":
+            return super().command(role)
+        return [sys.executable, str(Path(__file__).with_name("fake_store_transformer.py"))]
+
+
+@pytest.fixture(scope="module")
+def serving(bundle_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("serving")
+    store = Store(folder / "store.json", Recommender.load(bundle_dir).trend)
+    settings = ServeSettings(trend_refresh_seconds=0.2, grace_seconds=3).with_free_ports()
+    features = SimpleNamespace(root=str(folder), online="sqlite", redis_url=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FAKE_STORE", str(store.path))
+        with Serving(bundle_dir, features, settings, folder / "logs") as serving:
+            serving.store = store
+            yield serving
+
+
+@pytest.fixture(scope="module")
+def recommender(bundle_dir):
+    return Recommender.load(bundle_dir)
+
+
+@pytest.fixture
+def client(serving):
+    with Client(serving.url) as client:
+        yield client
+
+
+def events(rows):
+    return [Event(item, float(timestamp)) for item, timestamp in rows]
+
+
+def approx(items):
+    """Batches of other sizes round differently in the last bits."""
+    return [
+        (i.item_id, pytest.approx(i.score, abs=1e-4), pytest.approx(i.trend, abs=1e-9))
+        for i in items
+    ]
+
+
+def plain(items):
+    return [(i.item_id, i.score, i.trend) for i in items]
+
+
+def test_answers_equal_brute_force_over_the_bundle(client, recommender):
+    queries = [
+        ({"user_id": "u1"}, Query(events(HISTORY), NOW)),
+        ({"user_id": "new"}, Query([], NOW)),
+        ({"history": events(HISTORY[:3])}, Query(events(HISTORY[:3]), NOW)),
+        (
+            {
+                "user_id": "u1",
+                "exclude_seen": True,
+                "item_filter": ItemFilter(where={"parity": frozenset({"odd"})}),
+            },
+            Query(
+                events(HISTORY),
+                NOW,
+                filter=ItemFilter(where={"parity": frozenset({"odd"})}),
+                exclude_seen=True,
+            ),
+        ),
+    ]
+    for arguments, query in queries:
+        answer = client.recommend(**arguments, timestamp=NOW, num_results=20)
+        (expected,) = recommender.recommend([query], 20)
+        assert plain(answer.items) == approx(expected)
+        assert answer.degraded == ()
+        assert answer.model_version == recommender.version
+        assert answer.trend_version == recommender.trend.version
+    items = ["i400", "i001", "nope", "i020"]
+    answer = client.rank(items, "u1", timestamp=NOW)
+    (expected,) = recommender.rank([Query(events(HISTORY), NOW)], [items])
+    assert plain(answer.items) == approx(expected)
+    assert answer.unknown_items == 1
+
+
+def test_request_time_and_added_events_change_the_answer(serving, client):
+    def scores(answer):
+        return {i.item_id: i.score for i in answer.items}
+
+    today = client.recommend("u1", timestamp=NOW, num_results=500)
+    tomorrow = client.recommend("u1", timestamp=NOW + 86_400, num_results=500)
+    assert scores(today) != scores(tomorrow)
+    serving.store.write(users={"u1": {"history": [*HISTORY, ("i250", NOW - 5)]}})
+    try:
+        after = client.recommend("u1", timestamp=NOW, num_results=500)
+    finally:
+        serving.store.write(users={"u1": {"history": HISTORY}})
+    assert scores(after) != scores(today)
+    assert scores(client.recommend("u1", timestamp=NOW, num_results=500)) == scores(today)
+
+
+def test_unknown_users_and_items_have_a_documented_answer(client):
+    new = client.recommend("nobody", timestamp=NOW)
+    assert new.degraded == () and len(new.items) == 25
+    odd = client.recommend(history=[Event("gone", 5.0)], timestamp=NOW)
+    assert odd.unknown_items == 1
+    assert [i.item_id for i in odd.items] == [i.item_id for i in new.items]
+
+
+def test_bad_input_is_4xx_over_http(serving, client):
+    json_type = {"content-type": "application/json"}
+    with httpx.Client(base_url=serving.url, trust_env=False) as http:
+        path = "/v1/models/hrnn-meta:predict"
+        for content, headers, status in [
+            (b'{"instances": [', json_type, 400),
+            (b"{}", json_type, 400),
+            (b'{"instances": [{"num_results": -3}]}', json_type, 400),
+            (b'{"instances": [{"num_results": 0}]}', json_type, 400),
+            (b'{"instances": [{"task": "rate"}]}', json_type, 400),
+            (b'{"instances": [{"filter": {"where": {"colour": ["red"]}}}]}', json_type, 400),
+            (b'{"instances": [{}]}', {"content-type": "text/csv"}, 415),
+            (b" " * (5 * 2**20), json_type, 413),
+            (b'{"instances":' + b"[" * 10**5, json_type, 400),
+        ]:
+            response = http.post(path, content=content, headers=headers)
+            assert response.status_code == status, response.text
+            assert response.json()["error"]
+    with pytest.raises(InputError, match=r"instances\[0\]\.num_results"):
+        client.recommend("u1", num_results=-1)
+    with pytest.raises(InputError, match="cannot be sent"):
+        client.recommend("u1", timestamp=float("nan"))
+
+
+def test_both_protocols_over_grpc_and_rest_agree(serving, client):
+    from serving.kserve_api import pb, pb_grpc
+
+    expected = client.recommend("u1", timestamp=NOW, num_results=3)
+    address = f"{serving.settings.host}:{serving.settings.transformer_grpc_port}"
+
+    def request(*texts, **tensor):
+        contents = pb.InferTensorContents(bytes_contents=[t.encode() for t in texts])
+        values = {"name": "instances", "datatype": "BYTES", "shape": [len(texts)]} | tensor
+        return pb.ModelInferRequest(
+            model_name="hrnn-meta",
+            inputs=[pb.ModelInferRequest.InferInputTensor(contents=contents, **values)],
+        )
+
+    with grpc.insecure_channel(address) as channel:
+        stub = pb_grpc.GRPCInferenceServiceStub(channel)
+        assert stub.ServerReady(pb.ServerReadyRequest(), timeout=5).ready
+        text = json.dumps({"user_id": "u1", "timestamp": NOW, "num_results": 3})
+        response = stub.ModelInfer(request(text), timeout=5)
+        answer = json.loads(response.outputs[0].contents.bytes_contents[0])
+        assert [i["item_id"] for i in answer["items"]] == [i.item_id for i in expected.items]
+        raw = len(text).to_bytes(4, "little") + text.encode()
+        tensor = pb.ModelInferRequest.InferInputTensor(
+            name="instances", datatype="BYTES", shape=[1]
+        )
+        response = stub.ModelInfer(
+            pb.ModelInferRequest(model_name="hrnn-meta", inputs=[tensor], raw_input_contents=[raw]),
+            timeout=5,
+        )
+        assert response.outputs[0].name == "predictions"
+        wrong = [
+            (request('{"num_results": -1}'), "num_results"),
+            (request("{"), "JSON"),
+            (request("{}", shape=[2]), "shape"),
+            (request("{}", shape=[-1]), "shape"),
+            (request("{}", datatype="INT64"), "BYTES"),
+            (request("{}", name="x"), "instances"),
+            (pb.ModelInferRequest(model_name="hrnn-meta"), "instances"),
+            (
+                pb.ModelInferRequest(
+                    model_name="hrnn-meta", inputs=[tensor], raw_input_contents=[b"\xff" * 3]
+                ),
+                "contents",
+            ),
+        ]
+        for bad, reason in wrong:
+            with pytest.raises(grpc.RpcError) as error:
+                stub.ModelInfer(bad, timeout=5)
+            assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+            assert reason in error.value.details()
+        with pytest.raises(grpc.RpcError) as error:
+            stub.RepositoryModelUnload(
+                pb.RepositoryModelUnloadRequest(model_name="hrnn-meta"), timeout=5
+            )
+        assert error.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_concurrent_requests_get_their_own_answers(serving):
+    def ask(k):
+        with Client(serving.url) as client:
+            return [len(client.recommend("u1", num_results=n).items) for n in range(k, k + 10)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for k, sizes in zip(range(1, 9), pool.map(ask, range(1, 9)), strict=True):
+            assert sizes == list(range(k, k + 10))
+
+
+def test_metrics_of_both_processes(serving, client):
+    client.recommend("u1")
+    for role, names in {
+        "transformer": [
+            'hrnn_requests_total{outcome="ok",task="recommend"}',
+            'hrnn_request_duration_seconds_bucket{le="0.0015",task="recommend"}',
+            'hrnn_stage_duration_seconds_count{stage="features"}',
+            "hrnn_threshold_rounds_count",
+            "hrnn_trend_age_seconds",
+            "hrnn_model_info{version=",
+        ],
+        "predictor": [
+            'hrnn_requests_total{outcome="ok",task="score"}',
+            'hrnn_stage_duration_seconds_count{stage="model"}',
+            "hrnn_bundle_load_seconds",
+            "hrnn_model_info{version=",
+        ],
+    }.items():
+        text = httpx.get(serving.metrics_urls[role], trust_env=False).text
+        for name in names:
+            assert name in text, (role, name)
+        assert "u1" not in text
+
+
+def test_only_loopback_is_bound(serving):
+    settings = serving.settings
+    ports = {
+        getattr(settings, f"{role}_{kind}_port")
+        for role in ("transformer", "predictor")
+        for kind in ("http", "grpc")
+    }
+    bound = {}
+    for process in serving.processes.values():
+        for connection in psutil.Process(process.pid).connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN:
+                bound[connection.laddr.port] = connection.laddr.ip
+    assert bound.keys() == ports
+    assert all(ip in ("127.0.0.1", "::ffff:127.0.0.1") for ip in bound.values())
+
+
+def test_a_slow_feature_store_is_cut_off_and_labelled(serving, client):
+    serving.store.write(delay=2.0)
+    try:
+        start = time.monotonic()
+        answer = client.recommend("u1", timestamp=NOW, history=events(HISTORY))
+        assert time.monotonic() - start < 1.5
+    finally:
+        serving.store.write(delay=0)
+    assert answer.degraded == ("features_unavailable",)
+    assert len(answer.items) == 25
+    _until(lambda: client.recommend("u1").degraded == ())
+
+
+def test_a_new_trend_snapshot_is_picked_up_without_a_restart(serving, client, recommender):
+    boosted = snapshot_from_counts(
+        ["i499"], [10**9], num_items=500, smoothing=1e-3, as_of=NOW + 60, window_seconds=0
+    )
+    serving.store.write(trend=boosted.to_json())
+    try:
+        _until(lambda: client.recommend("u1").trend_version == boosted.version)
+        assert client.recommend("u1", timestamp=NOW).items[0].item_id == "i499"
+    finally:
+        serving.store.write(trend=recommender.trend.to_json())
+    _until(lambda: client.recommend("u1").trend_version == recommender.trend.version)
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_predictor_killed_or_paused_then_back(serving, client, recommender, fault):
+    process = serving.processes["predictor"]
+    process.send_signal(fault)
+    if fault == signal.SIGKILL:
+        process.wait()
+    try:
+        start = time.monotonic()
+        answer = client.recommend("u1", timestamp=NOW, num_results=5)
+        assert time.monotonic() - start < 2.5
+        assert answer.degraded == ("predictor_unavailable",)
+        assert answer.model_version is None
+        assert [i.item_id for i in answer.items] == list(recommender.trend.item_ids[:5])
+        with Client(serving.url) as other:
+            assert other.ready()
+    finally:
+        if fault == signal.SIGKILL:
+            process.stdin.close()
+            serving.start_one("predictor")
+            serving.wait_ready("predictor", 60)
+        else:
+            process.send_signal(signal.SIGCONT)
+    _until(lambda: client.recommend("u1", timestamp=NOW).degraded == ())
+
+
+def test_logs_are_structured_and_hold_no_ids(serving, client):
+    client.recommend("a-secret-user", history=[Event("a-secret-item", 5.0)])
+    with pytest.raises(InputError):
+        client.recommend("a-secret-user", num_results=-1)
+    for role in ("transformer", "predictor"):
+        text = serving.log_file(role).read_text()
+        assert "secret" not in text
+        for line in text.splitlines():
+            assert {"time", "level", "role", "message"} <= json.loads(line).keys()
+
+
+# Start and stop; each test starts processes of its own.
+
+
+def run_role(role, *arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", f"serving.{role}", *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_port_in_use(bundle_dir):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for flag in ("--http-port", "--grpc-port"):
+            result = run_role("predictor", "--model-dir", str(bundle_dir), flag, str(port))
+            assert result.returncode == 2
+            assert result.stderr.startswith(f"error: port {port} on 127.0.0.1 is in use")
+            assert "Traceback" not in result.stderr
+
+
+def test_a_corrupt_bundle_is_refused_with_a_reason(bundle_dir, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(bundle_dir, broken)
+    with (broken / "weights.safetensors").open("r+b") as f:
+        f.seek(-1, os.SEEK_END)
+        f.write(b"\x55")
+    settings = ServeSettings().with_free_ports()
+    result = run_role("predictor", "--model-dir", str(broken), **settings.to_env() | {
+        "HRNN_MODEL_DIR": ""})  # fmt: skip
+    assert result.returncode == 2
+    assert "weights.safetensors does not match its digest" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_the_launcher_tells_why_a_process_did_not_start(tmp_path, monkeypatch):
+    features = SimpleNamespace(root=str(tmp_path), online="sqlite", redis_url=None)
+    serving = Serving(tmp_path / "nothing", features, ServeSettings().with_free_ports())
+    monkeypatch.setenv("FAKE_STORE", str(tmp_path / "none.json"))
+    with pytest.raises(UnavailableError, match=r"the predictor stopped .*holds no model"):
+        serving.start()
+    assert not serving.processes
+
+
+def test_sigterm_finishes_and_leaves_nothing(bundle_dir, tmp_path):
+    settings = ServeSettings().with_free_ports()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "serving.predictor", "--model-dir", str(bundle_dir)],
+        env={**os.environ, **settings.to_env(), "HRNN_MODEL_DIR": ""},
+        stderr=subprocess.PIPE,
+    )
+    _until(lambda: _ready(settings.predictor_url), 60)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    assert process.wait(15) == 0
+    assert not [child for child in children if child.is_running()]
+    process.stderr.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_processes_end_with_the_one_that_started_them(bundle_dir, tmp_path, number):
+    """Also when it is killed and cannot stop them; on Ctrl-C it stops them in order."""
+    script = textwrap.dedent("""
+        import os, sys
+        from types import SimpleNamespace
+        from serving.launcher import LocalServing
+        from serving.settings import ServeSettings
+        class One(LocalServing):
+            def command(self, role):
+                return super().command("predictor")
+            def start(self):
+                self.log_dir.mkdir(parents=True, exist_ok=True)
+                self.start_one("predictor")
+                self.wait_ready("predictor", 60)
+                return self
+        features = SimpleNamespace(root=".", online="sqlite", redis_url=None)
+        settings = ServeSettings(grace_seconds=1).with_free_ports()
+        with One(sys.argv[1], features, settings, sys.argv[2]) as serving:
+            print(serving.processes["predictor"].pid, flush=True)
+            serving.wait()
+    """)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script, str(bundle_dir), str(tmp_path / "logs")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    child = psutil.Process(int(parent.stdout.readline()))
+    assert child.is_running()
+    parent.send_signal(number)
+    parent.wait(15)
+    parent.stdout.close()
+    _until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, 15)
+
+
+def _ready(url):
+    try:
+        return httpx.get(f"{url}/v2/health/ready", trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def _until(condition, timeout=10.0):
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.1)

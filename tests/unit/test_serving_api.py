@@ -1,0 +1,625 @@
+"""Both processes' models in this process: contract, exactness, bad input, degradation."""
+
+import asyncio
+import json
+import time
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+
+import httpx
+import numpy as np
+import orjson
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from prometheus_client import REGISTRY
+
+from model.errors import BundleError, InputError, UnavailableError
+from model.query import Event
+from model.trends import snapshot_from_counts
+from serving import metrics
+from serving.kserve_api import ModelRepository
+from serving.predictor import Predictor, bundle_path
+from serving.scoring import PredictorError, parse_answer
+from serving.server import Plane, Rest, parse_arguments
+from serving.settings import ServeSettings
+from serving.transformer import Transformer
+
+ITEMS = tuple(f"i{j:03}" for j in range(300))
+SETTINGS = ServeSettings(feature_deadline_seconds=0.2, predictor_deadline_seconds=0.3)
+PREDICT = "/v1/models/hrnn-meta:predict"
+INFER = "/v2/models/hrnn-meta/infer"
+
+
+class FakeScorer:
+    """Affinities that depend on history, time and user, so that passing them on is visible."""
+
+    version = "v-test"
+    item_ids = ITEMS
+    beta = 0.7
+
+    def affinities(self, queries):
+        return np.stack([self._one(q) for q in queries]) if queries else np.empty((0, len(ITEMS)))
+
+    def _one(self, query):
+        seed = hash(tuple(e.item_id for e in query.history)) % 2**32
+        phi = np.random.default_rng(seed).normal(0, 2, len(ITEMS))
+        phi += np.sin(query.timestamp / 86_400 + np.arange(len(ITEMS)))
+        phi += float(query.user.get("age") or 0.0) * np.cos(np.arange(len(ITEMS)))
+        return phi.astype(np.float32)
+
+    def allowed(self, query):
+        allowed = np.ones(len(ITEMS), dtype=bool)
+        seen = {e.item_id for e in query.history} if query.exclude_seen else set()
+        for j, item in enumerate(ITEMS):
+            if query.filter.include is not None and item not in query.filter.include:
+                allowed[j] = False
+            if item in query.filter.exclude or item in seen:
+                allowed[j] = False
+        for name, values in query.filter.where.items():
+            if name != "parity":
+                raise InputError(f"filter.where: items have no field {name!r} (fields: parity)")
+            allowed &= np.array([["even", "odd"][j % 2] in values for j in range(len(ITEMS))])
+        return allowed
+
+
+SNAPSHOT = snapshot_from_counts(
+    ITEMS[::2], np.arange(150) ** 2, num_items=300, smoothing=1.0, as_of=1000, window_seconds=0
+)
+
+
+class FakeReader:
+    """A feature store that knows two users, and can be made to fail."""
+
+    def __init__(self):
+        self.delay = 0.0
+        self.fail = False
+        self.snapshot = SNAPSHOT
+
+    def user(self, user_id):
+        time.sleep(self.delay)
+        if self.fail:
+            raise UnavailableError("down")
+        known = user_id in ("u1", "u2")
+        history = [Event("i001", 100.0), Event("i007", 200.0), Event("i009", 500.0)]
+        return SimpleNamespace(
+            known=known, profile={"age": 0.5} if known else {}, history=history if known else []
+        )
+
+    def trend(self):
+        if self.fail:
+            raise UnavailableError("down")
+        return self.snapshot
+
+
+class DirectPredictors:
+    """The predictor without the wire, and with faults on demand."""
+
+    def __init__(self):
+        self.predictor = Predictor(SETTINGS, FakeScorer())
+        self.fault = None
+        self.calls = []
+
+    async def open(self): ...
+
+    async def close(self): ...
+
+    async def score(self, instances, timeout):
+        self.calls.append(instances)
+        if self.fault:
+            raise PredictorError(self.fault)
+        raw = json.loads(orjson.dumps(instances))
+        answers = await self.predictor.answer(raw, metrics.RequestRecord())
+        return [parse_answer(json.loads(json.dumps(a))) for a in answers]
+
+
+class Service:
+    def __init__(self, settings=SETTINGS):
+        self.reader = FakeReader()
+        self.predictors = DirectPredictors()
+        self.transformer = Transformer(settings, lambda: self.reader, self.predictors)
+        self.settings = settings
+
+    @asynccontextmanager
+    async def client(self, model=None):
+        model = model or self.transformer
+        if not model.ready:
+            model.load()
+        registry = ModelRepository()
+        registry.update(model)
+        app = Rest(Plane(registry), self.settings).application()
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            yield client
+
+    def post(self, *instances, path=PREDICT, model=None, **arguments):
+        async def run():
+            async with self.client(model) as client:
+                body = arguments or {"json": {"instances": list(instances)}}
+                return await client.post(path, **body)
+
+        return asyncio.run(run())
+
+    def predict(self, *instances):
+        response = self.post(*instances)
+        assert response.status_code == 200, response.text
+        return response.json()["predictions"]
+
+
+@pytest.fixture
+def service():
+    return Service()
+
+
+def brute_force(query_instance, k, weight=1.0):
+    """Expected items for a predictor instance, over the whole catalogue."""
+    from serving.schemas import parse_score_instances
+
+    values = {"top_n": 1, **query_instance}
+    (instance,) = parse_score_instances([values], SETTINGS)
+    scorer, query = FakeScorer(), instance.to_query()
+    phi = scorer.affinities([query])[0].astype(float)
+    bias = weight * scorer.beta * SNAPSHOT.dense(ITEMS)
+    rows = [
+        {"item_id": item, "score": a + t, "affinity": a, "trend": t}
+        for item, a, t, ok in zip(ITEMS, phi, bias, scorer.allowed(query), strict=True)
+        if ok
+    ]
+    return sorted(rows, key=lambda r: (-r["score"], r["item_id"]))[:k]
+
+
+def test_the_answer_is_the_brute_force_top_k(service):
+    history = [{"item_id": "i003", "timestamp": 50}]
+    (answer,) = service.predict({"history": history, "timestamp": 90, "num_results": 7})
+    assert answer["items"] == brute_force({"history": history, "timestamp": 90}, 7)
+    assert answer["model_version"] == "v-test"
+    assert answer["trend_version"] == SNAPSHOT.version
+    assert answer["degraded"] == []
+    assert len(answer["recommendation_id"]) == 32
+    assert "unknown_items" not in answer
+
+
+def test_k_beyond_the_catalogue_returns_all_and_softmax_is_possible(service):
+    (answer,) = service.predict({"timestamp": 5, "num_results": 5000})
+    assert len(answer["items"]) == len(ITEMS)
+    assert answer["items"] == brute_force({"timestamp": 5}, 5000)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.4, 3.0])
+def test_trend_weight(service, weight):
+    (answer,) = service.predict({"timestamp": 5, "num_results": 9, "trend_weight": weight})
+    assert answer["items"] == brute_force({"timestamp": 5}, 9, weight)
+
+
+def test_stored_features_are_used_and_explicit_ones_win(service):
+    stored = [{"item_id": i, "timestamp": t} for i, t in (("i001", 100), ("i007", 200))]
+    by_id, explicit, other_age = service.predict(
+        {"user_id": "u1", "timestamp": 300},
+        {"user_id": "u9", "history": stored, "user": {"age": 0.5}, "timestamp": 300},
+        {"user_id": "u1", "user": {"age": 30}, "timestamp": 300},
+    )
+    # The stored event at 500 is after the request time and is no part of the history.
+    assert by_id["items"] == explicit["items"]
+    assert by_id["items"] != other_age["items"]
+    replaced = service.predict({"user_id": "u1", "history": [], "timestamp": 300})[0]
+    assert replaced["items"] != by_id["items"]
+
+
+def test_request_time_is_passed_through_and_defaults_to_now(service):
+    early, late, _ = service.predict(
+        {"timestamp": 300}, {"timestamp": 300 + 86_400}, {"num_results": 1}
+    )
+    assert early["items"] != late["items"]
+    sent = [i["timestamp"] for i in service.predictors.calls[0]]
+    assert sent[:2] == [300, 86_700]
+    assert abs(sent[2] - time.time()) < 60
+
+
+def test_now_is_never_before_the_newest_event(service):
+    future = time.time() + 1000
+    service.predict({"history": [{"item_id": "i001", "timestamp": future}]})
+    (instance,) = service.predictors.calls[0]
+    assert instance["timestamp"] == future
+    assert len(instance["history"]) == 1
+
+
+def test_filters_and_exclude_seen(service):
+    (answer,) = service.predict(
+        {
+            "history": [{"item_id": "i010", "timestamp": 1}],
+            "timestamp": 5,
+            "exclude_seen": True,
+            "num_results": 300,
+            "filter": {"where": {"parity": ["even"]}, "exclude": ["i000"]},
+        }
+    )
+    assert {i["item_id"] for i in answer["items"]} == set(ITEMS[::2]) - {"i000", "i010"}
+    (none,) = service.predict({"filter": {"include": ["nope"]}})
+    assert none["items"] == [] and none["degraded"] == []
+
+
+def test_rank_orders_the_given_items_and_counts_unknown_ones(service):
+    items = ["i005", "nope", "i002", "i005", "i100"]
+    (answer,) = service.predict({"task": "rank", "items": items, "timestamp": 5})
+    expected = brute_force({"timestamp": 5, "filter": {"include": items}}, 10)
+    assert answer["items"] == expected
+    assert answer["unknown_items"] == 1
+
+
+def test_unknown_items_of_a_history_are_counted(service):
+    history = [{"item_id": i, "timestamp": 1} for i in ("i001", "gone", "lost")]
+    (answer,) = service.predict({"history": history})
+    assert answer["unknown_items"] == 2
+
+
+def test_a_batch_equals_single_requests_and_is_one_call(service):
+    instances = [{"user_id": u, "timestamp": 600 + i} for i, u in enumerate(["u1", "x", "u2"] * 5)]
+    batch = service.predict(*instances)
+    assert len(service.predictors.calls) == 1
+    for instance, answer in zip(instances, batch, strict=True):
+        (single,) = service.predict(instance)
+        assert single["items"] == answer["items"]
+
+
+def test_open_inference_protocol_carries_the_same(service):
+    (v1,) = service.predict({"timestamp": 5, "num_results": 3})
+    tensor = {
+        "name": "instances",
+        "shape": [1],
+        "datatype": "BYTES",
+        "data": [json.dumps({"timestamp": 5, "num_results": 3})],
+    }
+    response = service.post(path=INFER, json={"id": "r-1", "inputs": [tensor]})
+    body = response.json()
+    assert response.status_code == 200, response.text
+    assert (body["id"], body["model_version"]) == ("r-1", "v-test")
+    (output,) = body["outputs"]
+    assert (output["name"], output["datatype"], output["shape"]) == ("predictions", "BYTES", [1])
+    assert json.loads(output["data"][0])["items"] == v1["items"]
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ({}, "inputs"),
+        ([], "JSON object"),
+        ({"inputs": []}, "one tensor named 'instances'"),
+        ({"inputs": [5]}, "inputs"),
+        ({"inputs": [{"name": "instances"}]}, "datatype"),
+        ({"inputs": [{"name": "x", "shape": [0], "datatype": "BYTES", "data": []}]}, "'instances'"),
+        (
+            {"inputs": [{"name": "instances", "shape": [1], "datatype": "INT64", "data": [1]}]},
+            "BYTES",
+        ),
+        (
+            {"inputs": [{"name": "instances", "shape": [2], "datatype": "BYTES", "data": ["{}"]}]},
+            "shape",
+        ),
+        (
+            {"inputs": [{"name": "instances", "shape": [1], "datatype": "BYTES", "data": ["{"]}]},
+            "instances[0]",
+        ),
+        (
+            {"inputs": [{"name": "instances", "shape": [1], "datatype": "BYTES", "data": [5]}]},
+            "instances[0]",
+        ),
+        (
+            {"inputs": [{"name": "instances", "shape": [0], "datatype": "BYTES", "data": []}]},
+            "at least one",
+        ),
+        ({"id": 5, "inputs": []}, "id"),
+        ({"surprise": 5, "inputs": []}, "surprise"),
+    ],
+)
+def test_open_inference_protocol_refuses(service, body, reason):
+    response = service.post(path=INFER, json=body)
+    assert response.status_code == 400
+    assert reason in response.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "reason"),
+    [
+        ({"content": b'{"inst'}, 400, "not valid JSON"),
+        ({"content": b""}, 400, "not valid JSON"),
+        ({"content": b"\xff\xfe"}, 400, "not valid JSON"),
+        ({"content": b'{"instances":' + b"[" * 100_000}, 400, "not valid JSON"),
+        ({"content": b'{"instances":[{"timestamp":NaN}]}'}, 400, "not valid JSON"),
+        ({"content": b'{"instances":[{"timestamp":1e999}]}'}, 400, "not valid JSON"),
+        ({"content": b'{"instances":[{"user_id":"\\ud800"}]}'}, 400, "not valid JSON"),
+        ({"content": b" " * (5 * 2**20)}, 413, "larger than"),
+        ({"json": []}, 400, "JSON object"),
+        ({"json": {"instances": {}}}, 400, "instances"),
+        ({"json": {"instances": [{}], "parameters": {}}}, 400, "parameters"),
+        ({"json": {"instances": [{"num_results": -1}]}}, 400, "instances[0].num_results"),
+        ({"json": {"instances": [{"filter": {"where": {"x": ["y"]}}}]}}, 400, "filter.where"),
+        ({"data": {"a": "b"}}, 415, "application/json"),
+        ({"content": b"{}", "headers": {"content-type": "text/plain"}}, 415, "application/json"),
+        ({"content": b"{}", "headers": {"content-encoding": "gzip"}}, 415, "Content-Encoding"),
+    ],
+)
+def test_bad_requests(service, arguments, status, reason):
+    response = service.post(**arguments)
+    assert response.status_code == status, response.text
+    assert reason in response.json()["error"]
+
+
+def test_unusual_but_correct_content_types(service):
+    body = b'{"instances":[{}]}'
+    for headers in ({}, {"content-type": "application/json; charset=utf-8"}):
+        assert service.post(content=body, headers=headers).status_code == 200
+    # Headers of CloudEvents make KServe read the body in another way; here they do nothing.
+    cloud = {"ce-specversion": "1.0", "ce-id": "1", "ce-source": "x", "ce-type": "y"}
+    assert service.post(content=body, headers=cloud).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/v1/models/other:predict", 404),
+        ("POST", "/v2/models/other/infer", 404),
+        ("POST", "/v2/repository/models/hrnn-meta/unload", 404),
+        ("POST", "/v1/models/hrnn-meta:explain", 405),
+        ("GET", PREDICT, 404),
+        ("GET", "/v1/models/other", 404),
+        ("GET", "/nothing", 404),
+        ("GET", "/v1/models", 200),
+        ("GET", "/v1/models/hrnn-meta", 200),
+        ("GET", "/v2", 200),
+        ("GET", "/v2/models/hrnn-meta", 200),
+        ("GET", "/v2/models/hrnn-meta/ready", 200),
+        ("GET", "/v2/health/live", 200),
+        ("GET", "/v2/health/ready", 200),
+        ("GET", "/metrics", 200),
+    ],
+)
+def test_routes(service, method, path, status):
+    async def run():
+        async with service.client() as client:
+            return await client.request(method, path, **({"json": {}} if method == "POST" else {}))
+
+    response = asyncio.run(run())
+    assert response.status_code == status
+    if status >= 400:
+        assert "error" in response.json()
+
+
+def test_a_model_that_is_not_ready_is_neither_used_nor_reported_ready(service):
+    async def run():
+        async with service.client() as client:
+            service.transformer.ready = False
+            return await client.get("/v2/health/ready"), await client.post(
+                PREDICT, json={"instances": [{}]}
+            )
+
+    for response in asyncio.run(run()):
+        assert response.status_code == 503
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=8,
+)
+NAMES = st.sampled_from(
+    [
+        *("user_id", "user", "history", "timestamp", "context", "task", "items", "num_results"),
+        *("exclude_seen", "filter", "trend_weight", "exploration_weight", "surprise"),
+    ]
+)
+EVENTS = st.lists(
+    st.fixed_dictionaries(
+        {"item_id": st.sampled_from(ITEMS[:5]) | JSON, "timestamp": st.integers(0, 999) | JSON}
+    )
+)
+VALUES = {
+    "user_id": st.sampled_from(["u1", "x"]),
+    "history": EVENTS,
+    "items": st.lists(st.sampled_from([*ITEMS[:5], "nope"])),
+    "task": st.sampled_from(["recommend", "rank", "rate"]),
+    "num_results": st.integers(-1, 400),
+    "timestamp": st.floats(),
+    "filter": st.dictionaries(st.sampled_from(["include", "exclude", "where"]), JSON),
+}
+
+
+@st.composite
+def wild_instances(draw):
+    names = draw(st.sets(NAMES, max_size=4))
+    return {n: draw(VALUES.get(n, JSON) | JSON) for n in names}
+
+
+@given(instances=st.lists(wild_instances() | JSON, max_size=3))
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+def test_no_request_makes_a_500(instances):
+    response = Service().post(content=json.dumps({"instances": instances}).encode())
+    assert response.status_code in (200, 400), response.text
+    if response.status_code == 400:
+        assert response.json()["error"]
+
+
+def count(name, **labels):
+    return REGISTRY.get_sample_value(name, labels) or 0.0
+
+
+def test_features_down_uses_the_requests_own_history(service):
+    service.predict({})  # the trend was read while the store was up
+    service.reader.fail = True
+    before = count("hrnn_fallbacks_total", reason="features_unavailable")
+    history = [{"item_id": "i003", "timestamp": 50}]
+    own, nothing = service.predict(
+        {"user_id": "u1", "history": history, "timestamp": 90, "num_results": 4},
+        {"user_id": "u1", "timestamp": 90, "num_results": 4},
+    )
+    assert own["degraded"] == nothing["degraded"] == ["features_unavailable"]
+    assert own["items"] == brute_force({"history": history, "timestamp": 90}, 4)
+    assert nothing["items"] == brute_force({"timestamp": 90}, 4)
+    assert count("hrnn_fallbacks_total", reason="features_unavailable") == before + 2
+
+
+def test_slow_features_miss_their_deadline(service):
+    service.predict({})
+    service.reader.delay = 1.0
+    start = time.perf_counter()
+
+    async def run():  # measured inside: leaving the loop waits for the slow thread
+        async with service.client() as client:
+            body = {"instances": [{"user_id": "u1"}]}
+            response = await client.post(PREDICT, json=body)
+            return response, time.perf_counter() - start
+
+    response, seconds = asyncio.run(run())
+    assert response.json()["predictions"][0]["degraded"] == ["features_unavailable"]
+    assert seconds < 0.8
+
+
+def test_no_trend_snapshot_means_affinity_alone():
+    service = Service()
+    service.reader.snapshot = None
+    (answer,) = service.predict({"timestamp": 5, "num_results": 4})
+    assert (answer["degraded"], answer["trend_version"]) == (["trend_unavailable"], None)
+    expected = brute_force({"timestamp": 5}, 4, weight=0.0)
+    assert [i["item_id"] for i in answer["items"]] == [i["item_id"] for i in expected]
+    assert all(i["trend"] == 0.0 for i in answer["items"])
+
+
+def test_a_snapshot_that_could_not_be_refreshed_is_used_and_labelled():
+    service = Service(SETTINGS.model_copy(update={"trend_stale_seconds": 1e-9}))
+    (answer,) = service.predict({"timestamp": 5, "num_results": 4})
+    assert (answer["degraded"], answer["trend_version"]) == (["trend_stale"], SNAPSHOT.version)
+    assert answer["items"] == brute_force({"timestamp": 5}, 4)
+
+
+@pytest.mark.parametrize("fault", ["unavailable", "deadline", "invalid_answer"])
+def test_predictor_down_means_trending_items(service, fault):
+    service.predictors.fault = fault
+    seen = [{"item_id": SNAPSHOT.item_ids[0], "timestamp": 5}]
+    plain, filtered, ranked, where = service.predict(
+        {"num_results": 5},
+        {"num_results": 2, "history": seen, "exclude_seen": True,
+         "filter": {"exclude": [SNAPSHOT.item_ids[1]]}},
+        {"task": "rank", "items": ["i001", SNAPSHOT.item_ids[3]]},
+        {"filter": {"where": {"parity": ["even"]}}},
+    )  # fmt: skip
+    assert [i["item_id"] for i in plain["items"]] == list(SNAPSHOT.item_ids[:5])
+    assert [i["item_id"] for i in filtered["items"]] == list(SNAPSHOT.item_ids[2:4])
+    assert [i["item_id"] for i in ranked["items"]] == [SNAPSHOT.item_ids[3], "i001"]
+    assert where["items"] == []  # nothing is known to pass
+    for answer in (plain, filtered, ranked, where):
+        assert answer["degraded"] == ["predictor_unavailable"]
+        assert answer["model_version"] is None
+    service.predictors.fault = None
+    assert service.predict({})[0]["degraded"] == []
+
+
+def test_nothing_left_to_answer_with_is_503():
+    service = Service()
+    service.reader.snapshot = None
+    service.predictors.fault = "unavailable"
+    response = service.post({})
+    assert response.status_code == 503
+    assert response.headers["retry-after"] == "1"
+    assert "predictor" in response.json()["error"]
+
+
+def test_a_store_that_comes_up_later_is_used():
+    service = Service(SETTINGS.model_copy(update={"trend_refresh_seconds": 0.05}))
+    service.reader.fail = True
+
+    async def run():
+        service.transformer.load()
+        await service.transformer.open()
+        async with service.client() as client:
+            body = {"instances": [{"timestamp": 5}]}
+            first = (await client.post(PREDICT, json=body)).json()["predictions"][0]
+            service.reader.fail = False
+            await asyncio.sleep(0.3)
+            second = (await client.post(PREDICT, json=body)).json()["predictions"][0]
+        await service.transformer.close()
+        return first, second
+
+    first, second = asyncio.run(run())
+    assert first["degraded"] == ["trend_unavailable"]
+    assert second["degraded"] == [] and second["trend_version"] == SNAPSHOT.version
+
+
+def test_the_predictor_over_v1(service):
+    predictor = service.predictors.predictor
+    response = service.post({"timestamp": 5, "top_n": 2, "score_items": ["i004", "nope"]},
+                            model=predictor)  # fmt: skip
+    (answer,) = response.json()["predictions"]
+    expected = brute_force({"timestamp": 5}, 2, weight=0.0)
+    assert answer["item_ids"] == [i["item_id"] for i in expected]
+    assert answer["affinities"] == [i["affinity"] for i in expected]
+    assert set(answer["scored"]) == {"i004"}
+    assert (answer["exhausted"], answer["beta"]) == (False, 0.7)
+    assert answer["unknown_score_items"] == 1
+    assert service.post({"timestamp": 5}, model=predictor).status_code == 400
+
+
+def test_a_model_change_between_rounds_starts_the_search_again(service, monkeypatch):
+    monkeypatch.setattr("serving.ranking.MIN_ASK", 1)
+    monkeypatch.setattr("serving.ranking.ASK_FACTOR", 0)  # several rounds
+    score = service.predictors.score
+    asked = []
+
+    async def changing(instances, timeout):
+        asked.append(instances[0]["top_n"])
+        answers = await score(instances, timeout)
+        return [replace(a, model_version="v1" if len(asked) == 1 else "v2") for a in answers]
+
+    service.predictors.score = changing
+    (answer,) = service.predict({"timestamp": 5, "num_results": 3})
+    assert asked[:4] == [4, 8, 4, 8]
+    assert answer["model_version"] == "v2"
+    assert answer["items"] == brute_force({"timestamp": 5}, 3)
+
+
+def test_metrics_count_requests_by_task_and_outcome(service):
+    before = count("hrnn_requests_total", task="recommend", outcome="ok")
+    invalid = count("hrnn_requests_total", task="unknown", outcome="invalid")
+    service.predict({})
+    service.post({"num_results": -1})
+    service.post(content=b"{")
+    assert count("hrnn_requests_total", task="recommend", outcome="ok") == before + 1
+    assert count("hrnn_requests_total", task="unknown", outcome="invalid") == invalid + 2
+    assert count("hrnn_model_info", version="v-test") == 1
+    assert count("hrnn_requests_in_flight") == 0
+
+
+def test_logs_hold_no_ids(service, caplog):
+    service.predict({"user_id": "secret-user"})
+    service.post({"user_id": "secret-user", "num_results": -1})
+    service.reader.fail = True
+    service.predict({"user_id": "secret-user"})
+    assert "secret-user" not in caplog.text
+
+
+def test_bundle_path(tmp_path):
+    with pytest.raises(BundleError, match="holds no model"):
+        bundle_path(tmp_path)
+    bundle = tmp_path / "versions" / "v1"
+    bundle.mkdir(parents=True)
+    (bundle / "manifest.json").write_text("{}")
+    assert bundle_path(bundle) == bundle
+    (tmp_path / "champion.json").write_text('{"version": "v1", "path": "versions/v1"}')
+    assert bundle_path(tmp_path) == bundle.resolve()
+    for broken in ('{"path": "../elsewhere"}', "{", "[]", '{"version": "v1"}', '{"path": 5}'):
+        (tmp_path / "champion.json").write_text(broken)
+        with pytest.raises(BundleError, match=r"champion\.json"):
+            bundle_path(tmp_path)
+
+
+def test_flags_override_the_environment(monkeypatch):
+    monkeypatch.setenv("HRNN_MODEL_DIR", "/from-env")
+    monkeypatch.setenv("HRNN_HOST", "0.0.0.0")  # noqa: S104
+    settings = parse_arguments("predictor", ["--http-port", "9", "--model-dir", "/flag"])
+    assert (settings.predictor_http_port, settings.model_dir) == (9, "/flag")
+    assert settings.host == "0.0.0.0"  # noqa: S104
+    # What the KServe controller passes to a transformer.
+    controller = ["--predictor_host", "p:81", "--model_name", "m", "--predictor_protocol=grpc-v2"]
+    settings = parse_arguments("transformer", controller)
+    assert (settings.predictor_address, settings.model_name) == ("p:81", "m")
+    with pytest.raises(InputError, match="http_port"):
+        parse_arguments("predictor", ["--http-port", "0"])
