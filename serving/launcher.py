@@ -14,10 +14,8 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from model.errors import UnavailableError
-from serving.settings import ServeSettings
+from serving.settings import EXIT_WITH_PARENT, PREDICTOR, TRANSFORMER, ServeSettings
 
-PREDICTOR, TRANSFORMER = "predictor", "transformer"
-EXIT_WITH_PARENT = "HRNN_EXIT_WITH_PARENT"
 LOG_LINES = 15  # shown when a process does not start
 
 

@@ -20,8 +20,8 @@ from model.errors import BundleError, InputError
 from model.query import Event, Query
 from serving import metrics
 from serving.schemas import ScoreInstance, parse_score_instances
-from serving.server import PREDICTOR, JsonModel, main
-from serving.settings import ServeSettings
+from serving.server import JsonModel, main
+from serving.settings import PREDICTOR, ServeSettings
 
 log = logging.getLogger("hrnn.serving")
 

@@ -47,14 +47,13 @@ class PredictorClient:
             options=[
                 ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-                # A predictor that is back is used within a second (gRPC's default: 2 minutes).
+                # A predictor that is back is used at once (by default after up to 2 minutes).
                 ("grpc.initial_reconnect_backoff_ms", 100),
-                ("grpc.min_reconnect_backoff_ms", 100),
-                ("grpc.max_reconnect_backoff_ms", 1000),
+                ("grpc.min_reconnect_backoff_ms", 1000),  # time for one attempt to connect
+                ("grpc.max_reconnect_backoff_ms", 500),
                 ("grpc.enable_retries", 0),
             ],
         )
-        self._channel.get_state(try_to_connect=True)  # not only at the first request
         self._stub = pb_grpc.GRPCInferenceServiceStub(self._channel)
 
     async def close(self) -> None:

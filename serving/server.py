@@ -45,12 +45,9 @@ from serving.kserve_api import (
     metrics_handler,
     pb_grpc,
 )
-from serving.settings import MAX_MESSAGE_BYTES, ServeSettings
+from serving.settings import EXIT_WITH_PARENT, MAX_MESSAGE_BYTES, PREDICTOR, ServeSettings
 
 log = logging.getLogger("hrnn.serving")
-
-EXIT_WITH_PARENT = "HRNN_EXIT_WITH_PARENT"
-PREDICTOR, TRANSFORMER = "predictor", "transformer"
 
 
 class JsonModel(Model):  # type: ignore[misc]

@@ -19,8 +19,8 @@ from serving.features import Features, Reader, UserFeatures
 from serving.ranking import AnswerError, Question, Search, Trend, ranked
 from serving.schemas import Filter, Instance, parse_instances, to_events
 from serving.scoring import PredictorClient, PredictorError, Scored
-from serving.server import TRANSFORMER, JsonModel, main
-from serving.settings import ServeSettings
+from serving.server import JsonModel, main
+from serving.settings import TRANSFORMER, ServeSettings
 
 log = logging.getLogger("hrnn.serving")
 

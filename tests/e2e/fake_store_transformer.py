@@ -13,7 +13,8 @@ from types import SimpleNamespace
 
 from model.query import Event
 from model.trends import TrendSnapshot
-from serving.server import TRANSFORMER, main
+from serving.server import main
+from serving.settings import TRANSFORMER
 from serving.transformer import Transformer
 
 

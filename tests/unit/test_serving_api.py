@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import re
 import time
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -21,6 +23,7 @@ from model.trends import snapshot_from_counts
 from serving import metrics
 from serving.kserve_api import ModelRepository
 from serving.predictor import Predictor, bundle_path
+from serving.schemas import parse_instances
 from serving.scoring import PredictorError, parse_answer
 from serving.server import Plane, Rest, parse_arguments
 from serving.settings import ServeSettings
@@ -623,3 +626,23 @@ def test_flags_override_the_environment(monkeypatch):
     assert (settings.predictor_address, settings.model_name) == ("p:81", "m")
     with pytest.raises(InputError, match="http_port"):
         parse_arguments("predictor", ["--http-port", "0"])
+
+
+DOCS = Path(__file__).parents[2] / "docs" / "serving.md"
+
+
+def test_the_documented_requests_are_valid():
+    examples = re.findall(r"```json\n(.*?)```", DOCS.read_text(), flags=re.DOTALL)
+    assert examples
+    for example in examples:
+        assert parse_instances(json.loads(example)["instances"], ServeSettings())
+
+
+def test_the_documented_metrics_are_the_exported_ones():
+    documented = set(re.findall(r"^\| `(hrnn_\w+)` \|", DOCS.read_text(), flags=re.MULTILINE))
+    exported = {
+        name if metric.type != "counter" else f"{name}_total"
+        for metric in REGISTRY.collect()
+        if (name := metric.name).startswith("hrnn_")
+    }
+    assert documented == exported
