@@ -1,0 +1,24 @@
+"""KFP wrapper of the validate step."""
+
+from kfp import dsl
+
+from components.image import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def validate(
+    tables: dsl.Input[dsl.Dataset],
+    settings: dict,
+    clean: dsl.Output[dsl.Dataset],
+    quarantine: dsl.Output[dsl.Dataset],
+    data_report: dsl.Output[dsl.HTML],
+) -> None:
+    """Type, check and sort the tables; bad rows go to quarantine."""
+    from pathlib import Path
+
+    from components.validate import steps
+
+    outputs = [Path(output.path) for output in (clean, quarantine, data_report)]
+    report = steps.run(Path(tables.path), *outputs, settings=settings)
+    clean.metadata["events"] = report["log"]["events"]
+    quarantine.metadata["reasons"] = report["rows"]["interactions"]["reasons"]
