@@ -236,14 +236,16 @@ def _advise(curve: dict[str, Any], uniform: float) -> tuple[int | None, str]:
     if value <= 0.01:
         return None, "Popularity predicts next to nothing in this log, so it cannot go stale."
     longest = spell_seconds(ages[-1])
-    for age, older in zip(ages[1:], loss[1:], strict=True):
-        if older - loss[0] >= STALE_SHARE * value:
-            return age, (
-                f"Popularity that is {spell_seconds(age)} old has lost"
-                f" {(older - loss[0]) / value:.0%} of its predictive value: refresh trends every"
-                f" {spell_seconds(ages[0])}; without that, retrain every {spell_seconds(age)}."
+    for lag in range(1, len(loss)):
+        # A loss that falls again later was a quirk of one period, not ageing.
+        lost = (min(loss[lag:]) - loss[0]) / value
+        if lost >= STALE_SHARE:
+            return ages[lag], (
+                f"Popularity that is {spell_seconds(ages[lag])} old has lost {lost:.0%} of its"
+                f" predictive value: refresh trends every {spell_seconds(ages[0])}; without that,"
+                f" retrain every {spell_seconds(ages[lag])}."
             )
-    lost = max(0.0, (max(loss[1:]) - loss[0]) / value)
+    lost = max(0.0, (loss[-1] - loss[0]) / value)
     return None, (
         f"Popularity ages slowly here: after {longest} it has lost only {lost:.0%} of its"
         f" predictive value; retraining every {longest} is often enough."
