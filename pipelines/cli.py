@@ -1,0 +1,234 @@
+"""`hrnn`: run the pipeline, serve its model, ask it. Heavy imports happen inside the commands."""
+
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from model.errors import HrnnError, InputError
+
+DEFAULT_DATASET = "movielens-100k"
+REFUSED, BAD_INPUT, FAILED = 3, 2, 1  # exit codes; 0 = done
+
+app = typer.Typer(
+    help="HRNN-meta: recommendations in real time. `hrnn run` trains on your log and deploys the "
+    "model if it passes the gate; `hrnn serve` answers over HTTP; `hrnn recommend` asks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Workspace = Annotated[Path, typer.Option(help="Folder for data, runs, features and models.")]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting; repeatable."),
+]
+SettingsFile = Annotated[
+    Path | None, typer.Option("--settings", help="YAML or JSON file of settings.")
+]
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+@app.command()
+def run(
+    dataset: Annotated[
+        str, typer.Option(help=f"Named dataset; default {DEFAULT_DATASET} when no file is given.")
+    ] = "",
+    interactions: Annotated[
+        str, typer.Option(help="CSV or Parquet of who did what when.", metavar="FILE")
+    ] = "",
+    users: Annotated[str, typer.Option(help="User fields.", metavar="FILE")] = "",
+    items: Annotated[str, typer.Option(help="Item fields.", metavar="FILE")] = "",
+    workspace: Workspace = Path("workspace"),
+    assignments: Assignments = None,
+    settings_file: SettingsFile = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="End with one JSON object on stdout.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the whole log.")] = False,
+) -> None:
+    """Run train_and_deploy on this machine.
+
+    Exit code 0: deployed; 3: refused by the gate (the champion stays); 2: bad input; 1: failed.
+    """
+    from pipelines import local_runner
+    from pipelines.settings import load
+
+    source = _source(dataset, interactions, users, items)
+    settings = load(settings_file, assignments or [])
+    result = local_runner.run(source, workspace, settings, say=_say, verbose=verbose)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        from pipelines.tables import evaluation_table, paths_table
+
+        evaluation_table(result, sys.stderr)
+        paths_table(result, workspace, sys.stderr)
+    for reason in result["reasons"]:
+        _say(f"refused: {reason}")
+    if result["verdict"] == "refused":
+        raise typer.Exit(REFUSED)
+
+
+def _source(dataset: str, interactions: str, users: str, items: str) -> Any:
+    from pipelines.local_runner import Source
+
+    if dataset and interactions:
+        raise InputError("give either --dataset or --interactions, not both")
+    if (users or items) and not interactions:
+        raise InputError("--users and --items go with --interactions FILE")
+    if interactions:
+        # A missing file is better said now than after the pipeline has started.
+        files = {"--interactions": interactions, "--users": users, "--items": items}
+        for option, path in files.items():
+            if path and "://" not in path and not Path(path).is_file():
+                raise InputError(f"{option} {path}: no such file")
+        return Source("", interactions, users, items)
+    from components.ingest.datasets import find
+
+    find(dataset or DEFAULT_DATASET)  # says which names exist
+    return Source(dataset=dataset or DEFAULT_DATASET)
+
+
+@app.command("settings")
+def show_settings(assignments: Assignments = None, settings_file: SettingsFile = None) -> None:
+    """Print every setting with the value in force, as JSON."""
+    from pipelines.settings import load
+
+    print(json.dumps(load(settings_file, assignments or []).to_json(), indent=1))
+
+
+@app.command("compile")
+def compile_pipelines(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the YAML.")],
+) -> None:
+    """Compile the pipelines to KFP IR YAML for a cluster."""
+    from pipelines.compile import compile_all
+
+    for path in compile_all(output):
+        print(path)
+
+
+@app.command()
+def serve(
+    port: Annotated[int, typer.Option(help="HTTP port of the service.", min=1, max=65535)] = 8080,
+    workspace: Workspace = Path("workspace"),
+) -> None:
+    """Serve the deployed model on this machine until Ctrl-C."""
+    from pipelines.serving import local_serving
+
+    with local_serving(workspace, port=port) as serving:
+        _say(f"serving at {serving.predict_url}")
+        for role, url in serving.metrics_urls.items():
+            _say(f"{role} metrics: {url}")
+        _say("Ctrl-C stops it")
+        serving.wait()
+
+
+@app.command()
+def recommend(
+    user: Annotated[str, typer.Option(help="User id; unknown ones get what new users get.")],
+    at: Annotated[
+        str,
+        typer.Option(
+            help="Request time: Unix seconds, ISO 8601, or +1d, +2h, +30m from now.",
+        ),
+    ] = "",
+    k: Annotated[int, typer.Option("--num-results", "-k", min=1)] = 10,
+    url: Annotated[str, typer.Option(help="The running service.")] = "http://127.0.0.1:8080",
+    workspace: Workspace = Path("workspace"),
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
+) -> None:
+    """Ask a running service (`hrnn serve`) for recommendations."""
+    from dataclasses import asdict
+
+    from serving.client import Client
+
+    with Client(url) as client:
+        prediction = client.recommend(
+            user, num_results=k, timestamp=parse_time(at, time.time()) if at else None
+        )
+    if as_json:
+        print(json.dumps(asdict(prediction)))
+        return
+    from pipelines.tables import recommendation_table
+
+    recommendation_table(prediction, _titles(workspace), sys.stdout)
+
+
+_RELATIVE = re.compile(r"\+(\d+(?:\.\d+)?)([smhdw])")
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+
+
+def parse_time(text: str, now: float) -> float:
+    """Unix seconds from `893286638`, `1998-04-22T10:00:00Z` or `+1d` (from `now`)."""
+    from datetime import UTC, datetime
+
+    if relative := _RELATIVE.fullmatch(text):
+        return now + float(relative[1]) * _UNITS[relative[2]]
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise InputError(
+            f"--at {text!r}: give Unix seconds, ISO 8601 (2026-01-31T12:00:00Z) or +1d, +2h"
+        ) from None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def _titles(workspace: Path) -> dict[str, str]:
+    """Titles of the deployed model's items; none when the service's model is not here."""
+    from pipelines.serving import champion_catalogue
+
+    try:
+        return champion_catalogue(workspace).titles
+    except HrnnError:
+        return {}
+
+
+@app.command()
+def demo(workspace: Workspace = Path("workspace")) -> None:
+    """Run the pipeline on the default dataset, serve the model, ask it, stop."""
+    from pipelines.demo import main as demo_main
+
+    demo_main(workspace, _say)
+
+
+def main() -> None:
+    """Entry point: errors in one sentence, no traceback (HRNN_DEBUG=1 shows it)."""
+    if os.environ.get("HRNN_DEBUG") == "1":
+        app()
+        return
+    try:
+        app()
+    except InputError as error:
+        _say(f"error: {error}")
+        sys.exit(BAD_INPUT)
+    except HrnnError as error:
+        _say(f"error: {error}")
+        sys.exit(FAILED)
+    except KeyboardInterrupt:
+        _say("stopped")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(FAILED)
+    except Exception as error:
+        # Not foreseen: still one line for the user; the traceback is a rerun away.
+        _say(f"error: unexpected {type(error).__name__}: {error} (HRNN_DEBUG=1 shows where)")
+        sys.exit(FAILED)
+
+
+if __name__ == "__main__":
+    main()

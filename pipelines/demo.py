@@ -1,0 +1,92 @@
+"""The demo: train on MovieLens-100K, serve, ask as several people at several times."""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from model.catalogue import Catalogue
+from model.query import Event
+from pipelines import local_runner
+from pipelines.serving import champion_catalogue, local_serving
+from pipelines.settings import load
+from pipelines.tables import console, evaluation_table, paths_table, side_by_side
+from serving.client import Client, Prediction
+
+DATASET, USER, SHOWN = "movielens-100k", "196", 8
+DAY = 86_400
+
+
+def main(workspace: Path, say: Callable[[str], None]) -> None:
+    """Run the whole thing and print what a person wants to see. Leaves no process behind."""
+    started = time.monotonic()
+    result = local_runner.run(local_runner.Source(dataset=DATASET), workspace, load(), say=say)
+    evaluation_table(result, sys.stdout)
+    if result["verdict"] == "refused":
+        for reason in result["reasons"]:
+            say(f"refused: {reason}")
+    history = _history(Path(result["clean"]) / "interactions.parquet", USER)
+    catalogue = champion_catalogue(workspace)
+    say("starting the servers")
+    with local_serving(workspace) as serving, Client(serving.url) as client:
+        _ask(client, catalogue, history)
+        example = serving.predict_url.replace(serving.url, "http://127.0.0.1:8080")
+    out = console(sys.stdout)
+    paths_table(result, workspace, sys.stdout)
+    out.print(
+        f"\nFinished in {time.monotonic() - started:.0f} s. To go on:\n"
+        "  make serve                    keep the servers up, metrics on /metrics\n"
+        f"  .venv/bin/hrnn recommend --user {USER}\n"
+        "  .venv/bin/hrnn run --interactions YOUR.csv\n"
+        f"  curl -s {example} -H 'Content-Type: application/json' \\\n"
+        f'    -d \'{{"instances": [{{"user_id": "{USER}", "num_results": 5}}]}}\'',
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+def _ask(client: Client, catalogue: Catalogue, history: list[Event]) -> None:
+    """Known user, the same a day later, the same after one more film, a new user."""
+    titles = catalogue.titles
+
+    def shown(prediction: Prediction) -> list[str]:
+        return [titles.get(item.item_id, item.item_id) for item in prediction.items]
+
+    # The log is from 1998: its last moment is this user's "now".
+    now = history[-1].timestamp + 60
+    known = client.recommend(USER, num_results=SHOWN, timestamp=now, exclude_seen=True)
+    later = client.recommend(USER, num_results=SHOWN, timestamp=now + DAY, exclude_seen=True)
+    watched = known.items[0].item_id
+    more = client.recommend(
+        USER,
+        history=[*history, Event(watched, now, "rating", 5.0)],
+        timestamp=now + 60,
+        num_results=SHOWN,
+        exclude_seen=True,
+    )
+    new = client.recommend("nobody-yet", num_results=SHOWN, timestamp=now)
+    out = console(sys.stdout)
+    out.print(f"\nUser {USER} watched last:", markup=False)
+    for event in history[-3:]:
+        out.print(f"  {titles.get(event.item_id, event.item_id)}", markup=False)
+    side_by_side(
+        {
+            f"user {USER}": shown(known),
+            "a day later": shown(later),
+            f"after {titles.get(watched, watched)}": shown(more),
+            "a new user": shown(new),
+        },
+        "Recommendations over HTTP",
+        sys.stdout,
+    )
+
+
+def _history(interactions: Path, user: str) -> list[Event]:
+    table = pq.read_table(interactions, filters=pc.field("user_id") == user)
+    return [
+        Event(row["item_id"], row["timestamp"], row.get("event_type"), row.get("event_value"))
+        for row in table.to_pylist()
+    ]

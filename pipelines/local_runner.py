@@ -1,0 +1,255 @@
+"""Runs the pipeline on this machine: progress, logs, one readable error, no process left behind."""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from model.errors import HrnnError, InputError, UnavailableError
+from pipelines.settings import Settings
+
+STEPS = ("ingest", "validate", "features", "train", "evaluate", "gate", "deploy")
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_STARTED = re.compile(r"Executing task '([\w-]+)'")
+_FINISHED = re.compile(r"Task '([\w-]+)' finished with status (\w+)")
+_RAISED = re.compile(r"^model\.errors\.(\w+): (.*)$")
+_EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit)\b.*$")
+DEADLINE_SECONDS = 24 * 3600.0
+
+
+class StepError(HrnnError):
+    """A step failed for a reason that is not the user's input."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What to train on: a named dataset, or files."""
+
+    dataset: str = ""
+    interactions: str = ""
+    users: str = ""
+    items: str = ""
+
+
+def run(
+    source: Source,
+    workspace: Path,
+    settings: Settings,
+    *,
+    say: Callable[[str], None],
+    verbose: bool = False,
+    deadline: float = DEADLINE_SECONDS,
+) -> dict[str, Any]:
+    """Run `train_and_deploy` and return the run's result (docs/architecture.md, "Steps").
+
+    Args:
+        say: receives progress lines.
+        verbose: pass every line of the log to `say`.
+        deadline: seconds after which the run is stopped.
+
+    Raises:
+        InputError: a step refused its input; the message is the step's own.
+        UnavailableError: something a step needs cannot be reached, or the deadline passed.
+        StepError: a step failed otherwise.
+    """
+    run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
+    folder = workspace.absolute() / "runs" / run_id
+    try:
+        (folder / "tmp").mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"--workspace {workspace}: {error.strerror}") from None
+    sections = settings.to_json()
+    (folder / "settings.json").write_text(json.dumps(sections, indent=1) + "\n")
+    arguments = {
+        "dataset": source.dataset,
+        "interactions": _absolute(source.interactions),
+        "users": _absolute(source.users),
+        "items": _absolute(source.items),
+        "cache": str(workspace.absolute() / "datasets"),
+        "feature_store": str(workspace.absolute() / "features"),
+        "model_store": str(workspace.absolute() / "models"),
+        **{f"{name}_settings": values for name, values in sections.items()},
+    }
+    specification = folder / "run.json"
+    specification.write_text(json.dumps({"arguments": arguments, "root": str(folder)}))
+    log = folder / "run.log"
+    say(f"run {run_id}, log {log}")
+    reader = _LogReader(say, verbose)
+    code = _run_child(specification, folder, log, reader, deadline)
+    if code != 0:
+        raise reader.error(log)
+    result = _result(run_id, folder)
+    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).absolute()) if path and "://" not in path else path
+
+
+def _run_child(
+    specification: Path, folder: Path, log: Path, reader: "_LogReader", deadline: float
+) -> int:
+    """Run the child to its end; whatever happens here, its whole process group is gone after."""
+    child = subprocess.Popen(
+        [sys.executable, "-u", "-m", "pipelines.local_child", str(specification)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "TMPDIR": str(folder / "tmp"), "PYTHONUNBUFFERED": "1"},
+        start_new_session=True,
+        text=True,
+        errors="replace",
+    )
+    assert child.stdout is not None  # noqa: S101 - PIPE was asked for
+    late = threading.Event()
+
+    def stop_late() -> None:
+        late.set()
+        _kill(child)
+
+    timer = threading.Timer(deadline, stop_late)
+    timer.daemon = True
+    timer.start()
+    try:
+        with _terminate_as_interrupt(), log.open("w") as f:
+            for line in child.stdout:
+                f.write(_ANSI.sub("", line))
+                f.flush()
+                reader.read(_ANSI.sub("", line).rstrip("\n"))
+        code = child.wait()
+    finally:
+        timer.cancel()
+        _kill(child)
+    if late.is_set():
+        raise UnavailableError(f"the run was stopped after {deadline:.0f} s; its log: {log}")
+    return code
+
+
+def _kill(child: "subprocess.Popen[str]") -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+@contextlib.contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends the run like Ctrl-C: through the clean-up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _LogReader:
+    """Turns kfp's log into progress lines and finds the error of a failed step."""
+
+    def __init__(self, say: Callable[[str], None], verbose: bool) -> None:
+        self._say, self._verbose = say, verbose
+        self._step = ""
+        self._started = time.monotonic()
+        self._own_output = False  # inside the step's own lines, after kfp's preamble
+        self._failed_step = ""
+        self._error: tuple[str, str] | None = None
+        self._last_exception = ""
+
+    def read(self, line: str) -> None:
+        if self._verbose:
+            self._say(line)
+        text = line.strip()
+        if started := _STARTED.search(line):
+            self._step, self._own_output = started[1], False
+            self._started = time.monotonic()
+            place = f"{STEPS.index(self._step) + 1}/{len(STEPS)} " if self._step in STEPS else ""
+            self._say(f"[{place}{self._step}]")
+        elif finished := _FINISHED.search(line):
+            seconds = time.monotonic() - self._started
+            self._own_output = False
+            if finished[2] != "SUCCESS":
+                self._failed_step = self._failed_step or finished[1]
+                self._say(f"  {finished[1]} failed after {seconds:.1f} s")
+            else:
+                self._say(f"  done in {seconds:.1f} s")
+        elif line == "    }":
+            self._own_output = True  # kfp prints the step's input as JSON before the step speaks
+        elif "[KFP Executor" in line:
+            self._own_output = self._own_output and "Looking for" not in line
+        elif raised := _RAISED.match(text):
+            self._error = raised[1], raised[2]
+            self._own_output = False
+        elif _EXCEPTION.match(text):
+            self._last_exception = text
+        elif text.startswith("Traceback"):
+            self._own_output = False
+        elif self._own_output and text and not self._verbose:
+            self._say(f"  {text}")
+
+    def error(self, log: Path) -> HrnnError:
+        """What to tell the user of a failed run."""
+        step = self._failed_step or self._step or "the pipeline"
+        if self._error is not None:
+            kind, message = self._error
+            error = {"InputError": InputError, "UnavailableError": UnavailableError}.get(
+                kind, StepError
+            )
+            return error(f"{step}: {message} (full log: {log})")
+        reason = self._last_exception or "it ended without saying why"
+        return StepError(f"{step} failed: {reason} (full log: {log})")
+
+
+def _result(run_id: str, folder: Path) -> dict[str, Any]:
+    """Collect what the steps left behind."""
+
+    def only(pattern: str) -> Path | None:
+        found = sorted(folder.glob(f"train-and-deploy-*/{pattern}"))
+        return found[0] if found else None
+
+    evaluation, verdict = only("evaluate/evaluation"), only("gate/verdict")
+    if evaluation is None or verdict is None:
+        raise StepError(f"the run left no verdict in {folder}: see run.log there")
+    measured, judged = json.loads(evaluation.read_text()), json.loads(verdict.read_text())
+    deployment = only("deploy/deployment")
+    paths = {
+        "bundle": only("train/bundle"),
+        "report": only("evaluate/report"),
+        "data_report": only("validate/data_report"),
+        "clean": only("validate/clean"),
+        "log": folder / "run.log",
+    }
+    return {
+        "run_id": run_id,
+        "verdict": "deployed" if deployment is not None else "refused",
+        "model_version": measured["model_version"],
+        "metrics": measured["models"],
+        "reasons": [rule["reason"] for rule in judged["rules"] if not rule["passed"]],
+        **{name: str(_with_suffix(path)) for name, path in paths.items() if path is not None},
+    }
+
+
+def _with_suffix(path: Path) -> Path:
+    """HTML artifacts get a link that a browser opens; KFP names artifacts without a suffix."""
+    if path.name not in ("report", "data_report"):
+        return path
+    link = path.parents[2] / f"{path.name}.html"
+    if not link.exists():
+        link.symlink_to(path)
+    return link

@@ -1,0 +1,59 @@
+"""The deployed model of a workspace, served on this machine."""
+
+from pathlib import Path
+
+from components.deploy.steps import champion
+from model import bundle as bundles
+from model.catalogue import Catalogue
+from model.errors import InputError
+from model.schema import Schema
+from serving.launcher import LocalServing
+from serving.settings import ServeSettings
+
+
+def champion_bundle(workspace: Path) -> Path:
+    """Folder of the deployed bundle.
+
+    Raises:
+        InputError: nothing is deployed in this workspace.
+    """
+    store = workspace / "models"
+    record = champion(store)
+    if record is None:
+        raise InputError(f"no model is deployed in {workspace}: start with `hrnn run`")
+    return store / str(record["path"])
+
+
+def champion_catalogue(workspace: Path) -> Catalogue:
+    """Items of the deployed model, with titles."""
+    bundle = champion_bundle(workspace)
+    bundles.verify(bundle)
+    schema = Schema.load(bundle / "schema.json")
+    return Catalogue.load(bundle / "items.parquet", schema.item_title)
+
+
+def local_serving(
+    workspace: Path, port: int | None = None, log_dir: Path | None = None
+) -> LocalServing:
+    """Both servers for the champion of a workspace, not started yet.
+
+    Args:
+        port: of the service; None takes free ports for everything.
+
+    Raises:
+        InputError: nothing is deployed.
+    """
+    from feature_repo.settings import FeatureStoreSettings
+
+    champion_bundle(workspace)
+    settings = (
+        ServeSettings().with_free_ports()
+        if port is None
+        else ServeSettings(transformer_http_port=port)
+    )
+    return LocalServing(
+        workspace / "models",
+        FeatureStoreSettings(root=str((workspace / "features").absolute())),
+        settings,
+        log_dir=log_dir or workspace / "logs",
+    )

@@ -1,0 +1,109 @@
+"""All settings of a run: one typed section per step, from defaults, a file and --set."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from components.deploy.steps import DeploySettings
+from components.evaluate.steps import EvaluateSettings
+from components.features.steps import FeaturesSettings
+from components.gate.steps import GateSettings
+from components.ingest.steps import IngestSettings
+from components.validate.steps import ValidateSettings
+from model.errors import InputError
+from model.settings import SettingsBase
+from model.training import TrainSettings
+from model.trends import TrendSettings
+
+SECTIONS: dict[str, type[SettingsBase]] = {
+    "ingest": IngestSettings,
+    "validate": ValidateSettings,
+    "features": FeaturesSettings,
+    "trend": TrendSettings,
+    "train": TrainSettings,
+    "evaluate": EvaluateSettings,
+    "gate": GateSettings,
+    "deploy": DeploySettings,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Checked sections by name; None inside a section means: derived from the data."""
+
+    sections: Mapping[str, SettingsBase]
+
+    def to_json(self) -> dict[str, dict[str, Any]]:
+        """Every setting with its value in force."""
+        return {name: section.model_dump(mode="json") for name, section in self.sections.items()}
+
+
+def load(file: Path | None = None, assignments: Iterable[str] = ()) -> Settings:
+    """Defaults, overridden by a YAML or JSON file, overridden by `section.key=value` texts.
+
+    Raises:
+        InputError: names the wrong key or value and the keys that exist.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        values = _read(file)
+    for assignment in assignments:
+        _assign(values, assignment)
+    for name in values:
+        if name not in SECTIONS:
+            raise InputError(f"no settings section {name!r}{_hint(name, SECTIONS)}")
+        if not isinstance(values[name], dict):
+            raise InputError(f"settings section {name} holds keys, e.g. --set {name}.KEY=VALUE")
+    return Settings({n: cls.parse(values.get(n, {}), n) for n, cls in SECTIONS.items()})
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise InputError(f"--settings {file}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--settings {file} is neither YAML nor JSON: {error}") from None
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise InputError(f"--settings {file}: expected sections ({', '.join(SECTIONS)})")
+    return document
+
+
+def _assign(values: dict[str, Any], assignment: str) -> None:
+    key, equals, text = assignment.partition("=")
+    path = key.strip().split(".")
+    if not equals or len(path) < 2 or not all(path):
+        raise InputError(f"--set {assignment!r}: expected SECTION.KEY=VALUE")
+    if path[0] not in SECTIONS:
+        raise InputError(f"--set {key}: no section {path[0]!r}{_hint(path[0], SECTIONS)}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"--set {key}: {text!r} is not a value (YAML or JSON)") from None
+    if isinstance(value, str):
+        value = _number(value)
+    node = values
+    for part in path[:-1]:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise InputError(f"--set {key}: {part} is a value, it has no keys")
+    node[path[-1]] = value
+
+
+def _number(text: str) -> str | float:
+    """YAML 1.1 reads 1e-3 as text; people mean the number."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else f" (known: {', '.join(known)})"

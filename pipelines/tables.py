@@ -1,0 +1,97 @@
+"""What a run and an answer look like in a terminal."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from serving.client import Prediction
+
+NAMES = {"hrnn": "HRNN", "popularity": "Popularity"}
+READ_OUTS = {"every": "every event", "last": "last event"}
+
+
+def console(stream: IO[str]) -> Console:
+    """A console at least 100 columns wide when it is not a terminal."""
+    return Console(file=stream, width=None if stream.isatty() else 100, highlight=False)
+
+
+def evaluation_table(result: Mapping[str, Any], stream: IO[str]) -> None:
+    """Metrics of the candidate next to the baselines."""
+    metrics = result["metrics"]
+    first = next(iter(metrics.values()))["every"]
+    shown = ["ppl", *(m for m in first if m.split("@")[0] in ("mrr", "hit", "ndcg", "coverage"))]
+    table = Table(
+        title="Evaluation on held-out users, full ranking", title_justify="left", min_width=80
+    )
+    table.add_column("model")
+    table.add_column("predicting")
+    table.add_column("cases", justify="right")
+    for name in shown:
+        head = "perplexity" if name == "ppl" else name
+        table.add_column(f"{head} {'↓' if name == 'ppl' else '↑'}", justify="right")
+    for read_out, meaning in READ_OUTS.items():
+        for model, values in metrics.items():
+            row = values[read_out]
+            numbers = [f"{row[n]:.1f}" if n == "ppl" else f"{row[n]:.4f}" for n in shown]
+            table.add_row(NAMES.get(model, model), meaning, f"{row['cases']:,}", *numbers)
+        table.add_section()
+    console(stream).print(table)
+
+
+def paths_table(result: Mapping[str, Any], workspace: Path, stream: IO[str]) -> None:
+    """Verdict, and where everything is."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    rows = {
+        "verdict": result["verdict"],
+        "model version": result["model_version"],
+        "report": _short(result["report"]),
+        "data report": _short(result["data_report"]),
+        "model bundle": _short(result["bundle"]),
+        "model store": _short(str(workspace / "models")),
+        "log": _short(result["log"]),
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    out = console(stream)
+    out.print(table, soft_wrap=True)
+
+
+def _short(path: str) -> str:
+    """Relative to the current folder where that is shorter to read."""
+    absolute = Path(path).absolute()
+    here = Path.cwd()
+    return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else str(absolute)
+
+
+def recommendation_table(
+    prediction: Prediction, titles: Mapping[str, str], stream: IO[str]
+) -> None:
+    """One answer with its parts."""
+    table = Table()
+    for name in ("#", "item", "title"):
+        table.add_column(name, justify="right" if name == "#" else "left")
+    for name in ("score", "affinity", "trend"):
+        table.add_column(name, justify="right")
+    for rank, item in enumerate(prediction.items, start=1):
+        numbers = (f"{v:.3f}" for v in (item.score, item.affinity, item.trend))
+        table.add_row(str(rank), item.item_id, titles.get(item.item_id, ""), *numbers)
+    out = console(stream)
+    out.print(table)
+    if prediction.degraded:
+        out.print(f"degraded: {', '.join(prediction.degraded)}")
+
+
+def side_by_side(columns: Mapping[str, list[str]], title: str, stream: IO[str]) -> None:
+    """Lists next to each other, one column per heading."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("#", justify="right")
+    for heading in columns:
+        table.add_column(heading, max_width=24, no_wrap=True, overflow="ellipsis")
+    longest = max(len(values) for values in columns.values())
+    for i in range(longest):
+        cells = (values[i] if i < len(values) else "" for values in columns.values())
+        table.add_row(str(i + 1), *cells)
+    console(stream).print(table)
