@@ -5,6 +5,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,8 +70,7 @@ def run(
         (folder / "tmp").mkdir(parents=True)
     except OSError as error:
         raise InputError(f"--workspace {workspace}: {error.strerror}") from None
-    sections = settings.to_json()
-    (folder / "settings.json").write_text(json.dumps(sections, indent=1) + "\n")
+    (folder / "settings.json").write_text(json.dumps(settings.to_json(), indent=1) + "\n")
     arguments = {
         "dataset": source.dataset,
         "interactions": _absolute(source.interactions),
@@ -79,7 +79,7 @@ def run(
         "cache": str(workspace.absolute() / "datasets"),
         "feature_store": str(workspace.absolute() / "features"),
         "model_store": str(workspace.absolute() / "models"),
-        **{f"{name}_settings": values for name, values in sections.items()},
+        **settings.to_arguments(),
     }
     specification = folder / "run.json"
     specification.write_text(json.dumps({"arguments": arguments, "root": str(folder)}))
@@ -89,7 +89,8 @@ def run(
     code = _run_child(specification, folder, log, reader, deadline)
     if code != 0:
         raise reader.error(log)
-    result = _result(run_id, folder)
+    shutil.rmtree(folder / "tmp", ignore_errors=True)  # kfp leaves one folder per step
+    result = _result(run_id, folder, workspace.absolute() / "models")
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
 
@@ -107,7 +108,7 @@ def _run_child(
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env={**os.environ, "TMPDIR": str(folder / "tmp"), "PYTHONUNBUFFERED": "1"},
+        env=_environment(folder),
         start_new_session=True,
         text=True,
         errors="replace",
@@ -135,6 +136,18 @@ def _run_child(
     if late.is_set():
         raise UnavailableError(f"the run was stopped after {deadline:.0f} s; its log: {log}")
     return code
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    return {
+        # Idle compute threads sleep instead of spinning: next to any other busy process,
+        # spinning makes training many times slower.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        **os.environ,
+        "TMPDIR": str(folder / "tmp"),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
 
 
 def _kill(child: "subprocess.Popen[str]") -> None:
@@ -216,8 +229,8 @@ class _LogReader:
         return StepError(f"{step} failed: {reason} (full log: {log})")
 
 
-def _result(run_id: str, folder: Path) -> dict[str, Any]:
-    """Collect what the steps left behind."""
+def _result(run_id: str, folder: Path, model_store: Path) -> dict[str, Any]:
+    """Collect what the steps left behind; `bundle` is the deployed copy, if there is one."""
 
     def only(pattern: str) -> Path | None:
         found = sorted(folder.glob(f"train-and-deploy-*/{pattern}"))
@@ -228,8 +241,11 @@ def _result(run_id: str, folder: Path) -> dict[str, Any]:
         raise StepError(f"the run left no verdict in {folder}: see run.log there")
     measured, judged = json.loads(evaluation.read_text()), json.loads(verdict.read_text())
     deployment = only("deploy/deployment")
+    bundle = only("train/bundle")
+    if deployment is not None:
+        bundle = model_store / json.loads(deployment.read_text())["path"]
     paths = {
-        "bundle": only("train/bundle"),
+        "bundle": bundle,
         "report": only("evaluate/report"),
         "data_report": only("validate/data_report"),
         "clean": only("validate/clean"),
@@ -251,5 +267,5 @@ def _with_suffix(path: Path) -> Path:
         return path
     link = path.parents[2] / f"{path.name}.html"
     if not link.exists():
-        link.symlink_to(path)
+        link.symlink_to(path.relative_to(link.parent))
     return link

@@ -41,6 +41,13 @@ class Settings:
         """Every setting with its value in force."""
         return {name: section.model_dump(mode="json") for name, section in self.sections.items()}
 
+    def to_arguments(self) -> dict[str, dict[str, Any]]:
+        """The same as pipeline parameters: kfp.local takes no null, and null is the default."""
+        return {
+            f"{name}_settings": section.model_dump(mode="json", exclude_none=True)
+            for name, section in self.sections.items()
+        }
+
 
 def load(file: Path | None = None, assignments: Iterable[str] = ()) -> Settings:
     """Defaults, overridden by a YAML or JSON file, overridden by `section.key=value` texts.

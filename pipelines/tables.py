@@ -43,7 +43,6 @@ def evaluation_table(result: Mapping[str, Any], stream: IO[str]) -> None:
 
 def paths_table(result: Mapping[str, Any], workspace: Path, stream: IO[str]) -> None:
     """Verdict, and where everything is."""
-    table = Table(show_header=False, box=None, pad_edge=False)
     rows = {
         "verdict": result["verdict"],
         "model version": result["model_version"],
@@ -53,10 +52,9 @@ def paths_table(result: Mapping[str, Any], workspace: Path, stream: IO[str]) -> 
         "model store": _short(str(workspace / "models")),
         "log": _short(result["log"]),
     }
+    # Plain lines: a path must never be wrapped or cut.
     for name, value in rows.items():
-        table.add_row(name, value)
-    out = console(stream)
-    out.print(table, soft_wrap=True)
+        print(f"{name:<14} {value}", file=stream)
 
 
 def _short(path: str) -> str:
@@ -87,9 +85,10 @@ def recommendation_table(
 def side_by_side(columns: Mapping[str, list[str]], title: str, stream: IO[str]) -> None:
     """Lists next to each other, one column per heading."""
     table = Table(title=title, title_justify="left")
-    table.add_column("#", justify="right")
+    table.add_column("#", justify="right", no_wrap=True, min_width=1)
+    width = 88 // len(columns) - 2
     for heading in columns:
-        table.add_column(heading, max_width=24, no_wrap=True, overflow="ellipsis")
+        table.add_column(heading, width=width, no_wrap=True, overflow="ellipsis")
     longest = max(len(values) for values in columns.values())
     for i in range(longest):
         cells = (values[i] if i < len(values) else "" for values in columns.values())

@@ -20,6 +20,33 @@ STORE_VARIABLES = {
 }
 
 
+def _resources(task: dsl.PipelineTask, *, cpu: str, memory: str) -> None:
+    task.set_cpu_request(cpu).set_memory_request(memory).set_memory_limit(memory)
+    task.set_caching_options(False)
+    kubernetes.set_timeout(task, seconds=6 * 3600)
+
+
+def _gpu(task: dsl.PipelineTask) -> None:
+    """Training runs on one GPU; only this step occupies a GPU node."""
+    _resources(task, cpu="4", memory="16Gi")
+    task.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(1)
+    kubernetes.add_toleration(task, key="nvidia.com/gpu", operator="Exists", effect="NoSchedule")
+    kubernetes.empty_dir_mount(
+        task,
+        volume_name="shm",
+        mount_path="/dev/shm",  # noqa: S108 - the pod's own
+        medium="Memory",
+        size_limit="1Gi",
+    )
+
+
+def _stores(task: dsl.PipelineTask) -> None:
+    kubernetes.use_config_map_as_env(
+        task, config_map_name=CONFIG_MAP, config_map_key_to_env=STORE_VARIABLES
+    )
+    kubernetes.mount_pvc(task, pvc_name="hrnn-stores", mount_path="/stores")
+
+
 @dsl.pipeline(name="train-and-deploy", description=__doc__.splitlines()[0])
 def train_and_deploy(
     dataset: str = "movielens-100k",
@@ -79,30 +106,3 @@ def train_and_deploy(
     _resources(stored, cpu="1", memory="4Gi")
     _stores(stored)
     _gpu(trained)
-
-
-def _resources(task: dsl.PipelineTask, *, cpu: str, memory: str) -> None:
-    task.set_cpu_request(cpu).set_memory_request(memory).set_memory_limit(memory)
-    task.set_caching_options(False)
-    kubernetes.set_timeout(task, seconds=6 * 3600)
-
-
-def _gpu(task: dsl.PipelineTask) -> None:
-    """Training runs on one GPU; only this step occupies a GPU node."""
-    _resources(task, cpu="4", memory="16Gi")
-    task.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(1)
-    kubernetes.add_toleration(task, key="nvidia.com/gpu", operator="Exists", effect="NoSchedule")
-    kubernetes.empty_dir_mount(
-        task,
-        volume_name="shm",
-        mount_path="/dev/shm",  # noqa: S108 - the pod's own
-        medium="Memory",
-        size_limit="1Gi",
-    )
-
-
-def _stores(task: dsl.PipelineTask) -> None:
-    kubernetes.use_config_map_as_env(
-        task, config_map_name=CONFIG_MAP, config_map_key_to_env=STORE_VARIABLES
-    )
-    kubernetes.mount_pvc(task, pvc_name="hrnn-stores", mount_path="/stores")

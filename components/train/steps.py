@@ -34,9 +34,9 @@ def run(
         f"{len(split.train):,} training, {len(split.valid):,} validation, {len(split.test):,} test"
         f" users; {split.train.num_events:,} training events; {len(catalogue):,} items"
     )
-    resolved = choose_trend(
-        split.train.item_E, split.train.timestamp_E, len(catalogue), trend_settings
-    )
+    # On the whole log, like the features step: the trend that is served must be the one
+    # trained with.
+    resolved = choose_trend(histories.item_E, histories.timestamp_E, len(catalogue), trend_settings)
     model = fit(
         split.train,
         split.valid,
