@@ -1,4 +1,4 @@
-"""Entities, views and services, built from the schema of the data."""
+"""Entities, sources, views and services of the feature store, built from a schema."""
 
 from dataclasses import dataclass
 from datetime import timedelta
@@ -6,164 +6,181 @@ from pathlib import Path
 from typing import Any
 
 from feast import Entity, FeatureService, FeatureView, Field, FileSource, ValueType
-from feast.types import Array, FeastType, Float64, Int64, String
+from feast.types import Array, Float64, Int64, String
 
-from model.errors import InputError
+from feature_repo.names import (
+    CATALOGUE,
+    EVENT_TIMESTAMP,
+    FIELD_TAG,
+    FIRST_SEEN,
+    HISTORY_LENGTH_TAG,
+    ITEM,
+    ITEM_METADATA,
+    ITEM_POPULARITY,
+    JOIN_KEY,
+    KIND_TAG,
+    SERVING_TREND,
+    SERVING_USER,
+    TRAINING,
+    TREND_SNAPSHOT,
+    USER,
+    USER_HISTORY,
+    USER_PROFILE,
+    VIEW_ENTITY,
+    ViewOptions,
+    feature_names,
+    item_fields,
+    source_name,
+)
 from model.schema import FieldKind, Schema
 
-CATALOGUE_ID = "all"  # the one row of the catalogue entity
-TIMESTAMP = "event_timestamp"
-OWNER = "hrnn-meta"
+OWNER = "recommendations"
+NEVER = timedelta(0)  # Feast's "does not expire"
 
-USER = Entity(
-    name="user",
-    join_keys=["user_id"],
-    value_type=ValueType.STRING,
-    description="Somebody whose events are in the log.",
-)
-ITEM = Entity(
-    name="item",
-    join_keys=["item_id"],
-    value_type=ValueType.STRING,
-    description="Something that can be recommended.",
-)
-CATALOGUE = Entity(
-    name="catalogue",
-    join_keys=["catalogue_id"],
-    value_type=ValueType.STRING,
-    description="All items together; one row.",
-)
-
-_TYPES: dict[FieldKind, FeastType] = {
+_TYPE = {
     FieldKind.CATEGORICAL: String,
     FieldKind.TEXT: String,
     FieldKind.MULTI_CATEGORICAL: Array(String),
     FieldKind.NUMERIC: Float64,
 }
-_RESERVED = {TIMESTAMP, "user_id", "item_id", "events"}
 
 
 @dataclass(frozen=True)
 class Definitions:
-    """Everything that `apply` registers; `views` by name."""
+    """Everything `feast apply` registers."""
 
-    entities: list[Entity]
+    entities: dict[str, Entity]
     views: dict[str, FeatureView]
-    services: list[FeatureService]
+    services: dict[str, FeatureService]
 
-    @property
     def objects(self) -> list[Any]:
-        return [*self.entities, *self.views.values(), *self.services]
+        return [*self.entities.values(), *self.views.values(), *self.services.values()]
 
 
-def build(schema: Schema, sources: Path) -> Definitions:
-    """Definitions for a dataset.
-
-    Args:
-        sources: folder with one Parquet file per view, written by the features step.
+def build(sources: Path, schema: Schema, options: ViewOptions) -> Definitions:
+    """Definitions over the Parquet files in `sources` (absolute).
 
     Raises:
-        InputError: a field has a name that features cannot have.
+        InputError: field names that cannot be told apart.
     """
-    for table, fields in (("users", schema.users), ("items", schema.items)):
-        for name in fields:
-            if name in _RESERVED or "__" in name:
-                raise InputError(
-                    f"{table} field {name!r}: this name is taken by the feature store; rename the "
-                    "column or leave it out with --set ingest.ignore"
-                )
+    entities = {
+        name: Entity(name=name, join_keys=[key], value_type=ValueType.STRING, description=text)
+        for (name, key), text in zip(
+            JOIN_KEY.items(),
+            ("Who interacts", "What is recommended", "All items together: the one row `all`"),
+            strict=True,
+        )
+    }
+    assert list(entities) == [USER, ITEM, CATALOGUE]  # noqa: S101 - order of the texts
 
-    def view(name: str, entity: Entity, fields: dict[str, FeastType], about: str) -> FeatureView:
+    def view(
+        name: str, description: str, fields: list[Field], ttl: timedelta, **tags: str
+    ) -> FeatureView:
         return FeatureView(
             name=name,
-            entities=[entity],
-            # 0 = no limit. Age is judged against the log's own time by the reader: Feast compares
-            # with the wall clock offline and not at all online.
-            ttl=timedelta(0),
-            schema=[Field(name=n, dtype=t) for n, t in fields.items()],
+            entities=[entities[VIEW_ENTITY[name]]],
+            schema=[Field(name=JOIN_KEY[VIEW_ENTITY[name]], dtype=String), *fields],
             source=FileSource(
                 name=f"{name}_source",
-                path=str(sources / f"{name}.parquet"),
-                timestamp_field=TIMESTAMP,
+                path=str(sources / source_name(name)),
+                timestamp_field=EVENT_TIMESTAMP,
             ),
-            description=about,
+            ttl=ttl,
+            online=True,
             owner=OWNER,
+            description=description,
+            tags={"domain": "recommendations", **tags},
         )
 
-    views = [
-        view(
-            "user_profile",
-            USER,
-            {"events": Int64, **{n: _TYPES[k] for n, k in schema.users.items()}},
-            "Fields of a user, and how many events the log holds of them.",
+    first_seen = Field(name=FIRST_SEEN, dtype=Int64, description="First event, Unix seconds")
+    views = {
+        USER_PROFILE: view(
+            USER_PROFILE,
+            "What is known of a user besides events; valid from the first event on",
+            [first_seen, *_fields(schema.users)],
+            NEVER,
         ),
-        view(
-            "user_history",
-            USER,
-            {
-                "item_ids": Array(String),
-                "timestamps": Array(Int64),
-                "event_types": Array(String),
-                "event_values": Array(Float64),
-            },
-            "Newest events of a user, oldest first; '' and NaN where type or value is missing.",
-        ),
-        view(
-            "item_metadata",
-            ITEM,
-            {n: _TYPES[k] for n, k in schema.items.items()} or {"events": Int64},
-            "Fields of an item.",
-        ),
-        view(
-            "item_popularity",
-            ITEM,
-            {"count": Int64},
-            "Events of an item inside the trend window, one row per period in which it changed.",
-        ),
-        view(
-            "catalogue_popularity",
-            CATALOGUE,
-            {"total": Int64},
-            "Events of all items inside the trend window, one row per period.",
-        ),
-        view(
-            "trend_snapshot",
-            CATALOGUE,
-            {
-                "item_ids": Array(String),
-                "log_q": Array(Float64),
-                "floor": Float64,
-                "as_of": Int64,
-                "window_seconds": Int64,
-                "num_items": Int64,
-            },
-            "log q of the most popular items at one moment, and the floor of all others.",
-        ),
-    ]
-    by_name = {v.name: v for v in views}
-    services = [
-        FeatureService(
-            name="serving_user_v1",
-            features=[by_name["user_profile"], by_name["user_history"]],
-            description="What the transformer reads of a user.",
-            owner=OWNER,
-        ),
-        FeatureService(
-            name="serving_trend_v1",
-            features=[by_name["trend_snapshot"]],
-            description="What the transformer reads of the catalogue.",
-            owner=OWNER,
-        ),
-        FeatureService(
-            name="training_v1",
-            features=[
-                by_name["user_profile"],
-                by_name["item_metadata"],
-                by_name["item_popularity"],
-                by_name["catalogue_popularity"],
+        USER_HISTORY: view(
+            USER_HISTORY,
+            "The newest events of a user, oldest first; visible one second after the last",
+            [
+                Field(name="item_ids", dtype=Array(String)),
+                Field(name="timestamps", dtype=Array(Int64), description="Unix seconds"),
+                Field(name="event_types", dtype=Array(String), description="empty: none"),
+                Field(name="event_values", dtype=Array(Float64), description="NaN: none"),
+                Field(
+                    name="log_end",
+                    dtype=Int64,
+                    description="The log these events came from holds everything before this"
+                    " Unix second; events from then on were pushed",
+                ),
             ],
-            description="Point-in-time features of (user, item, moment) rows.",
-            owner=OWNER,
+            timedelta(seconds=options.history_ttl_seconds),
+            **{HISTORY_LENGTH_TAG: str(options.history_length)},
         ),
+        ITEM_METADATA: view(
+            ITEM_METADATA,
+            "What is known of an item besides events",
+            [first_seen, *_fields(item_fields(schema))],
+            NEVER,
+        ),
+        ITEM_POPULARITY: view(
+            ITEM_POPULARITY,
+            "Events of an item in the window before a period's start; no row before its first",
+            [
+                Field(name="count", dtype=Int64),
+                Field(name="log_q", dtype=Float64, description="log share of all items' events"),
+            ],
+            timedelta(seconds=options.popularity_ttl_seconds),
+        ),
+        TREND_SNAPSHOT: view(
+            TREND_SNAPSHOT,
+            "log q of the most popular items at one moment and the floor of all others",
+            [
+                Field(name="item_ids", dtype=Array(String), description="log_q descending"),
+                Field(name="log_q", dtype=Array(Float64)),
+                Field(name="floor", dtype=Float64, description="log q of each item not listed"),
+                Field(name="as_of", dtype=Int64, description="Unix seconds"),
+                Field(name="window_seconds", dtype=Int64),
+                Field(name="num_items", dtype=Int64),
+            ],
+            # An old snapshot beats none: serving labels answers that use one.
+            NEVER,
+        ),
+    }
+
+    def service(name: str, description: str, *names: str) -> FeatureService:
+        return FeatureService(
+            name=name,
+            features=[views[n] for n in names],
+            owner=OWNER,
+            description=description,
+            tags={"domain": "recommendations"},
+        )
+
+    services = {
+        SERVING_USER: service(
+            SERVING_USER, "A user's profile and history, for a request", USER_PROFILE, USER_HISTORY
+        ),
+        SERVING_TREND: service(SERVING_TREND, "The trend snapshot in force", TREND_SNAPSHOT),
+        # History is left out: it holds one row per user, training builds its own sequences.
+        TRAINING: service(
+            TRAINING,
+            "Point-in-time features of (user, item, moment); ask with full_feature_names=True",
+            USER_PROFILE,
+            ITEM_METADATA,
+            ITEM_POPULARITY,
+        ),
+    }
+    return Definitions(entities, views, services)
+
+
+def _fields(fields: dict[str, FieldKind]) -> list[Field]:
+    return [
+        Field(
+            name=name,
+            dtype=_TYPE[fields[field]],
+            tags={FIELD_TAG: field, KIND_TAG: fields[field].value},
+        )
+        for field, name in feature_names(fields).items()
     ]
-    return Definitions([USER, ITEM, CATALOGUE], by_name, services)

@@ -1,20 +1,19 @@
-"""For Feast's own command line: `HRNN_FEATURE_ROOT=… feast -c feature_repo apply`.
+"""What Feast's own command line reads: `feast -c feature_repo apply` (also plan, ui, …).
 
-Feast registers every definition it finds in this module.
+It applies the schema and options of the last `feature_repo.store.apply`, kept under
+HRNN_FEATURE_ROOT, so that an edited definition can be registered without a pipeline run.
 """
 
 from feature_repo.definitions import build
 from feature_repo.settings import FeatureStoreSettings
-from model.schema import Schema
+from feature_repo.store import applied
 
 _settings = FeatureStoreSettings.from_env()
-_definitions = build(Schema.load(_settings.sources / "schema.json"), _settings.sources)
+_definitions = build(_settings.sources, *applied(_settings))
 
-user, item, catalogue = _definitions.entities
-user_profile = _definitions.views["user_profile"]
-user_history = _definitions.views["user_history"]
-item_metadata = _definitions.views["item_metadata"]
-item_popularity = _definitions.views["item_popularity"]
-catalogue_popularity = _definitions.views["catalogue_popularity"]
-trend_snapshot = _definitions.views["trend_snapshot"]
-serving_user_v1, serving_trend_v1, training_v1 = _definitions.services
+# Feast collects module attributes.
+user, item, catalogue = _definitions.entities.values()
+user_profile, user_history, item_metadata, item_popularity, trend_snapshot = (
+    _definitions.views.values()
+)
+serving_user_v1, serving_trend_v1, training_v1 = _definitions.services.values()

@@ -1,65 +1,121 @@
-"""Where features live: root folder, registry, online and offline store."""
+"""Where the feature store lives; Feast's own configuration is derived from it."""
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
+from urllib.parse import unquote, urlsplit
 
+from pydantic import model_validator
+
+from feature_repo.names import PROJECT, source_name
 from model.errors import InputError
 from model.settings import SettingsBase
 
 if TYPE_CHECKING:
     from feast import RepoConfig
 
-PROJECT = "hrnn"
+# A connection that went away without a word must not hold a reader's thread for ever, and the
+# client's own retries (~9 s) would: callers have deadlines and fallbacks. Time-outs in seconds.
+REDIS_DEFAULTS = {"socket_connect_timeout": "2", "socket_timeout": "5", "retry": "null"}
 
 
 class FeatureStoreSettings(SettingsBase):
-    """One feature store. `root` holds the registry, the sources and the SQLite online store."""
+    """Registry, sources and (SQLite) online store live under `root`."""
 
     root: str
     online: Literal["sqlite", "redis"] = "sqlite"
-    redis_url: str | None = None  # host:port[,password=…] as Feast's connection_string
+    # redis://[:password@]host:port[/db], rediss://… for TLS, or Feast's host:port[,db=0][,ssl=true]
+    redis_url: str | None = None
+
+    @model_validator(mode="after")
+    def _redis_has_an_address(self) -> Self:
+        if self.online == "redis" and not self.redis_url:
+            raise ValueError("the redis online store needs redis_url (HRNN_REDIS_URL)")
+        return self
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Self:
-        """Read HRNN_FEATURE_ROOT, HRNN_ONLINE_STORE and HRNN_REDIS_URL.
+        """Read HRNN_FEATURE_ROOT, HRNN_ONLINE_STORE and HRNN_REDIS_URL; empty counts as unset.
 
         Raises:
-            InputError: HRNN_FEATURE_ROOT is not set.
+            InputError: no root, or a value that does not fit.
         """
-        if not environ.get("HRNN_FEATURE_ROOT"):
-            raise InputError("no feature store: set HRNN_FEATURE_ROOT to its folder")
-        return cls.parse(
-            {
-                "root": environ["HRNN_FEATURE_ROOT"],
-                "online": environ.get("HRNN_ONLINE_STORE") or "sqlite",
-                "redis_url": environ.get("HRNN_REDIS_URL") or None,
-            },
-            "feature store",
-        )
+        names = {"root": "FEATURE_ROOT", "online": "ONLINE_STORE", "redis_url": "REDIS_URL"}
+        values = {k: v for k, name in names.items() if (v := environ.get(f"HRNN_{name}"))}
+        if "root" not in values:
+            raise InputError("HRNN_FEATURE_ROOT is not set; give the folder of the feature store")
+        return cls.parse(values, "feature store")
+
+    @property
+    def path(self) -> Path:
+        return Path(self.root).absolute()
+
+    @property
+    def registry_path(self) -> Path:
+        return self.path / "registry.db"
+
+    @property
+    def online_path(self) -> Path:
+        """The SQLite online store."""
+        return self.path / "online_store.db"
 
     @property
     def sources(self) -> Path:
-        """Parquet files that the features step writes."""
-        return Path(self.root) / "sources"
+        return self.path / "sources"
+
+    def source(self, view: str) -> Path:
+        """Parquet file a view is read from."""
+        return self.sources / source_name(view)
 
     def repo_config(self) -> "RepoConfig":
-        """Feast's configuration of this store."""
+        """Feast's configuration: duckdb offline, because dask loses rows in point-in-time joins."""
         from feast import RepoConfig
 
+        online: dict[str, object] = {"type": "sqlite", "path": str(self.online_path)}
         if self.online == "redis":
-            if not self.redis_url:
-                raise InputError("online store redis needs HRNN_REDIS_URL (host:port)")
-            online = {"type": "redis", "connection_string": self.redis_url}
-        else:
-            online = {"type": "sqlite", "path": str(Path(self.root) / "online_store.db")}
+            online = {
+                "type": "redis",
+                "connection_string": redis_connection(self.redis_url or ""),
+                # Otherwise Redis drops a corrected row of equal time where SQLite takes it. What
+                # is newer is decided in `store`, the same way for both.
+                "skip_dedup": True,
+            }
         return RepoConfig(
             project=PROJECT,
-            registry=str(Path(self.root) / "registry.db"),
             provider="local",
-            # dask, the default, loses rows in point-in-time joins.
-            offline_store={"type": "duckdb"},
+            # 0: never re-read behind a request's back; FeatureReader notices new registries.
+            registry={"path": str(self.registry_path), "cache_ttl_seconds": 0},
             online_store=online,
+            offline_store={"type": "duckdb"},
             entity_key_serialization_version=3,
         )
+
+
+def redis_connection(url: str) -> str:
+    """Feast's connection string (`host:port,key=value,…`) of a Redis URL or such a string.
+
+    Raises:
+        InputError: the address has no host, or its port is not a number.
+    """
+    if "://" not in url:
+        head, *options = url.split(",")
+        address, given = head, dict(option.partition("=")[::2] for option in options)
+    else:
+        parts = urlsplit(url)
+        try:
+            address = f"{parts.hostname or ''}:{parts.port or 6379}"
+        except ValueError:
+            raise InputError("redis_url: the port is not a number") from None
+        given = {"db": parts.path.strip("/") or "0"}
+        if parts.username:
+            given["username"] = unquote(parts.username)
+        if parts.password:
+            given["password"] = unquote(parts.password)
+        if parts.scheme == "rediss":
+            given["ssl"] = "true"
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or any("," in value for value in given.values()):
+        # The value may hold a password: it is not repeated.
+        raise InputError("redis_url is not redis://[:password@]host:port[/db] (no commas)")
+    return ",".join([address, *(f"{k}={v}" for k, v in {**REDIS_DEFAULTS, **given}.items())])

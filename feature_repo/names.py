@@ -1,0 +1,93 @@
+"""Names and options of the feature views, free of Feast so that steps can import them quickly."""
+
+import re
+import zlib
+from collections.abc import Mapping
+
+from pydantic import Field
+
+from model.errors import InputError
+from model.schema import FieldKind, Schema
+from model.settings import SettingsBase
+
+PROJECT = "hrnn"
+USER, ITEM, CATALOGUE = "user", "item", "catalogue"  # entities
+JOIN_KEY = {USER: "user_id", ITEM: "item_id", CATALOGUE: "catalogue_id"}
+CATALOGUE_ID = "all"  # the one row of the catalogue
+
+USER_PROFILE, USER_HISTORY = "user_profile", "user_history"
+ITEM_METADATA, ITEM_POPULARITY = "item_metadata", "item_popularity"
+TREND_SNAPSHOT = "trend_snapshot"
+VIEW_ENTITY = {
+    USER_PROFILE: USER,
+    USER_HISTORY: USER,
+    ITEM_METADATA: ITEM,
+    ITEM_POPULARITY: ITEM,
+    TREND_SNAPSHOT: CATALOGUE,
+}
+
+SERVING_USER, SERVING_TREND, TRAINING = "serving_user_v1", "serving_trend_v1", "training_v1"
+
+EVENT_TIMESTAMP = "event_timestamp"
+FIRST_SEEN = "first_seen"  # of users and items: Unix seconds, never null
+FIELD_TAG, KIND_TAG = "field", "kind"  # tags of a Feast field: the user's name for it, its kind
+HISTORY_LENGTH_TAG = "history_length"
+
+# Names the views, the joins of the offline store or Feast itself already use.
+_RESERVED = frozenset(
+    {*JOIN_KEY.values(), *VIEW_ENTITY, EVENT_TIMESTAMP, FIRST_SEEN, "created", "rn"}
+    | {"entity_row_id", "event_expire_timestamp", "__log_date", "count", "log_q"}
+)
+
+
+class ViewOptions(SettingsBase):
+    """What the views need to know besides the schema. Durations in seconds, 0 = for ever.
+
+    Age is measured against the log's own time (the as_of of the trend snapshot), never against
+    the clock, so that a log of 1998 works as it did then.
+    """
+
+    history_length: int = Field(100, ge=1)
+    # A user silent for longer is served without a history.
+    history_ttl_seconds: int = Field(3650 * 86_400, ge=0)
+    # How long a popularity row answers for its item after the moment it was counted.
+    popularity_ttl_seconds: int = Field(0, ge=0)
+
+
+def source_name(view: str) -> str:
+    """File name of a view's source inside `sources/`."""
+    return f"{view}.parquet"
+
+
+def feature_names(fields: Mapping[str, FieldKind]) -> dict[str, str]:
+    """Feature name of every field: its own where Feast can take it, an escaped one otherwise.
+
+    Raises:
+        InputError: two names differ only in case, which neither DuckDB nor SQL can tell apart.
+    """
+    names: dict[str, str] = {}
+    taken: dict[str, str] = {}
+    for field in fields:
+        lowered = field.lower()
+        plain = (
+            re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", field)
+            and lowered not in _RESERVED
+            # Feast's point-in-time join drops columns with these endings, and "__" splits names.
+            and not lowered.endswith(("_y", "_yyyy"))
+            and "__" not in field
+        )
+        if lowered in taken:
+            raise InputError(
+                f"fields {taken[lowered]!r} and {field!r} differ only in upper and lower case;"
+                " rename one of them"
+            )
+        taken[lowered] = field
+        slug = re.sub(r"[^a-z0-9]+", "_", lowered).strip("_")
+        names[field] = field if plain else f"field_{slug}_{zlib.crc32(field.encode()):08x}"
+    return names
+
+
+def item_fields(schema: Schema) -> dict[str, FieldKind]:
+    """Item fields with the title, which travels along even when the model does not read it."""
+    title = {schema.item_title: FieldKind.TEXT} if schema.item_title else {}
+    return {**title, **schema.items}

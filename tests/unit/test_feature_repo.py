@@ -1,0 +1,450 @@
+"""Feature store: round trips through a real SQLite online store (and Redis where there is one)."""
+
+import json
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from feature_repo.names import VIEW_ENTITY, feature_names
+from feature_repo.settings import FeatureStoreSettings, redis_connection
+from feature_repo.snapshot import truncate
+from feature_repo.store import (
+    FeatureReader,
+    FeatureWriter,
+    UserFeatures,
+    ViewOptions,
+    _merge,
+    apply,
+    forget,
+    materialise,
+)
+from model.errors import InputError, UnavailableError
+from model.query import Event
+from model.schema import FieldKind, Schema
+from model.trends import TrendSnapshot, snapshot_from_counts
+
+REPO = Path(__file__).resolve().parents[2]
+AS_OF = 893_286_639  # April 1998
+HARSH = ['say "hi"', "it's", "☃🎬 é", "line\nbreak", "a|b,c;d", "", " ", "\\", "NULL", "[1, 2]"]
+SCHEMA = Schema.parse(
+    {
+        "users": {"age": "numeric", "Lieblings-Farbe": "categorical", "tags": "multi_categorical"},
+        "items": {"genres": "multi_categorical", "age": "numeric"},
+        "item_title": "title",
+    }
+)
+STORES = [
+    "sqlite",
+    pytest.param(
+        "redis",
+        marks=pytest.mark.skipif(not shutil.which("redis-server"), reason="no redis-server"),
+    ),
+]
+
+
+def moments(*seconds):
+    return pa.array([s * 1_000_000 for s in seconds], pa.timestamp("us", "UTC"))
+
+
+def snapshot(counts=(7, 7, 1), as_of=AS_OF):
+    ids = [f"i{j}" for j in range(len(counts))]
+    return snapshot_from_counts(
+        ids, counts, num_items=len(ids) + 2, smoothing=0.3, as_of=as_of, window_seconds=3600
+    )
+
+
+def write_sources(settings, users=("u1", "u2"), history=None, trend=None, as_of=AS_OF):
+    settings.sources.mkdir(parents=True, exist_ok=True)
+    colour = feature_names(SCHEMA.users)["Lieblings-Farbe"]
+    n = len(users)
+    profile = {
+        "user_id": pa.array(users, pa.string()),
+        "event_timestamp": moments(*[100] * n),
+        "first_seen": pa.array([100] * n, pa.int64()),
+        "age": pa.array([30.5, *[None] * (n - 1)], pa.float64()),
+        colour: pa.array([HARSH[0], *[None] * (n - 1)], pa.string()),
+        "tags": pa.array([HARSH, *[[]] * (n - 1)], pa.list_(pa.string())),
+    }
+    pq.write_table(pa.table(profile), settings.source("user_profile"))
+    history = history or {user: [(HARSH[1], AS_OF - 10), ("i1", AS_OF - 5)] for user in users}
+    rows = [
+        {
+            "user_id": user,
+            "event_timestamp": datetime.fromtimestamp(events[-1][1] + 1, UTC),
+            "item_ids": [e[0] for e in events],
+            "timestamps": [e[1] for e in events],
+            "event_types": ["play"] + [""] * (len(events) - 1),
+            "event_values": [math.nan] * (len(events) - 1) + [4.5],
+            "log_end": as_of,
+        }
+        for user, events in history.items()
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), settings.source("user_history"))
+    items = {
+        "item_id": ["i0"],
+        "event_timestamp": moments(100),
+        "first_seen": [100],
+        "title": ["Toy Story"],
+        "genres": [["a", "b"]],
+        "age": [3.0],
+    }
+    pq.write_table(pa.table(items), settings.source("item_metadata"))
+    popularity = {"item_id": ["i0"], "event_timestamp": moments(as_of), "count": [7]}
+    pq.write_table(pa.table({**popularity, "log_q": [-1.5]}), settings.source("item_popularity"))
+    row = (trend or snapshot(as_of=as_of)).to_json()
+    table = pa.Table.from_pylist([{"catalogue_id": "all", **row}])
+    pq.write_table(
+        table.append_column("event_timestamp", moments(row["as_of"])),
+        settings.source("trend_snapshot"),
+    )
+
+
+@pytest.fixture
+def redis_port(tmp_path):
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    process = subprocess.Popen(
+        ["redis-server", "--port", str(port), "--save", "", "--dir", str(tmp_path)],
+        stdout=subprocess.DEVNULL,
+    )
+    for _ in range(100):
+        with socket.socket() as sock:
+            if sock.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(0.05)
+    yield port
+    process.terminate()
+    process.wait()
+
+
+@pytest.fixture(params=STORES)
+def settings(request, tmp_path):
+    if request.param == "sqlite":
+        return FeatureStoreSettings(root=str(tmp_path / "features"))
+    url = f"redis://127.0.0.1:{request.getfixturevalue('redis_port')}/0"
+    return FeatureStoreSettings(root=str(tmp_path / "features"), online="redis", redis_url=url)
+
+
+@pytest.fixture
+def store(settings):
+    write_sources(settings)
+    apply(settings, SCHEMA)
+    materialise(settings, AS_OF)
+    return settings
+
+
+def test_data_of_1998_is_served_exactly_as_written(store):
+    reader = FeatureReader(store)
+    user = reader.user("u1")
+    assert user.known
+    assert user.profile == {"age": 30.5, "Lieblings-Farbe": HARSH[0], "tags": HARSH}
+    assert user.history == [
+        Event(HARSH[1], AS_OF - 10, "play", None),
+        Event("i1", AS_OF - 5, None, 4.5),
+    ]
+    assert reader.user("u2").profile == {"tags": []}  # missing values are absent
+    assert reader.user("nobody") == UserFeatures(known=False, profile={}, history=[])
+
+
+def test_trend_round_trips_bit_for_bit(store):
+    rng = np.random.default_rng(0)
+    written = snapshot(rng.integers(1, 10**6, 3000).tolist())
+    write_sources(store, trend=written)
+    materialise(store, AS_OF)
+    read = FeatureReader(store).trend()
+    assert read.item_ids == written.item_ids
+    assert read.log_q.tobytes() == written.log_q.tobytes()
+    assert read.log_q.dtype == np.float64
+    assert (read.floor, read.as_of, read.window_seconds, read.num_items) == (
+        written.floor,
+        written.as_of,
+        written.window_seconds,
+        written.num_items,
+    )
+    assert read.version == written.version
+
+
+def test_no_trend_yet_is_none(settings):
+    write_sources(settings)
+    apply(settings, SCHEMA)
+    reader = FeatureReader(settings)
+    assert reader.trend() is None
+    assert not reader.user("u1").known
+
+
+def test_a_missing_store_is_unavailable_and_leaves_nothing_behind(tmp_path):
+    settings = FeatureStoreSettings(root=str(tmp_path / "nothing"))
+    for use in (FeatureReader, FeatureWriter, lambda s: materialise(s, AS_OF)):
+        with pytest.raises(UnavailableError, match="no feature store in"):
+            use(settings)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_store_that_breaks_is_unavailable_and_one_that_is_rebuilt_is_used(tmp_path):
+    settings = FeatureStoreSettings(root=str(tmp_path))
+    write_sources(settings)
+    apply(settings, SCHEMA)
+    for path in tmp_path.glob("online_store.db*"):
+        path.unlink()
+    reader = FeatureReader(settings)
+    for use in (reader.trend, lambda: reader.user("u1")):
+        with pytest.raises(UnavailableError, match="cannot read the trend"):
+            use()
+    apply(settings, SCHEMA)
+    materialise(settings, AS_OF)
+    assert reader.trend().as_of == AS_OF
+    assert reader.user("u1").known
+
+
+def test_a_new_schema_is_picked_up_by_a_running_reader(store):
+    reader = FeatureReader(store)
+    assert "age" in reader.user("u1").profile
+    apply(store, Schema.parse({"users": {"tags": "multi_categorical"}}))
+    reader.trend()
+    assert reader.user("u1").profile == {"tags": HARSH}
+
+
+def test_many_threads_share_a_reader(store):
+    reader = FeatureReader(store)
+    with ThreadPoolExecutor(8) as pool:
+        users = list(pool.map(reader.user, ["u1", "nobody"] * 100))
+    assert [u.known for u in users] == [True, False] * 100
+
+
+def test_a_history_silent_for_longer_than_the_ttl_is_not_served(store):
+    apply(store, SCHEMA, ViewOptions(history_ttl_seconds=4))
+    user = FeatureReader(store).user("u1")  # the last event is 5 s before the snapshot
+    assert user.known
+    assert user.history == []
+    apply(store, SCHEMA, ViewOptions(history_ttl_seconds=5))
+    assert len(FeatureReader(store).user("u1").history) == 2
+
+
+class TestPush:
+    def test_late_events_are_sorted_in_and_nothing_newer_is_lost(self, store):
+        writer, reader = FeatureWriter(store), FeatureReader(store)
+        writer.push_history("u1", [Event("new", AS_OF + 50.9, "buy", 2.0)])
+        writer.push_history("u1", [Event("late", AS_OF - 7)])
+        assert [(e.item_id, e.timestamp) for e in reader.user("u1").history] == [
+            (HARSH[1], AS_OF - 10),
+            ("late", AS_OF - 7),
+            ("i1", AS_OF - 5),
+            ("new", AS_OF + 50),
+        ]
+        assert reader.user("u1").history[-1] == Event("new", AS_OF + 50, "buy", 2.0)
+
+    def test_a_new_user_becomes_known(self, store):
+        FeatureWriter(store).push_history("🙂 new", [Event("i0", AS_OF)])
+        assert FeatureReader(store).user("🙂 new") == UserFeatures(True, {}, [Event("i0", AS_OF)])
+
+    def test_capped_at_history_length(self, store):
+        apply(store, SCHEMA, ViewOptions(history_length=3))
+        FeatureWriter(store).push_history("u1", [Event(f"p{i}", AS_OF + i) for i in range(9)])
+        history = FeatureReader(store).user("u1").history
+        assert [e.item_id for e in history] == ["p6", "p7", "p8"]
+
+    def test_a_repeated_push_changes_nothing(self, store):
+        events = {"u1": [Event("song", AS_OF)] * 2, "u2": [Event("i0", AS_OF, None, 1.0)]}
+        for _ in range(2):
+            FeatureWriter(store).push_histories(events)
+        assert [e.item_id for e in FeatureReader(store).user("u1").history[-3:]] == [
+            "i1",
+            "song",
+            "song",
+        ]
+
+    def test_many_users_at_once(self, store):
+        users = {f"n{i}": [Event("i0", AS_OF + i)] for i in range(1201)}
+        FeatureWriter(store).push_histories(users)
+        reader = FeatureReader(store)
+        for i in (0, 499, 500, 1200):
+            assert reader.user(f"n{i}").history == [Event("i0", AS_OF + i)]
+
+    def test_an_older_trend_does_not_replace_a_newer_one(self, store):
+        writer, reader = FeatureWriter(store), FeatureReader(store)
+        newer = snapshot((1, 2, 3), as_of=AS_OF + 60)
+        assert writer.push_trend(newer)
+        assert not writer.push_trend(snapshot((9, 9, 9), as_of=AS_OF + 30))
+        assert reader.trend().version == newer.version
+
+
+class TestMaterialiseAgain:
+    def test_pushed_events_after_the_log_stay_and_the_log_decides_before(self, store):
+        writer = FeatureWriter(store)
+        writer.push_history("u1", [Event("not in the log", AS_OF - 1), Event("live", AS_OF + 3)])
+        write_sources(store, history={"u1": [("corrected", AS_OF - 5)]})
+        materialise(store, AS_OF)
+        history = FeatureReader(store).user("u1").history
+        assert [e.item_id for e in history] == ["corrected", "live"]
+
+    def test_a_longer_log_takes_over_what_was_pushed(self, store):
+        FeatureWriter(store).push_history("u1", [Event("live", AS_OF + 3)])
+        history = {"u1": [("i1", AS_OF - 5), ("live", AS_OF + 3), ("other", AS_OF + 4)]}
+        write_sources(store, history=history, as_of=AS_OF + 10)
+        materialise(store, AS_OF + 10)
+        events = FeatureReader(store).user("u1").history
+        assert [e.item_id for e in events] == ["i1", "live", "other"]
+
+    def test_another_older_dataset_leaves_nothing_of_the_first(self, store):
+        write_sources(store, history={"u1": [("old", 1000)]}, as_of=2000)
+        materialise(store, 2000)
+        reader = FeatureReader(store)
+        assert [e.item_id for e in reader.user("u1").history] == ["old"]
+        assert reader.trend().as_of == 2000
+
+    def test_a_correction_of_equal_time_is_served(self, store):
+        write_sources(store, trend=snapshot((1, 1, 50)))
+        materialise(store, AS_OF)
+        assert FeatureReader(store).trend().item_ids[0] == "i2"
+
+    def test_forgotten_users_are_unknown_until_they_return(self, store):
+        forget(store, {"user_profile": ["u1"], "user_history": ["u1"], "item_metadata": ["i0"]})
+        reader = FeatureReader(store)
+        assert reader.user("u1") == UserFeatures(known=False)
+        assert reader.user("u2").known
+        materialise(store, AS_OF)
+        assert reader.user("u1").known
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 5)), max_size=30), st.data())
+def test_merging_in_any_order_and_repeatedly_ends_in_one_history(pairs, data):
+    events = [Event(item, time) for item, time in pairs]
+    split = data.draw(st.integers(0, len(events)))
+    merged = _merge(_merge([], events[:split], 100), events, 100)
+    assert merged == _merge(merged, data.draw(st.permutations(events)), 100)
+    assert [e.timestamp for e in merged] == sorted(e.timestamp for e in events)
+    assert sorted(map(repr, merged)) == sorted(map(repr, events))
+
+
+@pytest.mark.parametrize("top", [1, 2, 3, 10])
+def test_truncation_keeps_a_distribution(top):
+    whole = snapshot((50, 20, 9, 3))
+    cut = truncate(whole, top)
+    kept = len(cut.item_ids)
+    assert kept == min(top, 4)
+    assert cut.item_ids == whole.item_ids[:kept]
+    mass = np.exp(cut.log_q).sum() + (cut.num_items - kept) * math.exp(cut.floor)
+    assert mass == pytest.approx(1, abs=1e-14)
+    assert cut.floor <= cut.log_q[-1]
+    if top >= 4:
+        assert cut is whole
+
+
+def test_truncation_of_a_catalogue_that_is_all_counted():
+    whole = TrendSnapshot(("a", "b"), np.log([0.75, 0.25]), -50.0, 1, 0, num_items=2)
+    assert truncate(whole, 1).floor == pytest.approx(math.log(0.25))
+
+
+def test_field_names_feast_cannot_take_are_escaped():
+    kinds = dict.fromkeys(
+        ["age", "user_id", "a b", "a-b", "x:y", "größe", "company_y", "__", "1st", "Count"],
+        FieldKind.NUMERIC,
+    )
+    names = feature_names(kinds)
+    assert names["age"] == "age"
+    assert len(set(names.values())) == len(names)
+    for field, name in names.items():
+        if field != "age":
+            assert name.isidentifier()
+            assert name.startswith("field_")
+            assert not name.endswith("_y")
+
+
+def test_fields_that_differ_only_in_case_are_refused():
+    with pytest.raises(InputError, match="'Age' and 'age'"):
+        feature_names({"Age": FieldKind.NUMERIC, "age": FieldKind.NUMERIC})
+
+
+def test_views_have_ttl_owner_and_description_and_services_are_versioned(tmp_path):
+    from feature_repo.definitions import build
+
+    definitions = build(tmp_path, Schema(), ViewOptions())
+    assert list(definitions.views) == list(VIEW_ENTITY)
+    for view in definitions.views.values():
+        assert view.owner
+        assert view.description
+        assert view.ttl is not None
+        assert view.features  # also without any field in the schema
+    assert all(name.endswith("_v1") for name in definitions.services)
+
+
+class TestSettings:
+    def test_from_env(self):
+        env = {"HRNN_FEATURE_ROOT": "/f", "HRNN_ONLINE_STORE": "", "HRNN_REDIS_URL": ""}
+        assert FeatureStoreSettings.from_env(env) == FeatureStoreSettings(root="/f")
+        with pytest.raises(InputError, match="HRNN_FEATURE_ROOT"):
+            FeatureStoreSettings.from_env({})
+        with pytest.raises(InputError, match="needs redis_url"):
+            FeatureStoreSettings.from_env({"HRNN_FEATURE_ROOT": "/f", "HRNN_ONLINE_STORE": "redis"})
+
+    @pytest.mark.parametrize(
+        ("url", "expected"),
+        [
+            ("redis://h", "h:6379,db=0"),
+            ("redis://:p%40ss@h:7/2", "h:7,db=2,password=p@ss"),
+            ("rediss://me:x@h:7", "h:7,db=0,username=me,password=x,ssl=true"),
+            ("h:7,db=1", "h:7,db=1"),
+        ],
+    )
+    def test_redis_addresses(self, url, expected):
+        head, *options = redis_connection(url).split(",")
+        assert head == expected.split(",")[0]
+        assert set(expected.split(",")[1:]) <= set(options)
+        assert "socket_timeout=5" in options
+
+    @pytest.mark.parametrize("url", ["h", "redis://", "redis://h:port", "redis://:a,b@h:1"])
+    def test_bad_redis_addresses_are_refused_without_repeating_them(self, url):
+        with pytest.raises(InputError) as error:
+            redis_connection(url)
+        assert "a,b" not in str(error.value)
+
+
+def test_an_unreachable_redis_is_unavailable_without_its_password(tmp_path):
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))  # bound but not listening: refused at once
+        url = f"redis://:secret@127.0.0.1:{sock.getsockname()[1]}"
+        settings = FeatureStoreSettings(root=str(tmp_path), online="redis", redis_url=url)
+        write_sources(settings)
+        apply(settings, SCHEMA)
+        reader, started = FeatureReader(settings), time.monotonic()
+        with pytest.raises(UnavailableError) as error:
+            reader.user("u1")
+    assert time.monotonic() - started < 1  # no retries: the caller has its own fallback
+    assert "secret" not in str(error.value)
+
+
+def test_feasts_own_command_line_applies_the_same_definitions(tmp_path):
+    settings = FeatureStoreSettings(root=str(tmp_path))
+    write_sources(settings)
+    apply(settings, SCHEMA)
+    settings.registry_path.unlink()
+    environment = {**os.environ, "HRNN_FEATURE_ROOT": str(tmp_path), "PYTHONPATH": str(REPO)}
+    command = [sys.executable, "-c", "from feast.cli.cli import cli; cli()"]
+    done = subprocess.run(
+        [*command, "-c", str(REPO / "feature_repo"), "apply"],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    materialise(settings, AS_OF)
+    user = FeatureReader(settings).user("u1")
+    assert user.profile["Lieblings-Farbe"] == HARSH[0]
+    assert json.loads((tmp_path / "applied.json").read_text())["options"]["history_length"] == 100
