@@ -11,11 +11,14 @@ def features(
     feature_store: str,
     trend: dict,
     settings: dict,
-    features: dsl.Output[dsl.Dataset],
+    features: dsl.Output[dsl.Artifact],
 ) -> None:
-    """Write the Feast sources, register them, load the online store."""
+    """Write the feature sources, register them and fill the online store."""
     from pathlib import Path
 
     from components.features import steps
 
-    steps.run(Path(clean.path), feature_store, Path(features.path), trend=trend, settings=settings)
+    summary = steps.run(
+        Path(clean.path), feature_store, trend, settings, output_dir=Path(features.path)
+    )
+    features.metadata["trend_version"] = summary["trend_version"]

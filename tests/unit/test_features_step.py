@@ -1,0 +1,332 @@
+"""Features step: sources against naive loops, point-in-time joins, online = offline, re-runs."""
+
+import json
+from datetime import UTC, datetime
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from components.features.steps import FeaturesSettings, run
+from feature_repo.names import feature_names
+from feature_repo.store import FeatureReader, FeatureStoreSettings, FeatureWriter
+from model.errors import InputError
+from model.query import Event
+from model.schema import Schema
+from model.trends import TrendSnapshot
+
+START = 893_286_000  # April 1998, not on a period's boundary
+PERIOD = 900
+HARSH = ['"quoted"', "it's", "🎬", "line\nbreak", "a|b", "", "\\"]
+
+
+def make_log(seed=0, users=25, items=12, events=400, span=20 * PERIOD + 17):
+    """(user, item, second, type, value), sorted as clean tables are, with ties."""
+    rng = np.random.default_rng(seed)
+    rows = [
+        (
+            f"u{rng.integers(users)}",
+            f"i{int(items * rng.random() ** 2)}",
+            START + int(rng.integers(span)) // 5 * 5,  # multiples of 5: ties, period starts
+            ["view", "buy", None][rng.integers(3)],
+            None if rng.random() < 0.3 else float(rng.normal()),
+        )
+        for _ in range(events)
+    ]
+    # Events exactly at a period's start and one second before it.
+    boundary = (START // PERIOD + 5) * PERIOD
+    rows += [("u0", "i1", boundary, "view", 1.0), ("u0", "i1", boundary - 1, "view", 1.0)]
+    rows.sort(key=lambda r: (r[0], r[2]))
+    return rows
+
+
+def write_clean(folder, rows, *, users=True, items=True, extra_items=("cold",)):
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ["user_id", "item_id", "timestamp", "event_type", "event_value"]
+    types = [pa.string(), pa.string(), pa.int64(), pa.string(), pa.float64()]
+    columns = zip(*rows, strict=True)
+    pq.write_table(
+        pa.table({n: pa.array(list(c), t) for n, t, c in zip(names, types, columns, strict=True)}),
+        folder / "interactions.parquet",
+    )
+    schema = {}
+    if users:
+        ids = [*sorted({r[0] for r in rows})[1:], "silent"]  # one user is not described
+        table = {
+            "user_id": ids,
+            "Some field, odd": pa.array([HARSH[j % 7] for j in range(len(ids))], pa.string()),
+            "tags": pa.array([HARSH] * (len(ids) - 2) + [None, ["a", None]]),
+        }
+        pq.write_table(pa.table(table), folder / "users.parquet")
+        schema["users"] = {"Some field, odd": "categorical", "tags": "multi_categorical"}
+    if items:
+        ids = sorted({r[1] for r in rows} | set(extra_items))
+        table = {
+            "item_id": ids,
+            "title": [f"Title {i}" for i in ids],
+            "year": pa.array([1990.5] * (len(ids) - 1) + [None], pa.float64()),
+            "created_at": pa.array([START - 100] * (len(ids) - 1) + [None], pa.int64()),
+        }
+        pq.write_table(pa.table(table), folder / "items.parquet")
+        schema |= {"items": {"year": "numeric"}, "item_title": "title"}
+    Schema.parse(schema).save(folder / "schema.json")
+    return folder
+
+
+def naive_count(rows, item, moment, window):
+    oldest = moment - window if window else -1
+    return sum(1 for r in rows if r[1] == item and oldest <= r[2] < moment)
+
+
+def naive_q(rows, item, moment, window, alpha, num_items):
+    """(count, log q) in force at `moment`, by the definition."""
+    total = sum(1 for r in rows if (not window or r[2] >= moment - window) and r[2] < moment)
+    count = naive_count(rows, item, moment, window)
+    return count, np.log((count + alpha) / (total + alpha * num_items))
+
+
+def execute(tmp_path, rows, window=0, settings=None, **clean):
+    folder = write_clean(tmp_path / "clean", rows, **clean)
+    trend = {"period_seconds": PERIOD, "window_seconds": window, "smoothing": 0.5}
+    out = tmp_path / "out"
+    summary = run(folder, str(tmp_path / "store"), trend, settings or {}, out)
+    return summary, FeatureStoreSettings(root=str(tmp_path / "store"))
+
+
+def historical(settings, rows):
+    """Point-in-time features by row number; rows are (user, item, second)."""
+    from feast import FeatureStore
+
+    store = FeatureStore(config=settings.repo_config())
+    frame = pd.DataFrame(
+        {
+            "row": range(len(rows)),
+            "user_id": [r[0] for r in rows],
+            "item_id": [r[1] for r in rows],
+            "event_timestamp": [datetime.fromtimestamp(r[2], UTC) for r in rows],
+        }
+    )
+    service = store.get_feature_service("training_v1")
+    job = store.get_historical_features(frame, service, full_feature_names=True)
+    return job.to_df().sort_values("row").reset_index(drop=True)
+
+
+@pytest.mark.parametrize("window", [0, PERIOD, 3 * PERIOD, 2 * PERIOD + 123, 100])
+def test_popularity_at_any_moment_equals_a_naive_loop(tmp_path, window):
+    rows = make_log()
+    summary, settings = execute(tmp_path, rows, window)
+    num_items = len({r[1] for r in rows} | {"cold"})
+    assert summary["num_items"] == num_items
+    as_of = max(r[2] for r in rows) + 1
+    asked = [(r[0], r[1], r[2]) for r in rows]
+    boundary = (START // PERIOD + 5) * PERIOD
+    asked += [("u0", "i1", boundary + d) for d in (-1, 0, 1)] + [("nobody", "i1", boundary)]
+    asked += [("u1", "i1", as_of), ("u1", "never seen", as_of), ("u1", "cold", as_of)]
+    found = historical(settings, asked)
+    assert found["row"].tolist() == list(range(len(asked)))  # no entity row is lost
+    for (_, item, second), row in zip(asked, found.itertuples(), strict=True):
+        moment = as_of if second == as_of else second // PERIOD * PERIOD
+        if naive_count(rows, item, moment, 0) == 0:  # not seen before the period: no row
+            assert np.isnan(row.item_popularity__count)
+            continue
+        count, log_q = naive_q(rows, item, moment, window, 0.5, num_items)
+        assert row.item_popularity__count == count
+        assert row.item_popularity__log_q == pytest.approx(log_q, rel=1e-14)
+
+
+def test_events_at_or_after_a_periods_start_change_nothing_before(tmp_path):
+    rows = make_log()
+    cut = (START // PERIOD + 8) * PERIOD
+    asked = [(r[0], r[1], r[2]) for r in rows if r[2] < cut + PERIOD]
+    _, whole = execute(tmp_path / "whole", rows, 3 * PERIOD, extra_items=[r[1] for r in rows])
+    # Everything from the period's start on is another item's, still in the same log.
+    other = [(r[0], "i0" if r[2] >= cut else r[1], *r[2:]) for r in rows]
+    _, changed = execute(tmp_path / "changed", other, 3 * PERIOD, extra_items=[r[1] for r in rows])
+    columns = ["item_popularity__count", "item_popularity__log_q"]
+    a, b = historical(whole, asked)[columns], historical(changed, asked)[columns]
+    pd.testing.assert_frame_equal(a, b)
+
+
+@pytest.mark.parametrize("window", [0, 3 * PERIOD])
+def test_training_and_serving_agree_at_the_same_moment(tmp_path, window):
+    from feast import FeatureStore
+
+    rows = make_log()
+    summary, settings = execute(tmp_path, rows, window)
+    items = sorted({r[1] for r in rows})
+    trained = historical(settings, [("u1", item, summary["as_of"]) for item in items])
+    store = FeatureStore(config=settings.repo_config())
+    served = store.get_online_features(
+        features=store.get_feature_service("training_v1"),
+        entity_rows=[{"user_id": "u1", "item_id": item} for item in items],
+        full_feature_names=True,
+    ).to_dict()
+    features = [name for name in served if "__" in name]
+    assert len(features) == 8
+    for name in features:
+        for offline, online in zip(trained[name], served[name], strict=True):
+            if isinstance(offline, np.ndarray):
+                assert offline.tolist() == online
+            else:
+                assert offline == online or (pd.isna(offline) and online is None)
+    snapshot = FeatureReader(settings).trend()
+    np.testing.assert_allclose(
+        snapshot.dense(items), served["item_popularity__log_q"], rtol=1e-14, atol=0
+    )
+    for item in [*items, "cold"]:
+        expected = naive_q(rows, item, summary["as_of"], window, 0.5, summary["num_items"])[1]
+        assert snapshot.dense([item])[0] == pytest.approx(expected, rel=1e-14)
+
+
+def test_histories_are_the_newest_events_in_the_logs_order(tmp_path):
+    rows = make_log(users=6)
+    summary, settings = execute(tmp_path, rows, settings={"history_length": 30})
+    reader = FeatureReader(settings)
+    for user in {r[0] for r in rows}:
+        own = [Event(r[1], r[2], r[3], r[4]) for r in rows if r[0] == user]
+        assert reader.user(user).history == own[-30:]
+    assert summary["rows"]["user_history"] == 6
+
+
+def test_profiles_carry_odd_names_and_odd_text(tmp_path):
+    rows = make_log()
+    _, settings = execute(tmp_path, rows)
+    reader = FeatureReader(settings)
+    ids = [*sorted({r[0] for r in rows})[1:], "silent"]
+    for j, user in enumerate(ids[:-2]):
+        assert reader.user(user).profile == {"Some field, odd": HARSH[j % 7], "tags": HARSH}
+    assert reader.user(ids[-2]).profile["tags"] == []
+    silent = reader.user("silent")
+    assert silent.known
+    assert silent.profile["tags"] == ["a"]
+    assert silent.history == []
+    undescribed = reader.user(sorted({r[0] for r in rows})[0])
+    assert undescribed.known
+    assert undescribed.profile == {"tags": []}
+
+
+def test_interactions_alone_are_enough(tmp_path):
+    rows = [(r[0], r[1], r[2]) for r in make_log()]
+    folder = tmp_path / "clean"
+    write_clean(folder, make_log(), users=False, items=False)
+    table = pq.read_table(folder / "interactions.parquet", columns=["user_id", "item_id"])
+    stamps = pa.array([r[2] for r in rows], pa.int64())
+    pq.write_table(table.append_column("timestamp", stamps), folder / "interactions.parquet")
+    summary = run(  # trend is chosen
+        folder, str(tmp_path / "store"), {}, {}, tmp_path / "out"
+    )
+    assert summary["trend"]["period_seconds"]
+    reader = FeatureReader(FeatureStoreSettings(root=str(tmp_path / "store")))
+    user = reader.user("u3")
+    assert user.known
+    assert user.profile == {}
+    assert {(e.event_type, e.value) for e in user.history} == {(None, None)}
+    assert not reader.user("u99").known
+
+
+def test_outputs_describe_what_was_stored(tmp_path, capsys):
+    rows = make_log()
+    summary, settings = execute(tmp_path, rows, settings={"trend_top_items": 4})
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+    stored = FeatureReader(settings).trend()
+    written = TrendSnapshot.from_json(json.loads((tmp_path / "out" / "trend.json").read_text()))
+    assert stored.version == written.version == summary["trend_version"]
+    assert len(stored.item_ids) == 4
+    assert np.exp(stored.log_q).sum() + (stored.num_items - 4) * np.exp(
+        stored.floor
+    ) == pytest.approx(1, abs=1e-14)
+    for view, count in summary["rows"].items():
+        assert pq.read_metadata(settings.source(view)).num_rows == count
+        assert summary["online_rows"][view] <= count
+    assert "item_popularity:" in capsys.readouterr().out
+
+
+def test_a_rerun_changes_nothing_and_a_smaller_log_forgets(tmp_path):
+    rows = make_log()
+    first, settings = execute(tmp_path, rows)
+    FeatureWriter(settings).push_history("live only", [Event("i1", first["as_of"])])
+    before = {v: _content(settings.source(v)) for v in first["rows"]}
+    again, _ = execute(tmp_path, rows)
+    assert again["trend_version"] == first["trend_version"]
+    assert again["forgotten"] == {}
+    assert {v: _content(settings.source(v)) for v in first["rows"]} == before
+    reader = FeatureReader(settings)
+    assert reader.user("u1").known
+    remaining = [r for r in rows if r[0] != "u1"]
+    third, _ = execute(tmp_path, remaining)
+    assert third["forgotten"]["user_profile"] == third["forgotten"]["user_history"] == 1
+    assert not reader.user("u1").known
+    assert reader.user("u2").known
+    assert reader.user("live only").known  # never was in a log
+    assert not [p for p in settings.path.iterdir() if p.name.startswith(".")]
+
+
+def test_a_run_that_dies_before_replacing_sources_is_repaired_by_the_next(tmp_path, monkeypatch):
+    rows = make_log()
+    _, settings = execute(tmp_path, rows)
+    remaining = [r for r in rows if r[0] != "u1"]
+
+    def die(*_):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("feature_repo.store.forget", die)
+        with pytest.raises(RuntimeError):
+            execute(tmp_path, remaining)
+    reader = FeatureReader(settings)
+    assert reader.user("u1").known  # the old state still stands
+    execute(tmp_path, remaining)
+    assert not reader.user("u1").known
+
+
+def test_too_many_popularity_rows_drop_the_earliest_periods(tmp_path, capsys):
+    rows = make_log()
+    whole, _ = execute(tmp_path / "whole", rows)
+    limit = whole["rows"]["item_popularity"] // 2
+    summary, settings = execute(tmp_path, rows, settings={"popularity_max_rows": limit})
+    items = len({r[1] for r in rows})
+    assert limit - items < summary["rows"]["item_popularity"] <= limit
+    assert "left out" in capsys.readouterr().out
+    newest = pq.read_table(settings.source("item_popularity"))["event_timestamp"].to_pylist()
+    assert max(newest) == datetime.fromtimestamp(summary["as_of"], UTC)
+    few, _ = execute(tmp_path / "few", rows, settings={"popularity_max_rows": 1})
+    assert few["rows"]["item_popularity"] == items  # the moment serving reads always stays
+
+
+def test_problems_are_named(tmp_path):
+    empty = write_clean(tmp_path / "empty", make_log())
+    table = pq.read_table(empty / "interactions.parquet")
+    pq.write_table(table.slice(0, 0), empty / "interactions.parquet")
+    with pytest.raises(InputError, match="no interactions"):
+        run(empty, str(tmp_path / "store"), {}, {}, tmp_path / "out")
+    with pytest.raises(InputError, match=r"features\.history: no such setting"):
+        run(empty, "", {}, {"history": 1}, tmp_path / "out")
+    assert FeaturesSettings().history_length == 100
+
+
+def test_an_empty_store_name_means_the_environments(tmp_path, monkeypatch):
+    folder = write_clean(tmp_path / "clean", make_log())
+    monkeypatch.delenv("HRNN_FEATURE_ROOT", raising=False)
+    with pytest.raises(InputError, match="HRNN_FEATURE_ROOT"):
+        run(folder, "", {}, {}, tmp_path / "out")
+    monkeypatch.setenv("HRNN_FEATURE_ROOT", str(tmp_path / "store"))
+    run(folder, "", {"period_seconds": PERIOD}, {}, tmp_path / "out")
+    assert FeatureReader(FeatureStoreSettings.from_env()).user("u1").known
+
+
+def test_titles_and_created_at_reach_the_item_view(tmp_path):
+    rows = make_log()
+    _, settings = execute(tmp_path, rows)
+    table = pq.read_table(settings.source("item_metadata")).to_pylist()
+    by_id = {r["item_id"]: r for r in table}
+    assert by_id["cold"]["title"] == "Title cold"
+    assert by_id["cold"]["first_seen"] == START - 100
+    last = max(by_id)  # its created_at is missing
+    assert by_id[last]["first_seen"] == min(r[2] for r in rows if r[1] == last)
+    assert set(feature_names({"year": "numeric"}).values()) <= set(by_id["cold"])
+
+
+def _content(path):
+    return sorted(map(str, pq.read_table(path).to_pylist()))  # as text: NaN equals NaN
