@@ -77,7 +77,6 @@ def train_and_deploy(
         cache=cache,
         settings=ingest_settings,
     )
-    tables.set_retry(num_retries=2, backoff_duration="30s")
     checked = validate(tables=tables.outputs["tables"], settings=validate_settings)
     clean = checked.outputs["clean"]
     stored = features(

@@ -91,7 +91,13 @@ def _publish(bundle: Path, target: Path) -> None:
             _sync(work / source.name)
         bundles.verify(work)
         work.chmod(0o755)
-        work.rename(target)
+        try:
+            work.rename(target)
+        except OSError:
+            if not target.exists():
+                raise
+            bundles.verify(target)  # another run published the same bundle first
+            shutil.rmtree(work)
         _sync(target.parent)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)

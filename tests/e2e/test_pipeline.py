@@ -1,0 +1,229 @@
+"""The main job, whole: a log with a planted pattern in, the pattern back over HTTP."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from components.deploy.steps import champion
+from model.query import Event
+from pipelines.serving import local_serving
+from serving.client import Client
+from tests import synthetic
+
+ITEMS = 20
+FAST = {
+    "train.max_epochs": 12,
+    "train.batch_events": 256,
+    "train.learning_rate": 0.01,
+    "train.network": "{embedding: 16, hidden: 32, control: 8, dropout: 0.0}",
+}
+
+
+def hrnn_run(workspace, *arguments, settings=FAST):
+    assignments = [p for k, v in settings.items() for p in ("--set", f"{k}={v}")]
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pipelines.cli",
+            "run",
+            "--json",
+            "--workspace",
+            workspace,
+            *map(str, arguments),
+            *assignments,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def _write(path: Path, log) -> Path:
+    """A user's own file: other column names, ISO times, one bad row."""
+    with path.open("w", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerow(["customer", "product_id", "when", "event"])
+        for u, user in enumerate(log.user_ids):
+            for e in range(log.offset_U1[u], log.offset_U1[u + 1]):
+                when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(log.timestamp_E[e]))
+                writer.writerow([user, f"item {log.item_E[e]}", when, "view"])
+        writer.writerow(["u1", "item 1", "yesterday", "view"])
+    return path
+
+
+@pytest.fixture(scope="session")
+def deployed(tmp_path_factory):
+    workspace = tmp_path_factory.mktemp("workspace")
+    log = synthetic.successor(300, 12, ITEMS, seed=0)
+    path = _write(workspace / "log.csv", log)
+    done = hrnn_run(
+        workspace,
+        "--interactions",
+        path,
+        settings=FAST
+        | {"ingest.columns": "{user_id: customer, item_id: product_id, timestamp: when}"},
+    )
+    assert done.returncode == 0, done.stderr
+    return workspace, json.loads(done.stdout), done, path
+
+
+@pytest.fixture(scope="session")
+def service(deployed):
+    with local_serving(deployed[0]) as serving, Client(serving.url) as client:
+        yield serving, client
+
+
+def test_the_result_is_one_json_object_that_names_real_files(deployed):
+    _, result, done, _ = deployed
+    assert done.stdout.count("\n") == 1
+    assert result["verdict"] == "deployed"
+    for name in ("bundle", "report", "data_report", "log"):
+        assert Path(result[name]).exists(), name
+    hrnn, popularity = result["metrics"]["hrnn"], result["metrics"]["popularity"]
+    assert hrnn["every"]["ppl"] < 0.5 * popularity["every"]["ppl"]
+    assert "[4/7 train]" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_bad_row_is_in_quarantine_and_nothing_else_is(deployed):
+    _, result, _, _ = deployed
+    report = json.loads((Path(result["clean"]) / "report.json").read_text())
+    assert report["rows"]["interactions"]["reasons"] == {"bad_timestamp": 1}
+
+
+def test_the_planted_pattern_comes_back_over_http(service):
+    _, client = service
+    right = 0
+    for a in range(ITEMS):
+        history = [Event(f"item {a}", 1_000_000_000.0)]
+        prediction = client.recommend(history=history, timestamp=1_000_000_600, num_results=1)
+        assert prediction.degraded == ()
+        right += prediction.items[0].item_id == f"item {(7 * a + 1) % ITEMS}"
+    assert right >= ITEMS - 1
+
+
+def test_the_stored_history_is_used_and_an_added_event_changes_the_answer(deployed, service):
+    _, client = service
+    log = synthetic.successor(300, 12, ITEMS, seed=0)
+    user = 7
+    last = int(log.item_E[log.offset_U1[user + 1] - 1])
+    now = int(log.timestamp_E[log.offset_U1[user + 1] - 1]) + 600
+    stored = client.recommend(log.user_ids[user], timestamp=now, num_results=3)
+    assert stored.items[0].item_id == f"item {(7 * last + 1) % ITEMS}"
+    events = [
+        Event(f"item {log.item_E[e]}", float(log.timestamp_E[e]), "view")
+        for e in range(log.offset_U1[user], log.offset_U1[user + 1])
+    ]
+    explicit = client.recommend(history=events, timestamp=now, num_results=3)
+    assert [i.item_id for i in explicit.items] == [i.item_id for i in stored.items]
+    assert explicit.items[0].score == pytest.approx(stored.items[0].score)
+    added = [*events, Event("item 3", float(now), "view")]
+    changed = client.recommend(history=added, timestamp=now + 600, num_results=3)
+    assert changed.items[0].item_id == f"item {22 % ITEMS}"
+
+
+def test_request_time_matters_and_new_users_are_served(service):
+    _, client = service
+    history = [Event("item 2", 1_000_000_000.0)]
+    soon = client.recommend(history=history, timestamp=1_000_000_600)
+    later = client.recommend(history=history, timestamp=1_000_000_600 + 86_400)
+    assert [i.score for i in soon.items] != [i.score for i in later.items]
+    new = client.recommend("never seen", num_results=ITEMS * 2)
+    assert len(new.items) == ITEMS
+    assert new.degraded == ()
+
+
+def test_served_scores_equal_the_model_in_process(deployed, service):
+    from model.query import Query
+    from model.recommender import Recommender
+
+    _workspace, result, _, _ = deployed
+    _, client = service
+    recommender = Recommender.load(result["bundle"])
+    history = [Event("item 2", 1_000_000_000.0), Event("item 15", 1_000_000_600.0)]
+    served = client.recommend(history=history, timestamp=1_000_001_200, num_results=ITEMS)
+    [own] = recommender.recommend([Query(history, 1_000_001_200.0)], ITEMS)
+    assert [i.item_id for i in served.items] == [i.item_id for i in own]
+    for a, b in zip(served.items, own, strict=True):
+        assert a.score == pytest.approx(b.score, abs=1e-5)
+        assert a.trend == pytest.approx(b.trend, abs=1e-9)
+
+
+def test_metrics_are_exported_by_both_processes(service):
+    serving, client = service
+    client.recommend("somebody")
+    for url in serving.metrics_urls.values():
+        assert "hrnn_requests_total" in httpx.get(url, timeout=5).text
+
+
+def test_a_worse_model_is_refused_and_the_first_keeps_serving(deployed):
+    workspace, result, _, path = deployed
+    before = champion(workspace / "models")
+    settings = FAST | {
+        "train.max_epochs": 1,
+        "train.learning_rate": 1e-9,
+        "ingest.columns": "{user_id: customer, item_id: product_id, timestamp: when}",
+    }
+    done = hrnn_run(workspace, "--interactions", path, settings=settings)
+    assert done.returncode == 3, done.stderr
+    refused = json.loads(done.stdout)
+    assert refused["verdict"] == "refused"
+    assert any("hrnn.every.ppl" in reason for reason in refused["reasons"])
+    assert champion(workspace / "models") == before
+    assert before["version"] == result["model_version"]
+
+
+def test_ctrl_c_stops_everything(tmp_path):
+    log = synthetic.successor(300, 12, ITEMS, seed=0)
+    path = _write(tmp_path / "log.csv", log)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "pipelines.cli",
+            "run",
+            "--workspace",
+            tmp_path / "ws",
+            "--interactions",
+            path,
+            "--set",
+            "train.max_epochs=10000",
+            "--set",
+            "train.patience=10000",
+            "--set",
+            "ingest.columns={user_id: customer, timestamp: when}",
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "HRNN_TEST_MARK": str(tmp_path)},
+    )
+    for line in process.stderr:
+        if "epoch" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert stderr.strip().splitlines()[-1] == "stopped"
+    assert _marked(str(tmp_path)) == []
+
+
+def _marked(mark: str) -> list[int]:
+    """Processes that inherited our mark."""
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"HRNN_TEST_MARK={mark}".encode() in environ.read_bytes():
+                found.append(int(environ.parent.name))
+        except OSError:
+            continue
+    return found

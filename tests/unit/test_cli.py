@@ -1,0 +1,122 @@
+"""The command line: bad input is one clear sentence, an exit code, and never a traceback."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from model.errors import InputError
+from pipelines.cli import parse_time
+
+
+def hrnn(*arguments, cwd=None):
+    return subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=cwd,
+        check=False,
+    )
+
+
+def refused(*arguments, code=2):
+    done = hrnn(*arguments)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    return done.stderr
+
+
+def test_help_names_every_command_and_loads_nothing_heavy():
+    done = hrnn("--help")
+    assert done.returncode == 0
+    for command in ("run", "compile", "serve", "recommend", "settings", "demo"):
+        assert command in done.stdout
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import pipelines.cli, sys; print(' '.join(sys.modules))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert not {"torch", "kfp", "feast", "kserve", "pandas", "ibis"} & set(loaded)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--interactions", "none.csv"], "--interactions none.csv: no such file"),
+        (["--dataset", "movielens-9"], "movielens-100k"),
+        (["--dataset", "movielens-100k", "--interactions", "x"], "not both"),
+        (["--users", "u.csv"], "--users and --items go with --interactions"),
+        (["--set", "train.epochs=3"], "train.epochs: no such setting"),
+        (["--set", "trian.seed=3"], "did you mean train?"),
+        (["--set", "train.seed"], "expected SECTION.KEY=VALUE"),
+        (["--set", "train.seed=many"], "train.seed"),
+        (["--set", "train.network.hidden=[1"], "is not a value"),
+        (["--settings", "none.yaml"], "--settings none.yaml: No such file"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_starts(arguments, message, tmp_path):
+    stderr = refused("run", "--workspace", tmp_path / "ws", *arguments)
+    assert message in stderr
+    assert len(stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "ws").exists()
+
+
+GOOD_ROWS = "user_id,item_id,timestamp\n" + "\n".join(
+    f"u{u},i{(u + n) % 7},{1_000_000_000 + 60 * n}" for u in range(20) for n in range(6)
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "empty"),
+        ("user_id,item_id,timestamp\n", "no rows"),
+        ("user_id,what,timestamp\nu,i,1\n", "item_id"),
+        (GOOD_ROWS.replace("10000", "soon"), "bad_timestamp"),
+        (GOOD_ROWS.replace("u1,", ",").replace("u2,", ","), "null_user"),
+    ],
+)
+def test_bad_files_are_refused_in_one_sentence(content, message, tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text(content)
+    stderr = refused("run", "--workspace", tmp_path / "ws", "--interactions", path)
+    last = stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last.replace("has no row", "no rows"), stderr
+    assert "full log" in last
+
+
+def test_serve_without_a_model_says_what_to_do(tmp_path):
+    assert "start with `hrnn run`" in refused("serve", "--workspace", tmp_path)
+
+
+def test_recommend_without_a_service_says_what_to_do():
+    stderr = refused("recommend", "--user", "1", "--url", "http://127.0.0.1:9", code=1)
+    assert "start one with `hrnn serve`" in stderr
+
+
+def test_settings_are_printed_with_overrides_in_force(tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("train: {seed: 4, max_epochs: 9}\n")
+    done = hrnn(
+        "settings", "--settings", file, "--set", "train.seed=5", "--set", "train.learning_rate=1e-2"
+    )
+    settings = json.loads(done.stdout)
+    assert settings["train"]["seed"] == 5
+    assert settings["train"]["max_epochs"] == 9
+    assert settings["train"]["learning_rate"] == 0.01
+
+
+def test_times():
+    now = time.time()
+    assert parse_time("893286638", now) == 893286638
+    assert parse_time("+1d", now) == now + 86_400
+    assert parse_time("1998-04-22T23:10:38Z", now) == 893286638
+    assert parse_time("1998-04-22T23:10:38", now) == 893286638
+    with pytest.raises(InputError, match="ISO 8601"):
+        parse_time("tomorrow", now)
