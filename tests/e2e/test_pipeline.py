@@ -19,6 +19,7 @@ from serving.client import Client
 from tests import synthetic
 
 ITEMS = 20
+HRNN_RUN = (sys.executable, "-m", "pipelines.cli", "run")
 FAST = {
     "train.max_epochs": 12,
     "train.batch_events": 256,
@@ -31,10 +32,7 @@ def hrnn_run(workspace, *arguments, settings=FAST):
     assignments = [p for k, v in settings.items() for p in ("--set", f"{k}={v}")]
     return subprocess.run(
         [
-            sys.executable,
-            "-m",
-            "pipelines.cli",
-            "run",
+            *HRNN_RUN,
             "--json",
             "--workspace",
             workspace,
@@ -188,10 +186,7 @@ def test_ctrl_c_stops_everything(tmp_path):
     path = _write(tmp_path / "log.csv", log)
     process = subprocess.Popen(
         [
-            sys.executable,
-            "-m",
-            "pipelines.cli",
-            "run",
+            *HRNN_RUN,
             "--workspace",
             tmp_path / "ws",
             "--interactions",
@@ -208,11 +203,11 @@ def test_ctrl_c_stops_everything(tmp_path):
         env={**os.environ, "HRNN_TEST_MARK": str(tmp_path)},
     )
     for line in process.stderr:
-        if "epoch" in line:
+        if "epoch " in line:
             break
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=20)
-    assert process.returncode == 130
+    assert process.wait(timeout=20) == 130
+    stderr = process.stderr.read()
     assert stderr.strip().splitlines()[-1] == "stopped"
     assert _marked(str(tmp_path)) == []
 
