@@ -13,7 +13,7 @@ import typer
 from model.errors import HrnnError, InputError
 
 DEFAULT_DATASET = "movielens-100k"
-REFUSED, BAD_INPUT, FAILED = 3, 2, 1  # exit codes; 0 = done
+REFUSED, BAD_INPUT, FAILED, INTERRUPTED = 3, 2, 1, 130  # exit codes; 0 = done
 
 app = typer.Typer(
     help="HRNN-meta: recommendations in real time. `hrnn run` trains on your log and deploys the "
@@ -219,9 +219,10 @@ def main() -> None:
     except HrnnError as error:
         _say(f"error: {error}")
         sys.exit(FAILED)
-    except KeyboardInterrupt:
-        _say("stopped")
-        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:  # Typer turns Ctrl-C into this
+            _say("stopped")
+        raise
     except BrokenPipeError:
         sys.exit(FAILED)
     except Exception as error:
