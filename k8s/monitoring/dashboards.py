@@ -1,0 +1,227 @@
+"""The Grafana dashboard as code.
+
+    python -m k8s.monitoring.dashboards     # writes k8s/monitoring/hrnn-meta.json
+
+Rows go from what users feel to why: answers, speed, degradation, freshness, model.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from grafana_foundation_sdk.builders import common, dashboard, prometheus, stat, timeseries
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models.dashboard import DataSourceRef
+
+OUTPUT = Path(__file__).parent / "hrnn-meta.json"
+DATASOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
+RATE = "[$__rate_interval]"
+T, P = 'role="transformer"', 'role="predictor"'
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One panel: what it shows, in words and in PromQL (legend → expression)."""
+
+    title: str
+    about: str
+    unit: str
+    queries: dict[str, str]
+    single: bool = False  # one number instead of a curve
+    width: int = 8
+
+
+def _quantile(q: float, metric: str, selector: str, by: str = "") -> str:
+    labels = f"le, {by}" if by else "le"
+    inner = f"sum by ({labels}) (rate({metric}_bucket{{{selector}}}{RATE}))"
+    return f"histogram_quantile({q}, {inner})"
+
+
+ROWS: dict[str, list[Plot]] = {
+    "Answers": [
+        Plot(
+            "Requests",
+            "Answered requests per second by outcome.",
+            "reqps",
+            {"{{outcome}}": f"sum by (outcome) (rate(hrnn_requests_total{{{T}}}{RATE}))"},
+        ),
+        Plot(
+            "Failing share",
+            "Share of requests that failed through our fault (error, unavailable).",
+            "percentunit",
+            {
+                "failing": (
+                    f'sum(rate(hrnn_requests_total{{{T}, outcome=~"error|unavailable"}}{RATE}))'
+                    f" / sum(rate(hrnn_requests_total{{{T}}}{RATE}))"
+                )
+            },
+        ),
+        Plot(
+            "In flight",
+            "Requests being answered at the moment.",
+            "short",
+            {"{{role}}": "sum by (role) (hrnn_requests_in_flight)"},
+        ),
+    ],
+    "Speed": [
+        Plot(
+            "Time to answer",
+            "Transformer, all tasks.",
+            "s",
+            {
+                f"p{int(q * 100)}": _quantile(q, "hrnn_request_duration_seconds", T)
+                for q in (0.5, 0.95, 0.99)
+            },
+        ),
+        Plot(
+            "Stages, p99",
+            "Where the time goes: features, predictor, ranking; in the predictor: model, "
+            "candidates.",
+            "s",
+            {"{{stage}}": _quantile(0.99, "hrnn_stage_duration_seconds", "", "stage")},
+        ),
+        Plot(
+            "Rounds until exact, p99",
+            "Calls to the predictor until the top-k was proved; 1 is the rule.",
+            "short",
+            {"p99": _quantile(0.99, "hrnn_threshold_rounds", T)},
+        ),
+    ],
+    "Degradation": [
+        Plot(
+            "Degraded answers",
+            "Per second by reason; every reason is also in the answer itself.",
+            "reqps",
+            {"{{reason}}": f"sum by (reason) (rate(hrnn_fallbacks_total{RATE}))"},
+        ),
+        Plot(
+            "Feature reads that fail",
+            "Per second by read and kind.",
+            "reqps",
+            {"{{read}} {{kind}}": f"sum by (read, kind) (rate(hrnn_feature_errors_total{RATE}))"},
+        ),
+        Plot(
+            "Predictor calls that fail",
+            "Per second by kind, seen from the transformer.",
+            "reqps",
+            {"{{kind}}": f"sum by (kind) (rate(hrnn_predictor_errors_total{RATE}))"},
+        ),
+    ],
+    "Freshness": [
+        Plot(
+            "Trend age",
+            "Now minus the moment the trend in use was counted for; should stay near the refresh "
+            "interval.",
+            "s",
+            {"age": f"max(hrnn_trend_age_seconds{{{T}}})"},
+        ),
+        Plot(
+            "Since the trend was last read",
+            "Should stay at a few seconds.",
+            "s",
+            {"since": f"time() - max(hrnn_trend_last_read_timestamp_seconds{{{T}}})"},
+        ),
+        Plot(
+            "Unknown users and items",
+            "Per second: users the feature store lacks, items the model does not know.",
+            "reqps",
+            {
+                "users": f"sum(rate(hrnn_unknown_users_total{RATE}))",
+                "items": f"sum(rate(hrnn_unknown_items_total{RATE}))",
+            },
+        ),
+    ],
+    "Model": [
+        Plot(
+            "Versions",
+            "Predictors by model version; two versions for long means a stuck roll-out.",
+            "short",
+            {"{{version}}": f"count by (version) (hrnn_model_info{{{P}}} == 1)"},
+        ),
+        Plot(
+            "Bundle load",
+            "Time to verify, load and warm up.",
+            "s",
+            {"load": f"max(hrnn_bundle_load_seconds{{{P}}})"},
+            single=True,
+        ),
+        Plot(
+            "Memory",
+            "Resident memory of the processes.",
+            "bytes",
+            {"{{role}} {{pod}}": 'process_resident_memory_bytes{role=~"transformer|predictor"}'},
+        ),
+    ],
+}
+
+
+def build() -> dashboard.Dashboard:
+    """The dashboard, panels laid out row by row."""
+    board = (
+        dashboard.Dashboard("HRNN-meta")
+        .uid("hrnn-meta")
+        .description("Recommendations in real time: answers, speed, degradation, freshness.")
+        .tags(["hrnn-meta", "recommender"])
+        .refresh("30s")
+        .time("now-3h", "now")
+        .timezone("utc")
+        .with_variable(
+            dashboard.DatasourceVariable("datasource").label("Data source").type("prometheus")
+        )
+    )
+    number = 1
+    for title, plots in ROWS.items():
+        board = board.with_row(dashboard.Row(title).id(number))
+        number += 1
+        for plot in plots:
+            board = board.with_panel(_panel(plot, number))
+            number += 1
+    return board
+
+
+def _panel(plot: Plot, number: int) -> stat.Panel | timeseries.Panel:
+    panel: stat.Panel | timeseries.Panel
+    if plot.single:
+        panel = stat.Panel()
+    else:
+        panel = (
+            timeseries.Panel()
+            .line_width(2)
+            .fill_opacity(8)
+            .min(0)
+            .legend(common.VizLegendOptions().show_legend(True).placement("bottom"))
+        )
+    panel = (
+        # Ids and reference letters are not filled in by the SDK.
+        panel.id(number)
+        .title(plot.title)
+        .description(plot.about)
+        .unit(plot.unit)
+        .datasource(DATASOURCE)
+        .height(8)
+        .span(plot.width)
+    )
+    for letter, (legend, expression) in zip("ABCDEF", plot.queries.items(), strict=False):
+        panel = panel.with_target(
+            prometheus.Dataquery()
+            .ref_id(letter)
+            .expr(expression)
+            .legend_format(legend)
+            .datasource(DATASOURCE)
+        )
+    return panel
+
+
+def render() -> str:
+    """The dashboard as JSON text."""
+    return JSONEncoder(sort_keys=True, indent=2).encode(build().build()) + "\n"
+
+
+def main() -> int:
+    OUTPUT.write_text(render())
+    print(OUTPUT)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

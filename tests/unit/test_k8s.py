@@ -1,0 +1,139 @@
+"""Manifests render, are valid and hardened; images are pinned; wrong manifests are refused."""
+
+import copy
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from k8s.validate import problems, render
+from serving.settings import ServeSettings
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("k8s/base", "k8s/overlays/example")
+needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl")
+SERVICE = yaml.safe_load((ROOT / "k8s/base/inferenceservice.yaml").read_text())
+
+
+@needs_kubectl
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_rendered_manifests_are_valid(folder):
+    documents = render(ROOT / folder)
+    assert len(documents) >= 12
+    assert problems(documents) == []
+
+
+def _pods(documents):
+    for d in documents:
+        if d["kind"] == "InferenceService":
+            yield "predictor", d["spec"]["predictor"]
+            yield "transformer", d["spec"]["transformer"]
+        elif d["kind"] in ("Deployment", "StatefulSet"):
+            yield d["metadata"]["name"], d["spec"]["template"]["spec"]
+
+
+@needs_kubectl
+def test_every_pod_is_hardened_probed_and_limited():
+    pods = dict(_pods(render(ROOT / "k8s/overlays/example")))
+    assert set(pods) == {"predictor", "transformer", "hrnn-redis"}
+    for name, pod in pods.items():
+        assert pod["securityContext"]["runAsNonRoot"] is True, name
+        assert pod["securityContext"]["seccompProfile"]["type"] == "RuntimeDefault", name
+        for container in pod["containers"]:
+            security = container["securityContext"]
+            assert security["readOnlyRootFilesystem"] is True, name
+            assert security["allowPrivilegeEscalation"] is False, name
+            assert security["capabilities"]["drop"] == ["ALL"], name
+            assert container["resources"]["requests"]["cpu"], name
+            assert container["resources"]["limits"]["memory"], name
+            assert container["readinessProbe"], name
+            assert container["livenessProbe"], name
+            tag = container["image"].rpartition(":")[2]
+            assert re.search(r"\d", tag), f"{name}: image is not pinned"
+
+
+@needs_kubectl
+def test_traffic_is_denied_by_default():
+    policies = [d for d in render(ROOT / "k8s/base") if d["kind"] == "NetworkPolicy"]
+    (deny,) = [p for p in policies if p["metadata"]["name"] == "deny-all"]
+    assert deny["spec"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+
+
+def test_variables_in_manifests_are_settings_of_the_servers():
+    known = {f"HRNN_{name.upper()}" for name in ServeSettings.model_fields} | {"HRNN_IMAGE"}
+    for path in (ROOT / "k8s").rglob("*"):
+        if path.suffix in {".yaml", ".Dockerfile"}:
+            used = set(re.findall(r"\bHRNN_[A-Z_]+\b", path.read_text()))
+            assert used <= known, path
+
+
+def test_manifest_ports_are_the_servers_own():
+    settings = ServeSettings()
+    for role in ("predictor", "transformer"):
+        (container,) = SERVICE["spec"][role]["containers"]
+        ports = [p["containerPort"] for p in container["ports"]]
+        own = [getattr(settings, f"{role}_{kind}_port") for kind in ("http", "grpc")]
+        assert ports == own
+        module = container["command"][-1]
+        assert (ROOT / (module.replace(".", "/") + ".py")).exists()
+
+
+@pytest.mark.parametrize("image", ["pipeline", "serving"])
+def test_images_are_pinned_and_run_as_nobody(image):
+    text = (ROOT / f"k8s/images/{image}.Dockerfile").read_text()
+    base = re.search(r"^FROM (\S+)$", text, re.MULTILINE)[1]
+    assert re.search(r":\d+\.\d+\.\d+", base), "base image is not pinned"
+    assert re.search(r"^USER \d+:\d+$", text, re.MULTILINE)
+    assert "latest" not in text
+    allowed = (ROOT / ".dockerignore").read_text()
+    for sources in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE):
+        for source in sources.split():
+            assert (ROOT / source).exists(), source
+            assert f"!{source}" in allowed, f"{source} is kept out by .dockerignore"
+    module = re.search(r'CMD \["python", "-m", "([\w.]+)"', text)[1]
+    assert (ROOT / (module.replace(".", "/") + ".py")).exists()
+
+
+def _break(path, value):
+    broken = copy.deepcopy(SERVICE)
+    node = broken
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    return broken
+
+
+CONTAINER = ("spec", "predictor", "containers", 0)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("spec", "predictor", "minReplica"), 1, "spec.predictor.minReplica: no such field"),
+        (("spec", "predictor", "minReplicas"), "two", "expected int, got 'two'"),
+        (("spec", "predictor", "minReplicas"), True, "expected int, got True"),
+        ((*CONTAINER, "imagePullPolicyy"), "Always", "imagePullPolicyy: no such field"),
+        ((*CONTAINER, "ports"), {"containerPort": 1}, "expected a list"),
+        ((*CONTAINER, "ports", 0, "containerPort"), "8090", "expected int, got '8090'"),
+        (("spec", "predictor"), None, "spec.predictor: missing"),
+        (("metadata", "name"), "HRNN meta", "not a DNS name"),
+    ],
+)
+def test_broken_inference_services_are_refused(path, value, message):
+    assert any(message in problem for problem in problems([_break(path, value)]))
+
+
+def test_broken_core_resources_are_refused():
+    good = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "a"}, "data": {"k": "v"}}
+    assert problems([good]) == []
+    assert problems([good | {"dta": {}}])
+    assert problems([good | {"data": {"k": 1}}])
+    assert problems([good | {"kind": "ConfigMapp"}])
+
+
+def test_no_secrets_in_manifests():
+    for path in (ROOT / "k8s").rglob("*.yaml"):
+        for document in yaml.safe_load_all(path.read_text()):
+            assert not document or document.get("kind") != "Secret", path
