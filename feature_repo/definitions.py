@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from feast import Entity, FeatureService, FeatureView, Field, FileSource, ValueType
-from feast.types import Array, Float64, Int64, String
+from feast.types import Array, FeastType, Float64, Int64, String
 
 from feature_repo.names import (
     CATALOGUE,
@@ -37,7 +37,7 @@ from model.schema import FieldKind, Schema
 OWNER = "recommendations"
 NEVER = timedelta(0)  # Feast's "does not expire"
 
-_TYPE = {
+_TYPE: dict[FieldKind, FeastType] = {
     FieldKind.CATEGORICAL: String,
     FieldKind.TEXT: String,
     FieldKind.MULTI_CATEGORICAL: Array(String),
