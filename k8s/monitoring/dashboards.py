@@ -51,7 +51,8 @@ ROWS: dict[str, list[Plot]] = {
             "percentunit",
             {
                 "failing": (
-                    f'sum(rate(hrnn_requests_total{{{T}, outcome=~"error|unavailable"}}{RATE}))'
+                    f'(sum(rate(hrnn_requests_total{{{T}, outcome=~"error|unavailable"}}{RATE}))'
+                    " or vector(0))"
                     f" / sum(rate(hrnn_requests_total{{{T}}}{RATE}))"
                 )
             },

@@ -1,12 +1,9 @@
 """The main job, whole: a log with a planted pattern in, the pattern back over HTTP."""
 
-import csv
 import json
 import os
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import httpx
@@ -14,71 +11,8 @@ import pytest
 
 from components.deploy.steps import champion
 from model.query import Event
-from pipelines.serving import local_serving
-from serving.client import Client
 from tests import synthetic
-
-ITEMS = 20
-HRNN_RUN = (sys.executable, "-m", "pipelines.cli", "run")
-FAST = {
-    "train.max_epochs": 12,
-    "train.batch_events": 256,
-    "train.learning_rate": 0.01,
-    "train.network": "{embedding: 16, hidden: 32, control: 8, dropout: 0.0}",
-}
-
-
-def hrnn_run(workspace, *arguments, settings=FAST):
-    assignments = [p for k, v in settings.items() for p in ("--set", f"{k}={v}")]
-    return subprocess.run(
-        [
-            *HRNN_RUN,
-            "--json",
-            "--workspace",
-            workspace,
-            *map(str, arguments),
-            *assignments,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-
-
-def _write(path: Path, log) -> Path:
-    """A user's own file: other column names, ISO times, one bad row."""
-    with path.open("w", newline="") as f:
-        writer = csv.writer(f)
-        writer.writerow(["customer", "product_id", "when", "event"])
-        for u, user in enumerate(log.user_ids):
-            for e in range(log.offset_U1[u], log.offset_U1[u + 1]):
-                when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(log.timestamp_E[e]))
-                writer.writerow([user, f"item {log.item_E[e]}", when, "view"])
-        writer.writerow(["u1", "item 1", "yesterday", "view"])
-    return path
-
-
-@pytest.fixture(scope="session")
-def deployed(tmp_path_factory):
-    workspace = tmp_path_factory.mktemp("workspace")
-    log = synthetic.successor(300, 12, ITEMS, seed=0)
-    path = _write(workspace / "log.csv", log)
-    done = hrnn_run(
-        workspace,
-        "--interactions",
-        path,
-        settings=FAST
-        | {"ingest.columns": "{user_id: customer, item_id: product_id, timestamp: when}"},
-    )
-    assert done.returncode == 0, done.stderr
-    return workspace, json.loads(done.stdout), done, path
-
-
-@pytest.fixture(scope="session")
-def service(deployed):
-    with local_serving(deployed[0]) as serving, Client(serving.url) as client:
-        yield serving, client
+from tests.planted import FAST, HRNN_RUN, ITEMS, hrnn_run, write_log
 
 
 def test_the_result_is_one_json_object_that_names_real_files(deployed):
@@ -183,7 +117,7 @@ def test_a_worse_model_is_refused_and_the_first_keeps_serving(deployed):
 
 def test_ctrl_c_stops_everything(tmp_path):
     log = synthetic.successor(300, 12, ITEMS, seed=0)
-    path = _write(tmp_path / "log.csv", log)
+    path = write_log(tmp_path / "log.csv", log)
     process = subprocess.Popen(
         [
             *HRNN_RUN,
