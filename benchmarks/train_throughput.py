@@ -14,6 +14,7 @@ import time
 import numpy as np
 import torch
 
+from model.catalogue import Catalogue
 from model.network import NetworkSettings
 from model.sequences import Histories
 from model.training import TrainSettings, fit
@@ -58,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = []
     for num_items in options.items:
         log = random_log(options.events // 100, 100, num_items, seed=0)
-        model = fit(log, valid, num_items, settings, None)
+        model = fit(log, valid, Catalogue(tuple(map(str, range(num_items)))), settings, None)
         # The first epoch warms caches and allocators up.
         speed = log.num_events / (model.curve[-1]["seconds"])
         inputs = network.embedding + network.control + 1

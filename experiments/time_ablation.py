@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         for seed in range(options.seeds):
             network = base.network.model_copy(update={"time_input": time_input})
             settings = base.model_copy(update={"network": network, "seed": seed})
-            model = fit(split.train, split.valid, len(catalogue), settings, None)
+            model = fit(split.train, split.valid, catalogue, settings, None)
             metrics = evaluate(model, split.test, len(catalogue))["every"]
             ppl.append(metrics["ppl"])
             ndcg.append(metrics["ndcg@10"])

@@ -19,7 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from model.catalogue import Catalogue
 from model.errors import BundleError, InputError
-from model.network import HRNN
+from model.fields import FieldBags
+from model.inputs import InputEncodings
+from model.network import HRNNMeta
 from model.schema import Schema
 from model.training import TrainedHRNN, TrainSettings
 from model.trends import ResolvedTrend, TrendSnapshot
@@ -83,7 +85,7 @@ def save(
             work / "settings.json",
             {
                 "train": settings.model_dump(mode="json"),
-                "session_gap_seconds": model.session_gap,
+                "encodings": model.encodings.model_dump(mode="json"),
                 "trend": None if model.trend is None else asdict(model.trend),
             },
         )
@@ -91,7 +93,7 @@ def save(
         created = datetime.now(UTC)
         digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:8]
         version = f"{created:%Y%m%dT%H%M%SZ}-{digest}"
-        card = _model_card(version, model, catalogue, schema, metrics)
+        card = _model_card(version, model, catalogue, metrics)
         (work / "MODEL_CARD.md").write_text(card)
         files["MODEL_CARD.md"] = _digest(work / "MODEL_CARD.md")
         manifest = Manifest(FORMAT, FORMAT_VERSION, version, created.isoformat(), files)
@@ -154,7 +156,14 @@ def load(path: Path) -> Bundle:
         settings = TrainSettings.parse(stored["train"])
         trend = None if stored["trend"] is None else ResolvedTrend(**stored["trend"])
         catalogue = Catalogue.load(path / "items.parquet", schema.item_title)
-        network = HRNN(settings.network, len(catalogue), with_trend=trend is not None)
+        encodings = InputEncodings.parse(stored["encodings"], "encodings")
+        if encodings.num_items != len(catalogue):
+            raise BundleError(
+                f"{path}: items.parquet holds {len(catalogue)} items, the model knows "
+                f"{encodings.num_items}"
+            )
+        item_bags = FieldBags.encode(encodings.item_fields, catalogue.fields, len(catalogue))
+        network = HRNNMeta(settings.network, encodings, item_bags, with_trend=trend is not None)
         network.load_state_dict(load_file(path / "weights.safetensors"))
         network.eval()
         for name, tensor in network.state_dict().items():
@@ -166,7 +175,7 @@ def load(path: Path) -> Bundle:
         raise BundleError(f"{path} cannot be loaded: {error}") from error
     except InputError as error:
         raise BundleError(f"{path} was written with other settings: {error}") from error
-    model = TrainedHRNN(network=network, session_gap=stored["session_gap_seconds"], trend=trend)
+    model = TrainedHRNN(network=network, encodings=encodings, trend=trend)
     return Bundle(manifest, model, catalogue, schema, settings, snapshot, metrics)
 
 
@@ -183,19 +192,19 @@ def _model_card(
     version: str,
     model: TrainedHRNN,
     catalogue: Catalogue,
-    schema: Schema,
     metrics: dict[str, Any],
 ) -> str:
     parameters = sum(p.numel() for p in model.network.parameters())
     rows = [
-        ("Model", "HRNN (GRU with time-delta and session-start inputs), next item by softmax"),
+        ("Model", "HRNN-meta: GRU over items, time deltas and user fields; softmax over items"),
         ("Version", version),
         ("Items", f"{len(catalogue):,}"),
         ("Parameters", f"{parameters:,}"),
-        ("Session gap", f"{model.session_gap:,} s"),
+        ("Session gap", f"{model.encodings.session_gap:,} s"),
         ("Trend weight β", f"{float(model.network.beta.detach()):.3f}"),
         ("Trend", "none" if model.trend is None else str(asdict(model.trend))),
-        ("Item fields", ", ".join(schema.items) or "none"),
+        ("Item fields", ", ".join(f.name for f in model.encodings.item_fields) or "none"),
+        ("User fields", ", ".join(f.name for f in model.encodings.user_fields) or "none"),
         *((f"Training {name}", value) for name, value in metrics.get("training", {}).items()),
     ]
     lines = ["# Model card", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows), ""]

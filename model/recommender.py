@@ -11,11 +11,12 @@ import torch
 from numpy.typing import NDArray
 
 from model import bundle as bundles
-from model.context import time_bucket
 from model.errors import InputError
+from model.inputs import Positions
 from model.query import Event, ItemFilter, Query, Recommendation
 from model.schema import FieldKind
-from model.sequences import pack
+from model.sequences import Histories
+from model.training import encode_batches
 from model.trends import TrendSnapshot
 
 
@@ -28,7 +29,8 @@ class Recommender:
         self._bundle = bundle
         self._network = bundle.model.network
         self._catalogue = bundle.catalogue
-        w_MD, b_M = self._network.folded()
+        self._network.items.fold()
+        w_MD, b_M = self._network.items.outputs()
         self._w_MD, self._b_M = w_MD.detach().contiguous(), b_M.detach()
         self._masks: dict[tuple[str, str], NDArray[np.bool_]] = {}
         self.version: str = bundle.manifest.model_version
@@ -60,34 +62,42 @@ class Recommender:
         return phi_BM
 
     def _encode(self, queries: Sequence[Query]) -> torch.Tensor:
-        histories = [self._known_events(q.history) for q in queries]
-        length_B = np.array([len(h) + 1 for h in histories])
-        order_B = np.argsort(-length_B, kind="stable")
-        # Concatenate the positions of all queries, longest first, then pack them time-major.
-        previous: list[NDArray[np.int64]] = []
-        delta: list[NDArray[np.float64]] = []
-        for b in order_B:
-            items = self._catalogue.encode([e.item_id for e in histories[b]])
-            times = np.array([e.timestamp for e in histories[b]] + [queries[b].timestamp])
-            previous.append(np.r_[self._network.num_items, items])
-            delta.append(np.diff(times, prepend=times[:1]))
-        start_B = np.r_[0, np.cumsum(length_B[order_B])[:-1]]
-        batch = pack(start_B, length_B[order_B])
-        previous_N = np.concatenate(previous)[batch.event_N]
-        delta_N = np.concatenate(delta)[batch.event_N]
-        has_previous_N = previous_N != self._network.num_items
-        x_NI = self._network.inputs(
-            torch.from_numpy(previous_N),
-            torch.from_numpy(time_bucket(delta_N, has_previous_N)),
-            torch.from_numpy(~has_previous_N | (delta_N > self._bundle.model.session_gap)),
+        """Query vector `[B, D]` of each: its position after the newest event."""
+        known = [self._known_events(q.history) for q in queries]
+        length_B = np.array([len(events) + 1 for events in known])
+        offset_B1 = np.r_[0, np.cumsum(length_B)]
+        # The request stands where the next event would; what was chosen (item 0) is not read.
+        item_E = np.zeros(offset_B1[-1], dtype=np.int64)
+        timestamp_E = np.empty(offset_B1[-1], dtype=np.int64)
+        for start, end, query, events in zip(
+            offset_B1[:-1], offset_B1[1:], queries, known, strict=True
+        ):
+            item_E[start : end - 1] = self._catalogue.encode([e.item_id for e in events])
+            timestamp_E[start : end - 1] = [int(e.timestamp) for e in events]
+            timestamp_E[end - 1] = int(query.timestamp)
+        histories = Histories(
+            user_ids=tuple(map(str, range(len(queries)))),
+            item_E=item_E,
+            timestamp_E=timestamp_E,
+            offset_U1=offset_B1,
+            user_fields={
+                field.name: [query.user.get(field.name) for query in queries]
+                for field in self._bundle.model.encodings.user_fields
+            },
         )
-        query_ND, _ = self._network.encode(
-            x_NI,
-            torch.from_numpy(batch.batch_size_T),
-            self._network.initial_state(len(queries)),
+        positions = Positions.of(histories, self._bundle.model.encodings, None)
+        (encoded,) = encode_batches(
+            self._network,
+            positions,
+            histories,
+            bptt=int(length_B.max()),
+            batch_events=len(item_E),
+            rng=None,
         )
+        batch, query_ND = encoded
+        last_S = torch.from_numpy(batch.last_S)
         query_BD = torch.empty(len(queries), query_ND.shape[1])
-        query_BD[torch.from_numpy(order_B)] = query_ND[torch.from_numpy(batch.last_S)]
+        query_BD[positions.user[torch.from_numpy(batch.event_N)[last_S]]] = query_ND[last_S]
         return query_BD
 
     def _known_events(self, history: Sequence[Event]) -> list[Event]:

@@ -5,9 +5,9 @@ k: its input is event k − 1 (none for k = 0) and the time of event k; its targ
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -23,12 +23,14 @@ class Histories:
 
     `item_E` int64 catalogue positions, `timestamp_E` int64 Unix seconds,
     `offset_U1` int64 `[U + 1]`: user u owns events offset[u] … offset[u + 1] − 1.
+    `user_fields`: U values by field name, None where missing.
     """
 
     user_ids: tuple[str, ...]
     item_E: NDArray[np.int64]
     timestamp_E: NDArray[np.int64]
     offset_U1: NDArray[np.int64]
+    user_fields: dict[str, list[Any]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.user_ids)
@@ -66,7 +68,12 @@ class Histories:
             item_E=self.item_E[source],
             timestamp_E=self.timestamp_E[source],
             offset_U1=offset,
+            user_fields={n: [v[u] for u in users] for n, v in self.user_fields.items()},
         )
+
+    def with_user_fields(self, user_fields: dict[str, list[Any]]) -> Self:
+        """The same events with fields of their users."""
+        return replace(self, user_fields=user_fields)
 
 
 def _codes(column: pa.ChunkedArray) -> tuple[NDArray[np.int64], list[str]]:

@@ -13,12 +13,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.context import infer_session_gap, time_bucket
+from model.catalogue import Catalogue
 from model.errors import InputError
 from model.evaluation import NextItemModel, SplitSettings, later_events
+from model.fields import FieldBags
+from model.inputs import InputEncodings, Positions
 from model.losses import softmax_cross_entropy
 from model.metrics import negative_log_likelihood
-from model.network import HRNN, NetworkSettings
+from model.network import HRNNMeta, NetworkSettings, scores
+from model.schema import Schema
 from model.sequences import Batch, Histories, bptt_batches
 from model.settings import SettingsBase
 from model.trends import ResolvedTrend, TrendTable
@@ -32,8 +35,8 @@ class TrainSettings(SettingsBase):
     session_gap_seconds: int | None = None
     trend_decomposition: bool = True
     max_epochs: int = 60
-    patience: int = 4  # epochs without a better validation PPL
-    learning_rate: float = 0.002
+    patience: int = 3  # epochs without a better validation PPL
+    learning_rate: float = 0.004
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     bptt: int = 100  # positions of one user per gradient step
@@ -42,41 +45,12 @@ class TrainSettings(SettingsBase):
     threads: int | None = None
 
 
-@dataclass(frozen=True)
-class Positions:
-    """Model inputs of every position (event) of some histories, as tensors `[E]`."""
-
-    previous_item: Tensor  # catalogue position, M where a history begins
-    bucket: Tensor
-    session_start: Tensor
-    target: Tensor
-    trend_row: Tensor | None
-
-    @classmethod
-    def of(
-        cls, histories: Histories, num_items: int, session_gap: int, trend: TrendTable | None
-    ) -> "Positions":
-        first_E = np.zeros(histories.num_events, dtype=bool)
-        first_E[histories.offset_U1[:-1]] = True
-        delta_E = np.diff(histories.timestamp_E, prepend=0)
-        previous_E = np.where(first_E, num_items, np.roll(histories.item_E, 1))
-        return cls(
-            previous_item=torch.from_numpy(previous_E),
-            bucket=torch.from_numpy(time_bucket(delta_E, ~first_E)),
-            session_start=torch.from_numpy(first_E | (delta_E > session_gap)),
-            target=torch.from_numpy(histories.item_E),
-            trend_row=None
-            if trend is None
-            else torch.from_numpy(trend.row_of(histories.timestamp_E)),
-        )
-
-
 @dataclass
 class TrainedHRNN:
     """A network with what it needs to read histories. Implements `NextItemModel`."""
 
-    network: HRNN
-    session_gap: int
+    network: HRNNMeta
+    encodings: InputEncodings
     trend: ResolvedTrend | None
     curve: list[dict[str, float]] = field(default_factory=list)  # one entry per epoch
     trend_table: TrendTable | None = None  # of the training log, for evaluation
@@ -85,18 +59,17 @@ class TrainedHRNN:
         self, histories: Histories, block: int
     ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
         """Scores φ + β·log q(t) of every event given the ones before it."""
-        positions = Positions.of(
-            histories, self.network.num_items, self.session_gap, self.trend_table
-        )
+        positions = Positions.of(histories, self.encodings, self.trend_table)
         trend_PM = _trend_tensor(self.trend_table)
         self.network.eval()
         with torch.inference_mode():
-            for batch, query_ND in _encode_batches(
+            w_MD, b_M = self.network.items.outputs()
+            for batch, query_ND in encode_batches(
                 self.network, positions, histories, bptt=128, batch_events=4096, rng=None
             ):
                 for start in range(0, len(batch.event_N), block):
                     event_B = batch.event_N[start : start + block]
-                    score_BM = self.network.scores(query_ND[start : start + block])
+                    score_BM = scores(query_ND[start : start + block], w_MD, b_M)
                     if trend_PM is not None and positions.trend_row is not None:
                         row_B = positions.trend_row[torch.from_numpy(event_B)]
                         score_BM = score_BM + self.network.beta * trend_PM[row_B]
@@ -107,8 +80,8 @@ def _trend_tensor(table: TrendTable | None) -> Tensor | None:
     return None if table is None else torch.from_numpy(table.log_q_PM)
 
 
-def _encode_batches(
-    network: HRNN,
+def encode_batches(
+    network: HRNNMeta,
     positions: Positions,
     histories: Histories,
     *,
@@ -125,11 +98,7 @@ def _encode_batches(
         if h_SH is not None:
             carried_S1 = (previous_S >= 0)[:, None]
             h0_SH = torch.where(carried_S1, h_SH[previous_S.clamp(min=0)], h0_SH)
-        x_NI = network.inputs(
-            positions.previous_item[event_N],
-            positions.bucket[event_N],
-            positions.session_start[event_N],
-        )
+        x_NI = network.inputs(positions, event_N)
         query_ND, h_SH = network.encode(x_NI, torch.from_numpy(batch.batch_size_T), h0_SH)
         yield batch, query_ND
         h_SH = h_SH.detach()
@@ -138,20 +107,23 @@ def _encode_batches(
 def fit(
     train: Histories,
     valid: Histories,
-    num_items: int,
+    catalogue: Catalogue,
     settings: TrainSettings,
     trend: ResolvedTrend | None,
+    schema: Schema | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> TrainedHRNN:
     """Train until validation PPL stops improving; the best epoch's weights are kept.
 
     Args:
         trend: trend decomposition to train under, None to train without.
+        schema: kinds of the user and item fields; None: the model reads none.
         progress: receives one line per epoch.
 
     Raises:
         InputError: nothing to train on, or the loss became NaN.
     """
+    num_items = len(catalogue)
     if train.num_events < 2 or num_items < 2:
         raise InputError(
             f"cannot train on {train.num_events} events of {num_items} items: give a larger log"
@@ -160,10 +132,13 @@ def fit(
         torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     rng = np.random.default_rng(settings.seed)
-    gaps = np.diff(train.timestamp_E, prepend=0)[later_events(train)]
+    encodings = InputEncodings.fit(
+        train, catalogue, schema or Schema(), settings.session_gap_seconds
+    )
+    item_bags = FieldBags.encode(encodings.item_fields, catalogue.fields, num_items)
     model = TrainedHRNN(
-        network=HRNN(settings.network, num_items, with_trend=trend is not None),
-        session_gap=settings.session_gap_seconds or infer_session_gap(gaps),
+        network=HRNNMeta(settings.network, encodings, item_bags, with_trend=trend is not None),
+        encodings=encodings,
         trend=trend,
     )
     if trend is not None:
@@ -172,11 +147,12 @@ def fit(
             train.item_E, train.timestamp_E, num_items, trend, periods
         )
     network = model.network
-    count_M = np.bincount(train.item_E, minlength=num_items) + 1.0
+    count_M = np.bincount(train.item_E, minlength=num_items)
     if trend is None:
         # Start at the popularity model: the bias is log p(a), learning begins with what is left.
-        network.item_bias.data = torch.from_numpy(np.log(count_M / count_M.sum())).float()
-    positions = Positions.of(train, num_items, model.session_gap, model.trend_table)
+        log_p_M = np.log((count_M + 1.0) / (count_M.sum() + num_items))
+        network.items.bias.data = torch.from_numpy(log_p_M).float()
+    positions = Positions.of(train, encodings, model.trend_table)
     trend_PM = _trend_tensor(model.trend_table)
     optimiser = torch.optim.Adam(
         network.parameters(),
@@ -184,12 +160,15 @@ def fit(
         weight_decay=settings.weight_decay,
         fused=True,
     )
+    # Items that were never trained on are known by their fields alone; the others' λ is chosen at
+    # the end, half and half until then.
+    _set_lambda(network, count_M, 0.5)
     best_ppl, best_weights, waited = float("inf"), copy.deepcopy(network.state_dict()), 0
     for epoch in range(1, settings.max_epochs + 1):
         started = time.perf_counter()
         network.train()
         total = 0.0
-        for batch, query_ND in _encode_batches(
+        for batch, query_ND in encode_batches(
             network,
             positions,
             train,
@@ -201,8 +180,10 @@ def fit(
             trend_NM = None
             if trend_PM is not None and positions.trend_row is not None:
                 trend_NM = network.beta * trend_PM[positions.trend_row[event_N]]
+            # λ ~ U[0, 1] keeps ids and fields able to stand alone (§2.3).
+            w_MD, b_M = network.items.outputs(torch.rand(()))
             loss = softmax_cross_entropy(
-                network.scores(query_ND), positions.target[event_N], trend_NM
+                scores(query_ND, w_MD, b_M), positions.target[event_N], trend_NM
             )
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
@@ -234,7 +215,26 @@ def fit(
                 break
     network.load_state_dict(best_weights)
     network.eval()
+    if network.items.output_tower is not None:
+        _choose_lambda(model, valid, count_M)
     return model
+
+
+LAMBDA_GRID = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def _set_lambda(network: HRNNMeta, count_M: NDArray[np.int64], lambda_mix: float) -> None:
+    network.items.lambda_M = torch.from_numpy(np.where(count_M > 0, lambda_mix, 1.0)).float()
+
+
+def _choose_lambda(model: TrainedHRNN, valid: Histories, count_M: NDArray[np.int64]) -> None:
+    """The λ of items with interactions that gives the lowest validation PPL."""
+
+    def ppl(lambda_mix: float) -> float:
+        _set_lambda(model.network, count_M, lambda_mix)
+        return validation_ppl(model, valid)
+
+    _set_lambda(model.network, count_M, min(LAMBDA_GRID, key=ppl))
 
 
 def validation_ppl(model: NextItemModel, histories: Histories) -> float:

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from model.catalogue import Catalogue
 from model.schema import Schema
 from model.sequences import Histories
 
@@ -46,6 +47,11 @@ def successor(num_users: int, length: int, num_items: int, seed: int, p: float =
     start = rng.integers(0, 20 * 86_400, size=num_users)
     times = [(1_000_000_000 + s + 600 * np.arange(length)).tolist() for s in start]
     return histories(items, times)
+
+
+def catalogue(num_items: int) -> Catalogue:
+    """Items i000, i001, … without fields."""
+    return Catalogue(tuple(f"i{j:03d}" for j in range(num_items)))
 
 
 def clean_tables(path: Path, log: Histories, genres: bool = True) -> Path:

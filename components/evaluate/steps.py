@@ -19,6 +19,7 @@ from model.evaluation import (
     split_users,
     summarise,
 )
+from model.inputs import UserFields
 from model.sequences import Histories
 from model.settings import SettingsBase
 from model.trends import TrendTable
@@ -43,7 +44,9 @@ def run(
     evaluate_settings = EvaluateSettings.parse(settings, "evaluate")
     loaded = bundles.load(bundle)
     catalogue, split_settings = loaded.catalogue, loaded.settings.split
-    histories = Histories.from_table(clean / "interactions.parquet", catalogue)
+    histories = UserFields.read(clean, loaded.schema).attach(
+        Histories.from_table(clean / "interactions.parquet", catalogue)
+    )
     split = split_users(histories, split_settings)
     hrnn = loaded.model
     if hrnn.trend is not None:
@@ -101,7 +104,7 @@ def run(
                 "Model version": loaded.manifest.model_version,
                 "Trend": "none" if hrnn.trend is None else str(asdict(hrnn.trend)),
                 "Trend weight β": f"{float(hrnn.network.beta.detach()):.3f}",
-                "Session gap": f"{hrnn.session_gap:,} s",
+                "Session gap": f"{hrnn.encodings.session_gap:,} s",
             },
         )
     )

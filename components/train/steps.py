@@ -8,6 +8,7 @@ import numpy as np
 from model import bundle as bundles
 from model.catalogue import Catalogue
 from model.evaluation import split_users
+from model.inputs import UserFields
 from model.schema import Schema
 from model.sequences import Histories
 from model.training import TrainSettings, fit
@@ -28,7 +29,9 @@ def run(
     trend_settings = TrendSettings.parse(trend, "trend")
     schema = Schema.load(clean / "schema.json")
     catalogue = Catalogue.from_tables(clean, schema)
-    histories = Histories.from_table(clean / "interactions.parquet", catalogue)
+    histories = UserFields.read(clean, schema).attach(
+        Histories.from_table(clean / "interactions.parquet", catalogue)
+    )
     split = split_users(histories, train_settings.split)
     print(
         f"{len(split.train):,} training, {len(split.valid):,} validation, {len(split.test):,} test"
@@ -40,9 +43,10 @@ def run(
     model = fit(
         split.train,
         split.valid,
-        len(catalogue),
+        catalogue,
         train_settings,
         resolved if train_settings.trend_decomposition else None,
+        schema,
         progress=lambda line: print(line, flush=True),
     )
     # "Now" is the log's own end: everything that happened up to it counts.

@@ -22,7 +22,9 @@ import torch
 from model import bundle
 from model.catalogue import Catalogue
 from model.errors import InputError, UnavailableError
-from model.network import HRNN
+from model.fields import FieldBags
+from model.inputs import InputEncodings
+from model.network import HRNNMeta
 from model.query import Event, ItemFilter, Query
 from model.recommender import Recommender
 from model.schema import FieldKind, Schema
@@ -42,7 +44,9 @@ def bundle_dir(tmp_path_factory):
     """A bundle with random weights: serving is about passing things on, not about accuracy."""
     torch.manual_seed(0)
     settings = TrainSettings()
-    network = HRNN(settings.network, len(ITEMS), with_trend=True)
+    encodings = InputEncodings(num_items=len(ITEMS), session_gap=3600)
+    no_fields = FieldBags.encode((), {}, len(ITEMS))
+    network = HRNNMeta(settings.network, encodings, no_fields, with_trend=True)
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.ndim > 1:
@@ -54,7 +58,7 @@ def bundle_dir(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "bundle"
     bundle.save(
         path,
-        model=TrainedHRNN(network, 3600, ResolvedTrend(86_400, 0, 1.0)),
+        model=TrainedHRNN(network, encodings, ResolvedTrend(86_400, 0, 1.0)),
         catalogue=Catalogue(ITEMS, {"parity": [["even", "odd"][j % 2] for j in range(500)]}),
         schema=Schema(items={"parity": FieldKind.CATEGORICAL}),
         settings=settings,

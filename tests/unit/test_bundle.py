@@ -187,3 +187,19 @@ def test_damaged_bundles_are_refused(case, copy):
     damage(copy)
     with pytest.raises(BundleError, match=message):
         bundles.load(copy)
+
+
+def test_serving_scores_equal_training_scores(trained, recommender):
+    """One history read by the evaluation and by the recommender gives the same affinities."""
+    loaded = bundles.load(trained)
+    items, times = [1, 8, 17, 0], [1_000_000_000, 1_000_000_600, 1_000_000_660, 1_000_100_000]
+    log = synthetic.histories([items], [times])
+    evaluated = {
+        int(event): score_M
+        for event_N, score_NM in loaded.model.iter_scores(log, 64)
+        for event, score_M in zip(event_N, score_NM, strict=True)
+    }
+    for k in range(len(items)):
+        history = [Event(f"i{items[n]:03d}", float(times[n])) for n in range(k)]
+        served = recommender.affinities([Query(history, float(times[k]))])[0]
+        np.testing.assert_allclose(served, evaluated[k].numpy(), atol=1e-5)

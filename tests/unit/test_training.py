@@ -7,10 +7,12 @@ import torch
 from model.context import infer_session_gap, time_bucket
 from model.errors import InputError
 from model.evaluation import SplitSettings, evaluate, split_users
+from model.fields import FieldBags
+from model.inputs import InputEncodings, Positions
 from model.losses import softmax_cross_entropy
-from model.network import HRNN, NetworkSettings
+from model.network import HRNNMeta, NetworkSettings
 from model.sequences import Histories
-from model.training import Positions, TrainSettings, _encode_batches, fit
+from model.training import TrainSettings, encode_batches, fit
 from model.trends import ResolvedTrend, TrendTable
 from tests import synthetic
 
@@ -20,7 +22,9 @@ SMALL = NetworkSettings(embedding=16, hidden=32, control=8, dropout=0.0)
 def _fit(log: Histories, num_items: int, trend: ResolvedTrend | None = None, **settings):
     split = split_users(log, SplitSettings())
     settings = {"network": SMALL, "batch_events": 256, "learning_rate": 0.01} | settings
-    model = fit(split.train, split.valid, num_items, TrainSettings(**settings), trend)
+    model = fit(
+        split.train, split.valid, synthetic.catalogue(num_items), TrainSettings(**settings), trend
+    )
     if trend is not None:
         periods = np.unique(split.test.timestamp_E // trend.period_seconds)
         model.trend_table = TrendTable.build(
@@ -83,13 +87,15 @@ def test_trend_sign_matters():
 def test_state_carried_across_chunks_equals_one_long_chunk():
     log = synthetic.successor(7, 23, 20, seed=3)
     torch.manual_seed(0)
-    network = HRNN(SMALL, 20, with_trend=False).eval()
-    positions = Positions.of(log, 20, 1800, None)
+    encodings = InputEncodings(num_items=20, session_gap=1800)
+    no_fields = FieldBags.encode((), {}, 20)
+    network = HRNNMeta(SMALL, encodings, no_fields, with_trend=False).eval()
+    positions = Positions.of(log, encodings, None)
     results = []
     for bptt, budget in ((4, 10), (1, 3), (100, 1000)):
         query_ED = torch.empty(log.num_events, SMALL.embedding)
         with torch.inference_mode():
-            for batch, query_ND in _encode_batches(
+            for batch, query_ND in encode_batches(
                 network, positions, log, bptt=bptt, batch_events=budget, rng=None
             ):
                 query_ED[batch.event_N] = query_ND
@@ -104,12 +110,12 @@ def test_same_seed_same_weights():
         _fit(log, 10, max_epochs=2, seed=seed)[0].network.state_dict() for seed in (1, 1, 2)
     )
     assert all(torch.equal(first[n], second[n]) for n in first)
-    assert not torch.equal(first["item_bias"], other["item_bias"])
+    assert not torch.equal(first["items.bias"], other["items.bias"])
 
 
 def test_positions_see_the_request_time_and_not_the_answer():
     log = synthetic.histories([[3, 1, 2]], [[100, 160, 5000]])
-    positions = Positions.of(log, 9, 1800, None)
+    positions = Positions.of(log, InputEncodings(num_items=9, session_gap=1800), None)
     assert positions.previous_item.tolist() == [9, 3, 1]
     assert positions.session_start.tolist() == [True, False, True]
     assert positions.bucket[0] == 0
@@ -137,4 +143,4 @@ def test_session_gap_falls_between_the_two_modes():
 def test_too_little_data_is_refused():
     log = synthetic.histories([[0]], [[1]])
     with pytest.raises(InputError, match="cannot train"):
-        fit(log, log, 1, TrainSettings(), None)
+        fit(log, log, synthetic.catalogue(1), TrainSettings(), None)

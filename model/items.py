@@ -1,0 +1,104 @@
+"""Item side (eq. 2): what an item is known by (its id) and what it is like (its fields).
+
+Decoder: w̃_j = (1 − λ)·w_j + λ·w(f_j), b̃_j = (1 − λ)·b_j + λ·b(f_j), so that
+φ̃_j = w̃_j·h + b̃_j. λ ~ U[0, 1] in training keeps both parts able to stand alone (§2.3); at
+inference λ is per item, 1 for items without interactions.
+
+Shapes: M items, R rows asked for, D embedding.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from model.fields import FieldBags, FieldEmbedding, FieldEncoding
+
+
+class FieldTower(nn.Module):
+    """Field-aware MLP: an embedding per field, then the mix → `[R, D]`, and a bias `[R]`."""
+
+    def __init__(
+        self, encodings: Sequence[FieldEncoding], size: int, hidden: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.embedding = FieldEmbedding(encodings, hidden // 4)
+        self.mix = nn.Sequential(
+            nn.Linear(self.embedding.output_size, hidden),
+            nn.GELU(),
+            nn.Dropout(dropout),
+        )
+        self.vector = nn.Linear(hidden, size)
+        self.bias = nn.Linear(hidden, 1)
+
+    def forward(self, bags: FieldBags) -> tuple[Tensor, Tensor]:
+        z_RH = self.mix(self.embedding(bags))
+        return self.vector(z_RH), self.bias(z_RH)[:, 0]
+
+
+class Items(nn.Module):
+    """Item vectors and biases for the encoder's input and the decoder's output.
+
+    The id embedding is tied: one table `[M + 1, D]` serves both sides; row M stands for "no
+    previous event". Item fields are added to the input vector by a tower of their own.
+    """
+
+    def __init__(
+        self,
+        num_items: int,
+        size: int,
+        encodings: Sequence[FieldEncoding],
+        bags: FieldBags,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.num_items = num_items
+        self.embedding = nn.Embedding(num_items + 1, size)
+        nn.init.normal_(self.embedding.weight, std=size**-0.5)
+        self.bias = nn.Parameter(torch.zeros(num_items))
+        self.bags = bags
+        # λ of each item at inference: 1 (fields only) until training says otherwise.
+        self.lambda_M: Tensor
+        self.register_buffer("lambda_M", torch.ones(num_items))
+        self.output_tower: FieldTower | None = None
+        self.input_tower: FieldTower | None = None
+        if encodings:
+            self.output_tower = FieldTower(encodings, size, 2 * size, dropout)
+            self.input_tower = FieldTower(encodings, size, 2 * size, dropout)
+        self._folded_inputs: Tensor | None = None
+
+    def fold(self) -> None:
+        """Compute every item's input vector once, for inference with fixed weights."""
+        with torch.no_grad():
+            self._folded_inputs = self.inputs(torch.arange(self.num_items + 1))
+
+    def train(self, mode: bool = True) -> "Items":
+        """Weights will change: forget what was folded."""
+        self._folded_inputs = None
+        return super().train(mode)
+
+    def inputs(self, item_N: Tensor) -> Tensor:
+        """Encoder input `[N, D]` of each previous item (M = none)."""
+        if self._folded_inputs is not None:
+            return self._folded_inputs[item_N]
+        e_ND: Tensor = self.embedding(item_N)
+        if self.input_tower is None:
+            return e_ND
+        row_R, row_N = item_N.unique(return_inverse=True)
+        known_R = row_R < self.num_items
+        fields_RD, _ = self.input_tower(self.bags.rows(row_R.clamp(max=self.num_items - 1)))
+        return e_ND + (fields_RD * known_R[:, None])[row_N]
+
+    def outputs(self, lambda_mix: Tensor | float | None = None) -> tuple[Tensor, Tensor]:
+        """Mixed vectors `[M, D]` and biases `[M]`: all that inference needs of the items.
+
+        Args:
+            lambda_mix: λ, a scalar or `[M]`; None: each item's own.
+        """
+        w_MD, b_M = self.embedding.weight[: self.num_items], self.bias
+        if self.output_tower is None:
+            return w_MD, b_M
+        field_w_MD, field_b_M = self.output_tower(self.bags)
+        mix = torch.as_tensor(self.lambda_M if lambda_mix is None else lambda_mix, dtype=w_MD.dtype)
+        mix_M1 = mix[:, None] if mix.dim() else mix
+        return torch.lerp(w_MD, field_w_MD, mix_M1), torch.lerp(b_M, field_b_M, mix)
