@@ -15,6 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -46,8 +47,10 @@ class FieldEncoding(SettingsBase):
         """Tokens including MISSING."""
         return 1 + (len(self.knots) if self.kind is FieldKind.NUMERIC else len(self.vocabulary))
 
-    def tokeniser(self) -> Tokeniser:
-        """The function raw value → (tokens, weights)."""
+    @cached_property
+    def tokenise(self) -> Tokeniser:
+        """The function raw value → (tokens, weights); raises ValueError or TypeError if it does
+        not fit the kind."""
         if self.kind is FieldKind.NUMERIC:
             return self._numeric
         index = {value: t for t, value in enumerate(self.vocabulary, start=1)}
@@ -74,7 +77,7 @@ class FieldEncoding(SettingsBase):
 
 
 def _as_list(value: Any) -> list[Any]:
-    return [value] if isinstance(value, str) else list(value)
+    return [value] if isinstance(value, str | float | int) else list(value)
 
 
 def _words(value: Any) -> list[str]:
@@ -136,7 +139,7 @@ class FieldBags:
         tokens, weights, offsets = [], [], []
         for encoding in encodings:
             column = columns.get(encoding.name)
-            tokenise = encoding.tokeniser()
+            tokenise = encoding.tokenise
             token: list[int] = []
             weight: list[float] = []
             offset = np.zeros(num_rows + 1, dtype=np.int64)

@@ -52,6 +52,23 @@ class Recommender:
         """Whether the catalogue holds the item."""
         return item_id in self._catalogue.index
 
+    def check(self, query: Query) -> None:
+        """See that the model can read a query's user fields; unknown ones are not read.
+
+        Raises:
+            InputError: names the field whose value does not fit its kind.
+        """
+        for field in self._bundle.model.encodings.user_fields:
+            value = query.user.get(field.name)
+            if value is None:
+                continue
+            try:
+                field.tokenise(value)
+            except (TypeError, ValueError):
+                raise InputError(
+                    f"user.{field.name}: expected {field.kind.value}, got {type(value).__name__}"
+                ) from None
+
     def affinities(self, queries: Sequence[Query]) -> NDArray[np.float32]:
         """φ̃ `[B, M]`: affinity of every item, without trend, filters not applied."""
         if not queries:

@@ -55,7 +55,7 @@ def train_and_deploy(
     items: str = "",
     cache: str = "",
     feature_store: str = "",
-    model_store: str = "/models",
+    model_store: str = "/stores/models",
     ingest_settings: dict = {},  # noqa: B006 - KFP reads the default, nothing mutates it
     validate_settings: dict = {},  # noqa: B006
     features_settings: dict = {},  # noqa: B006

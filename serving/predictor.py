@@ -35,6 +35,7 @@ class Scorer(Protocol):
     item_ids: tuple[str, ...]
     beta: float
 
+    def check(self, query: Query) -> None: ...
     def affinities(self, queries: Sequence[Query]) -> NDArray[np.float32]: ...
     def allowed(self, query: Query) -> NDArray[np.bool_]: ...
 
@@ -106,6 +107,7 @@ class Predictor(JsonModel):
         allowed_BM = []
         for i, query in enumerate(queries):
             try:
+                self._scorer.check(query)
                 allowed_BM.append(self._scorer.allowed(query))
             except InputError as error:
                 raise InputError(f"instances[{i}].{error}") from None

@@ -84,3 +84,22 @@ def clean_tables(path: Path, log: Histories, genres: bool = True) -> Path:
         )
     schema.save(path / "schema.json")
     return path
+
+
+def add_users(clean: Path) -> None:
+    """Give clean tables a users table: age 20 … 69, two groups; every seventh user is absent."""
+    ids = pq.read_table(clean / "interactions.parquet").column("user_id").unique().to_pylist()
+    kept = [(n, user) for n, user in enumerate(sorted(ids)) if n % 7]
+    pq.write_table(
+        pa.table(
+            {
+                "user_id": [user for _, user in kept],
+                "age": [20.0 + n % 50 for n, _ in kept],
+                "group": ["ab"[n % 2] for n, _ in kept],
+            }
+        ),
+        clean / "users.parquet",
+    )
+    schema = Schema.load(clean / "schema.json").model_dump(mode="json")
+    schema["users"] = {"age": "numeric", "group": "categorical"}
+    Schema.parse(schema).save(clean / "schema.json")

@@ -25,6 +25,7 @@ TRAIN = {
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundle")
     clean = synthetic.clean_tables(folder / "clean", synthetic.successor(60, 10, 20, seed=0))
+    synthetic.add_users(clean)
     steps.run(clean, folder / "bundle", trend={}, settings=TRAIN)
     return folder / "bundle"
 
@@ -203,3 +204,14 @@ def test_serving_scores_equal_training_scores(trained, recommender):
         history = [Event(f"i{items[n]:03d}", float(times[n])) for n in range(k)]
         served = recommender.affinities([Query(history, float(times[k]))])[0]
         np.testing.assert_allclose(served, evaluated[k].numpy(), atol=1e-5)
+
+
+def test_user_fields_are_read_and_wrong_ones_named(recommender):
+    young, old = _query("i001", user={"age": 20.0}), _query("i001", user={"age": 60.0})
+    scores = recommender.affinities([young, old])
+    assert np.abs(scores[0] - scores[1]).max() > 0
+    recommender.check(_query(user={"age": "33", "group": "new", "unheard of": "x"}))
+    with pytest.raises(InputError, match=r"user\.age: expected numeric, got str"):
+        recommender.check(_query(user={"age": "old"}))
+    with pytest.raises(InputError, match=r"user\.age: expected numeric, got tuple"):
+        recommender.check(_query(user={"age": ("a", "b")}))

@@ -52,6 +52,9 @@ class FakeScorer:
         phi += float(query.user.get("age") or 0.0) * np.cos(np.arange(len(ITEMS)))
         return phi.astype(np.float32)
 
+    def check(self, query):
+        """Every query fits."""
+
     def allowed(self, query):
         allowed = np.ones(len(ITEMS), dtype=bool)
         seen = {e.item_id for e in query.history} if query.exclude_seen else set()
