@@ -1,6 +1,7 @@
 """The planted-pattern log of the end-to-end tests, as a user's own file, and `hrnn run` on it."""
 
 import csv
+import signal
 import subprocess
 import sys
 import time
@@ -45,3 +46,8 @@ def write_log(path: Path, log) -> Path:
                 writer.writerow([user, f"item {log.item_E[e]}", when, "view"])
         writer.writerow(["u1", "item 1", "yesterday", "view"])
     return path
+
+
+def interruptible() -> None:
+    """For `preexec_fn`: a test run in the background hands down an ignored SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

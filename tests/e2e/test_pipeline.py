@@ -12,7 +12,7 @@ import pytest
 from components.deploy.steps import champion
 from model.query import Event
 from tests import synthetic
-from tests.planted import FAST, HRNN_RUN, ITEMS, hrnn_run, write_log
+from tests.planted import FAST, HRNN_RUN, ITEMS, hrnn_run, interruptible, write_log
 
 
 def test_the_result_is_one_json_object_that_names_real_files(deployed):
@@ -135,15 +135,20 @@ def test_ctrl_c_stops_everything(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "HRNN_TEST_MARK": str(tmp_path)},
+        preexec_fn=interruptible,
     )
-    for line in process.stderr:
-        if "epoch " in line:
-            break
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=20) == 130
-    stderr = process.stderr.read()
-    assert stderr.strip().splitlines()[-1] == "stopped"
-    assert _marked(str(tmp_path)) == []
+    try:
+        for line in process.stderr:
+            if "epoch " in line:
+                break
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 130
+        stderr = process.stderr.read()
+        assert stderr.strip().splitlines()[-1] == "stopped"
+        assert _marked(str(tmp_path)) == []
+    finally:
+        for pid in _marked(str(tmp_path)):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _marked(mark: str) -> list[int]:

@@ -33,6 +33,7 @@ from model.trends import ResolvedTrend, snapshot_from_counts
 from serving.client import Client
 from serving.launcher import LocalServing
 from serving.settings import ServeSettings
+from tests.planted import interruptible
 
 ITEMS = tuple(f"i{j:03}" for j in range(500))
 NOW = 1_000_000
@@ -473,12 +474,16 @@ def test_processes_end_with_the_one_that_started_them(bundle_dir, tmp_path, numb
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        preexec_fn=interruptible,
     )
-    child = psutil.Process(int(parent.stdout.readline()))
-    assert child.is_running()
-    parent.send_signal(number)
-    parent.wait(15)
-    parent.stdout.close()
+    try:
+        child = psutil.Process(int(parent.stdout.readline()))
+        assert child.is_running()
+        parent.send_signal(number)
+        parent.wait(15)
+    finally:
+        parent.kill()
+        parent.stdout.close()
     _until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, 15)
 
 
