@@ -4,8 +4,9 @@ Shapes: E events, U users, N positions of one batch. A position k of a user stan
 k: its input is event k − 1 (none for k = 0) and the time of event k; its target is event k.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,6 +25,8 @@ class Histories:
     `item_E` int64 catalogue positions, `timestamp_E` int64 Unix seconds,
     `offset_U1` int64 `[U + 1]`: user u owns events offset[u] … offset[u + 1] − 1.
     `user_fields`: U values by field name, None where missing.
+    `event_type_E`: E strings or None; `value_E` float64, NaN where missing; None: no such column.
+    `context_fields`: E values of the request in which the event happened, by field name.
     """
 
     user_ids: tuple[str, ...]
@@ -31,6 +34,9 @@ class Histories:
     timestamp_E: NDArray[np.int64]
     offset_U1: NDArray[np.int64]
     user_fields: dict[str, list[Any]] = field(default_factory=dict)
+    event_type_E: NDArray[np.object_] | None = None
+    value_E: NDArray[np.float64] | None = None
+    context_fields: dict[str, NDArray[np.object_]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.user_ids)
@@ -39,14 +45,29 @@ class Histories:
     def num_events(self) -> int:
         return len(self.item_E)
 
+    @cached_property
+    def user_E(self) -> NDArray[np.int64]:
+        """The user (position in `user_ids`) of every event."""
+        return np.repeat(np.arange(len(self)), np.diff(self.offset_U1))
+
     @classmethod
-    def from_table(cls, path: Path, catalogue: Catalogue, min_events: int = 1) -> Self:
+    def from_table(
+        cls,
+        path: Path,
+        catalogue: Catalogue,
+        min_events: int = 1,
+        context: Sequence[str] = (),
+    ) -> Self:
         """Read `clean/interactions.parquet` (sorted by user, time), users in order of id.
 
         Args:
             min_events: users with fewer events are left out.
+            context: names of the request-context columns to read.
         """
-        table = pq.read_table(path, columns=["user_id", "item_id", "timestamp"])
+        present = set(pq.read_schema(path).names)
+        optional = {n for n in ("event_type", "event_value") if n in present}
+        names = ["user_id", "item_id", "timestamp", *sorted(optional), *context]
+        table = pq.read_table(path, columns=names)
         user_code_E, user_names = _codes(table.column("user_id"))
         item_code_E, item_names = _codes(table.column("item_id"))
         starts = np.flatnonzero(np.r_[True, np.diff(user_code_E) != 0])[: len(user_code_E)]
@@ -55,6 +76,11 @@ class Histories:
             item_E=catalogue.encode(item_names)[item_code_E],
             timestamp_E=table.column("timestamp").to_numpy().astype(np.int64),
             offset_U1=np.r_[starts, len(user_code_E)].astype(np.int64),
+            event_type_E=_objects(table.column("event_type")) if "event_type" in optional else None,
+            value_E=table.column("event_value").to_numpy().astype(np.float64)
+            if "event_value" in optional
+            else None,
+            context_fields={name: _objects(table.column(name)) for name in context},
         )
         return histories.subset(np.flatnonzero(np.diff(histories.offset_U1) >= min_events))
 
@@ -63,17 +89,42 @@ class Histories:
         length = np.diff(self.offset_U1)[users]
         offset = np.r_[0, np.cumsum(length)].astype(np.int64)
         source = np.repeat(self.offset_U1[users] - offset[:-1], length) + np.arange(offset[-1])
+        return self._events(source, offset, users)
+
+    def where(self, keep_E: NDArray[np.bool_]) -> Self:
+        """Only the events marked true; users who lose all of theirs stay, empty."""
+        kept_U = np.zeros(len(self), dtype=np.int64)
+        np.add.at(kept_U, self.user_E[keep_E], 1)
+        offset = np.r_[0, np.cumsum(kept_U)].astype(np.int64)
+        return self._events(np.flatnonzero(keep_E), offset, np.arange(len(self)))
+
+    def reordered(self, source_E: NDArray[np.int64]) -> Self:
+        """The same histories with event k replaced by event source[k] of the same user."""
+        return self._events(source_E, self.offset_U1, np.arange(len(self)))
+
+    def _events(
+        self, source: NDArray[np.int64], offset: NDArray[np.int64], users: NDArray[np.int64]
+    ) -> Self:
         return type(self)(
             user_ids=tuple(self.user_ids[u] for u in users),
             item_E=self.item_E[source],
             timestamp_E=self.timestamp_E[source],
             offset_U1=offset,
             user_fields={n: [v[u] for u in users] for n, v in self.user_fields.items()},
+            event_type_E=None if self.event_type_E is None else self.event_type_E[source],
+            value_E=None if self.value_E is None else self.value_E[source],
+            context_fields={n: v[source] for n, v in self.context_fields.items()},
         )
 
     def with_user_fields(self, user_fields: dict[str, list[Any]]) -> Self:
         """The same events with fields of their users."""
         return replace(self, user_fields=user_fields)
+
+
+def _objects(column: pa.ChunkedArray) -> NDArray[np.object_]:
+    values = np.empty(len(column), dtype=object)
+    values[:] = column.to_pylist()
+    return values
 
 
 def _codes(column: pa.ChunkedArray) -> tuple[NDArray[np.int64], list[str]]:

@@ -1,5 +1,7 @@
 """BPTT batches hold every position once, in order, without padding."""
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,3 +69,21 @@ def test_from_table_drops_short_histories(tmp_path):
     assert read.user_ids == ("u0", "u2")
     assert read.item_E.tolist() == [0, 1, 2, 2, 0]
     assert read.timestamp_E.tolist() == [1, 2, 3, 7, 7]
+
+
+def test_event_columns_follow_their_events():
+    log = synthetic.histories([[0, 1, 2], [3, 4]], [[1, 2, 3], [4, 5]])
+    log = replace(
+        log,
+        value_E=np.arange(5.0),
+        event_type_E=np.array(list("abcde"), dtype=object),
+        context_fields={"device": np.array(list("vwxyz"), dtype=object)},
+    )
+    swapped = log.subset(np.array([1, 0]))
+    assert swapped.value_E.tolist() == [3, 4, 0, 1, 2]
+    assert "".join(swapped.event_type_E) == "deabc"
+    assert "".join(swapped.context_fields["device"]) == "yzvwx"
+    some = log.where(np.array([False, True, True, False, False]))
+    assert some.item_E.tolist() == [1, 2] and some.offset_U1.tolist() == [0, 2, 2]
+    assert log.reordered(np.array([1, 0, 2, 3, 4])).item_E.tolist() == [1, 0, 2, 3, 4]
+    assert log.user_E.tolist() == [0, 0, 0, 1, 1]
