@@ -48,6 +48,7 @@ __all__ = [
     "outcomes",
     "perplexity",
     "split_users",
+    "squared_errors",
     "summarise",
 ]
 
@@ -83,7 +84,11 @@ class ValueModel(Protocol):
     """Anything that predicts an event's value (a rating) from the events before it and its item."""
 
     def predict_values(self, histories: Histories) -> NDArray[np.float64]:
-        """Predicted value of every event's item: float64 `[E]`."""
+        """Predicted value of every event's item: float64 `[E]`.
+
+        Raises:
+            ValueError: the model was trained without values.
+        """
         ...
 
 
@@ -311,16 +316,17 @@ def cold_item_metrics(
     return metrics
 
 
-def evaluate_values(
+def squared_errors(
     model: ValueModel, histories: Histories | Cases, clip: tuple[float, float] | None = None
-) -> dict[str, Any]:
-    """RMSE of predicted values over the cases (every event but the first) that have a value.
+) -> NDArray[np.float64]:
+    """Squared errors of predicted values: float64 `[E]`, NaN where there is no value or no case.
 
     Args:
+        histories: of plain histories, every event but each user's first is a case.
         clip: the range of the values; predictions are held within it.
 
     Raises:
-        ValueError: the histories have no values.
+        ValueError: the histories have no values, or the model predicts none.
     """
     if isinstance(histories, Histories):
         histories = Cases(histories, later_events(histories))
@@ -330,5 +336,15 @@ def evaluate_values(
     predicted_E = model.predict_values(histories.histories)
     if clip is not None:
         predicted_E = np.clip(predicted_E, *clip)
-    event_N = histories.event_N[~np.isnan(value_E[histories.event_N])]
-    return {"cases": len(event_N), "rmse": rmse(predicted_E[event_N], value_E[event_N])}
+    error_E = np.full(len(value_E), np.nan)
+    event_N = histories.event_N
+    error_E[event_N] = (predicted_E[event_N] - value_E[event_N]) ** 2
+    return error_E
+
+
+def evaluate_values(
+    model: ValueModel, histories: Histories | Cases, clip: tuple[float, float] | None = None
+) -> dict[str, Any]:
+    """`rmse` and number of `cases` of the predicted values; arguments as of `squared_errors`."""
+    error_E = squared_errors(model, histories, clip)
+    return {"cases": int((~np.isnan(error_E)).sum()), "rmse": rmse(error_E)}

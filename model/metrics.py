@@ -113,9 +113,10 @@ def _reciprocal_of_first(before: int, size: int, relevant: int) -> float:
     return float((missed_I * here_I / (before + 1 + place_I)).sum())
 
 
-def rmse(predicted_N: NDArray[np.float64], value_N: NDArray[np.float64]) -> float:
-    """Root of the mean squared error; NaN without cases."""
-    return float(np.sqrt(np.mean((predicted_N - value_N) ** 2))) if len(value_N) else float("nan")
+def rmse(squared_error_N: NDArray[np.float64]) -> float:
+    """Root of the mean squared error over the cases that are not NaN; NaN without any."""
+    known_N = squared_error_N[~np.isnan(squared_error_N)]
+    return float(np.sqrt(known_N.mean())) if len(known_N) else float("nan")
 
 
 def popularity_percentile(count_M: NDArray[np.int64]) -> NDArray[np.float64]:
