@@ -1,0 +1,98 @@
+"""What an event is worth: loss weights and rewards by event type and value (§3.3).
+
+Shapes: E events.
+"""
+
+from typing import Annotated
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, FiniteFloat, field_validator
+
+from model.errors import InputError
+from model.settings import SettingsBase
+
+Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Reward = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class FeedbackSettings(SettingsBase):
+    """How events differ in what they teach; by default they do not."""
+
+    weights: dict[str, Weight] = {}  # loss weight by event type; 1 for all others
+    rewards: dict[str, Reward] = {}  # reward r by event type; 1 for all others
+    # The values (e.g. ratings) that mean reward 0 and reward 1; linear between, clipped outside.
+    reward_from_value: tuple[FiniteFloat, FiniteFloat] | None = None
+
+    @field_validator("reward_from_value")
+    @classmethod
+    def _two_values(cls, ends: tuple[float, float] | None) -> tuple[float, float] | None:
+        if ends is not None and ends[0] == ends[1]:
+            raise ValueError("the values that mean reward 0 and reward 1 must differ")
+        return ends
+
+    @property
+    def has_rewards(self) -> bool:
+        """Whether any event can have a reward other than 1: then `one_against_all` is needed."""
+        return self.reward_from_value is not None or any(r < 1.0 for r in self.rewards.values())
+
+
+def event_weights(
+    settings: FeedbackSettings, num_events: int, event_type_E: NDArray[np.object_] | None
+) -> NDArray[np.float32]:
+    """Loss weight of each event, float32 `[E]`; events without a type weigh 1.
+
+    Raises:
+        InputError: there are weights by event type but no event types, or all weights are 0.
+    """
+    weight_E = _by_type(settings.weights, "weights", num_events, event_type_E)
+    if num_events and not weight_E.any():
+        raise InputError(
+            "every event has weight 0 under feedback.weights: give some event type a weight above 0"
+        )
+    return weight_E
+
+
+def event_rewards(
+    settings: FeedbackSettings,
+    num_events: int,
+    event_type_E: NDArray[np.object_] | None,
+    value_E: NDArray[np.float64] | None,
+) -> NDArray[np.float32]:
+    """Reward r ∈ [0, 1] of each event, float32 `[E]`: that of its type times that of its value.
+
+    An event without a type, or without a value (NaN), has 1 for that factor.
+
+    Raises:
+        InputError: a setting needs a column that the log does not have.
+    """
+    reward_E = _by_type(settings.rewards, "rewards", num_events, event_type_E)
+    if settings.reward_from_value is None:
+        return reward_E
+    if value_E is None:
+        raise InputError(
+            "feedback.reward_from_value needs event values: map a column to event_value, "
+            "or remove the setting"
+        )
+    zero, one = settings.reward_from_value
+    from_value_E = np.clip((value_E - zero) / (one - zero), 0.0, 1.0)
+    return reward_E * np.where(np.isnan(value_E), 1.0, from_value_E).astype(np.float32)
+
+
+def _by_type(
+    table: dict[str, float],
+    name: str,
+    num_events: int,
+    event_type_E: NDArray[np.object_] | None,
+) -> NDArray[np.float32]:
+    """The table's entry for each event's type, 1 where it has none."""
+    if not table:
+        return np.ones(num_events, dtype=np.float32)
+    if event_type_E is None:
+        raise InputError(
+            f"feedback.{name} names event types but the log has none: map a column to event_type, "
+            "or remove the setting"
+        )
+    return np.fromiter(
+        (table.get(event_type, 1.0) for event_type in event_type_E), np.float32, num_events
+    )
