@@ -88,17 +88,17 @@ def _alias_tables(load_M: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDA
     alias_M = np.arange(len(load_M))
     if not len(light_L):
         return prob_M, alias_M
-    missing_L = np.cumsum(1.0 - load_M[light_L])  # up to and including each light item
+    # What was missing before each light item's turn, and after the last; what can be given.
+    missing_T = np.r_[0.0, np.cumsum(1.0 - load_M[light_L])]
     spare_H = np.cumsum(load_M[heavy_H] - 1.0)
-    # A light slot is filled by the first heavy item that is not used up before it.
-    before_L = np.r_[0.0, missing_L[:-1]]
-    giver_L = np.searchsorted(spare_H, before_L, side="right").clip(max=len(heavy_H) - 1)
+    # A light slot is filled by the first heavy item that is not used up by then.
+    giver_L = np.searchsorted(spare_H, missing_T[:-1], side="right").clip(max=len(heavy_H) - 1)
     prob_M[light_L] = load_M[light_L]
     alias_M[light_L] = heavy_H[giver_L]
-    # A heavy item is used up by the first light one that takes the total past what was spare; what
-    # it gave too much, its own slot gets from the next heavy item. The last one ends even.
-    taker_H = np.searchsorted(missing_L, spare_H[:-1], side="left").clip(max=len(light_L) - 1)
-    prob_M[heavy_H[:-1]] = (1.0 + spare_H[:-1] - missing_L[taker_H]).clip(0.0, 1.0)
+    # A heavy item is used up by the turn that takes the total to its spare or past it; what it gave
+    # too much, its own slot gets from the next heavy item. The last one ends even.
+    turn_H = np.searchsorted(missing_T, spare_H[:-1], side="left").clip(max=len(light_L))
+    prob_M[heavy_H[:-1]] = (1.0 + spare_H[:-1] - missing_T[turn_H]).clip(0.0, 1.0)
     alias_M[heavy_H[:-1]] = heavy_H[1:]
     return prob_M, alias_M
 
