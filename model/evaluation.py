@@ -244,17 +244,22 @@ class _TopItems:
                 )
 
 
-def summarise(result: Outcomes, event_N: NDArray[np.int64]) -> dict[str, Any]:
-    """PPL and ranking metrics at every k over the chosen events.
+def summarise(
+    result: Outcomes, event_N: NDArray[np.int64], ks: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """PPL and ranking metrics at k over the chosen events.
 
     PPL = exp(mean −log p): the size of a uniform choice that would be as uncertain (§4).
+
+    Args:
+        ks: some of the result's cut-offs; None: all of them.
     """
     nll_N = result.nll_E[event_N]
     summary: dict[str, Any] = {
         "cases": len(event_N),
         "ppl": float(np.exp(nll_N.mean())) if len(event_N) else float("nan"),
     }
-    for k in result.ks:
+    for k in result.ks if ks is None else ks:
         summary |= ranking_metrics(result.rank_E[event_N], k)
         summary[f"coverage@{k}"] = result.coverage[k]
         if k in result.popularity:
