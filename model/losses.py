@@ -123,12 +123,10 @@ def sampled_one_against_all(
     """
     logit_N = _corrected(phi_target_N, trend_target_N, log_expected_count_target_N)
     logit_NS = _corrected(phi_negative_NS, trend_negative_NS, log_expected_count_negative_S)
-    loss_N = reward_N * _sampled_nll(logit_N, logit_NS, target_N, negative_S)
-    if len(negative_S):  # by chance there may be none
-        share_S = torch.exp(-log_expected_count_negative_S - math.log(num_items))
-        any_item_N = -(logit_NS.log_softmax(dim=1) @ share_S)
-        loss_N = loss_N + (1.0 - reward_N) * any_item_N
-    return _mean(loss_N, weight_N)
+    click_N = _sampled_nll(logit_N, logit_NS, target_N, negative_S)
+    share_S = torch.exp(-log_expected_count_negative_S - math.log(num_items))
+    any_item_N = -(logit_NS.log_softmax(dim=1) @ share_S)
+    return _mean(reward_N * click_N + (1.0 - reward_N) * any_item_N, weight_N)
 
 
 def rating_regression(

@@ -27,6 +27,7 @@ def test_tables_by_type_leave_other_types_at_one():
     assert event_weights(settings, 4, TYPES).tolist() == [1, 0, 1, 5]
     assert event_rewards(settings, 4, TYPES, None).tolist() == [0, 0.25, 1, 1]
     assert settings.has_rewards
+    assert not FeedbackSettings(weights={"buy": 5}, rewards={"buy": 1}).has_rewards
 
 
 def test_values_become_rewards_linearly_and_clipped():
