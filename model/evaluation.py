@@ -80,6 +80,7 @@ class SelectiveModel(Protocol):
         ...
 
 
+@runtime_checkable
 class ValueModel(Protocol):
     """Anything that predicts an event's value (a rating) from the events before it and its item."""
 

@@ -19,6 +19,11 @@ from model.sequences import Histories
 
 COLOURS = {"hrnn": "#2563eb", "popularity": "#9ca3af"}
 NAMES = {"hrnn": "HRNN", "popularity": "Popularity"}
+# Every event first: it has a hundred times the cases.
+READ_OUTS = {
+    "every": "Every event of every test user but the first",
+    "last": "The last event of every test user",
+}
 
 
 def render(
@@ -64,7 +69,45 @@ def render(
         plots=[(title, caption, Markup(svg)) for title, caption, svg in plots],  # noqa: S704
         facts=model_facts,
         k=document["protocol"]["k"],
+        read_outs=READ_OUTS,
+        kinds=_slice_tables(document["protocol"]["session_gap_seconds"]),
     )
+
+
+def _slice_tables(session_gap_seconds: int) -> list[tuple[str, dict[str, str]]]:
+    """Tables of kinds of cases: heading, and what each slice is called in its rows."""
+    return [
+        (
+            "What is known of the user",
+            {
+                "history/first": "nothing: the first event",
+                "history/1-4": "1 to 4 earlier events",
+                "history/5-19": "5 to 19 earlier events",
+                "history/20+": "20 earlier events or more",
+            },
+        ),
+        (
+            "How often the chosen item was trained on",
+            {
+                "item/never": "never",
+                "item/1-4": "1 to 4 times",
+                "item/5-49": "5 to 49 times",
+                "item/50+": "50 times or more",
+            },
+        ),
+        (
+            "Place in the session (one starts after "
+            f"{_duration(session_gap_seconds)} without an event)",
+            {"session/first": "first event", "session/within": "later event"},
+        ),
+    ]
+
+
+def _duration(seconds: int) -> str:
+    for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds} s"
 
 
 def _svg(figure: Figure) -> str:
@@ -126,7 +169,7 @@ def _bars(
     for i, (name, points) in enumerate(groups.items()):
         x = [g + (i - (len(groups) - 1) / 2) * width for g, _ in points]
         axes.bar(x, [v for _, v in points], width, color=COLOURS[name], label=NAMES[name])
-    axes.set_xticks(range(len(labels)), labels)
+    axes.set_xticks(range(len(labels)), labels, fontsize=8.5)
     axes.legend(frameon=False)
     return _svg(figure)
 

@@ -8,7 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from components.evaluate.measure import measure
+from components.evaluate.steps import EvaluateSettings
 from model.baselines.popularity import Popularity
+from model.bootstrap import paired_difference, paired_ratio
+from model.errors import InputError
 from model.evaluation import (
     Cases,
     cold_item_metrics,
@@ -271,3 +275,41 @@ def test_slices_against_a_loop(log, gap):
                 "session/first" if opens else "session/within",
             }
     assert not any(name.startswith("session") for name in slices(log, count_M))
+
+
+def test_measured_figures_are_those_of_summaries_and_of_paired_comparisons():
+    log = synthetic.successor(20, 6, ITEMS, seed=0)
+    results = {
+        name: outcomes(TableModel(seed=seed), log, ITEMS, 3)
+        for seed, name in enumerate(("new", "old"))
+    }
+    masks = slices(log, np.bincount(log.item_E, minlength=ITEMS))
+    groups = {"every": later_events(log), "some": np.flatnonzero(masks["history/1-4"])}
+    groups["none"] = np.array([], dtype=np.int64)
+    draws = {"level": 0.9, "samples": 50, "seed": 5}
+    got = measure(results, groups, log, reference="old", **draws)
+    for group in ("every", "some"):
+        event_N = groups[group]
+        for name, result in results.items():
+            summary = summarise(result, event_N)
+            for metric, interval in got.intervals[name][group].items():
+                value = interval if metric == "cases" else interval["value"]
+                assert value == pytest.approx(summary[metric])
+        user_N = log.user_E[event_N]
+        ratio = paired_ratio(
+            results["new"].nll_E[event_N], results["old"].nll_E[event_N], user_N, **draws
+        )
+        assert got.against["new"][group]["ppl"] == pytest.approx(ratio.to_json())
+        hit = [(results[name].rank_E[event_N] <= 3).astype(float) for name in ("new", "old")]
+        difference = paired_difference(*hit, user_N, **draws)
+        assert got.against["new"][group]["hit@3"] == pytest.approx(difference.to_json())
+    assert got.intervals["new"]["none"] == got.against["new"]["none"] == {"cases": 0}
+    assert set(got.against) == {"new"}
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"k": 0}, {"more_k": [0]}, {"level": 1.0}, {"samples": 0}, {"level": 95}]
+)
+def test_impossible_settings_are_refused(wrong):
+    with pytest.raises(InputError, match="evaluate"):
+        EvaluateSettings.parse(wrong, "evaluate")
