@@ -20,15 +20,18 @@ from safetensors.torch import load_file, save_file
 from model.catalogue import Catalogue
 from model.errors import BundleError, InputError
 from model.fields import FieldBags
+from model.hrnn import TrainedHRNN
 from model.inputs import InputEncodings
 from model.network import HRNNMeta
 from model.schema import Schema
-from model.training import TrainedHRNN, TrainSettings
+from model.training import TrainSettings
+from model.transitions import Transitions
 from model.trends import ResolvedTrend, TrendSnapshot
 
 FORMAT = "hrnn-meta-bundle"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+TRANSITIONS = "transitions.safetensors"
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ def save(
     try:
         weights = {n: t.contiguous() for n, t in model.network.state_dict().items()}
         save_file(weights, work / "weights.safetensors")
+        if model.transitions is not None:
+            save_file(model.transitions.tensors(), work / TRANSITIONS)
         catalogue.save(work / "items.parquet")
         _write_json(work / "schema.json", schema.model_dump(mode="json"))
         _write_json(work / "trend.json", trend.to_json())
@@ -166,6 +171,9 @@ def load(path: Path) -> Bundle:
         network = HRNNMeta(settings.network, encodings, item_bags, with_trend=trend is not None)
         network.load_state_dict(load_file(path / "weights.safetensors"))
         network.eval()
+        transitions = None
+        if network.prior is not None:
+            transitions = Transitions.from_tensors(load_file(path / TRANSITIONS), len(catalogue))
         for name, tensor in network.state_dict().items():
             if not bool(torch.isfinite(tensor).all()):
                 raise BundleError(f"{path}: weight {name} is not finite")
@@ -175,7 +183,7 @@ def load(path: Path) -> Bundle:
         raise BundleError(f"{path} cannot be loaded: {error}") from error
     except InputError as error:
         raise BundleError(f"{path} was written with other settings: {error}") from error
-    model = TrainedHRNN(network=network, encodings=encodings, trend=trend)
+    model = TrainedHRNN(network, encodings, trend, transitions)
     return Bundle(manifest, model, catalogue, schema, settings, snapshot, metrics)
 
 
@@ -196,7 +204,7 @@ def _model_card(
 ) -> str:
     parameters = sum(p.numel() for p in model.network.parameters())
     rows = [
-        ("Model", "HRNN-meta: GRU over items, time deltas and user fields; softmax over items"),
+        ("Model", f"HRNN-meta, {model.network.settings.encoder.value} encoder, softmax over items"),
         ("Version", version),
         ("Items", f"{len(catalogue):,}"),
         ("Parameters", f"{parameters:,}"),
@@ -205,6 +213,8 @@ def _model_card(
         ("Trend", "none" if model.trend is None else str(asdict(model.trend))),
         ("Item fields", ", ".join(f.name for f in model.encodings.item_fields) or "none"),
         ("User fields", ", ".join(f.name for f in model.encodings.user_fields) or "none"),
+        ("Context fields", ", ".join(f.name for f in model.encodings.context_fields) or "none"),
+        ("Feedback", _feedback(model)),
         *((f"Training {name}", value) for name, value in metrics.get("training", {}).items()),
     ]
     lines = ["# Model card", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows), ""]
@@ -215,3 +225,10 @@ def _model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _feedback(model: TrainedHRNN) -> str:
+    read = [] if model.encodings.event_type is None else ["event type"]
+    if model.encodings.value_mean is not None:
+        read.append(f"value (mean {model.encodings.value_mean:.3g})")
+    return ", ".join(read) or "none"

@@ -1,13 +1,17 @@
-"""Control input: how long ago the last event was, and whether a new session starts (§2.2).
+"""Contextual inputs (§2.2): control (time delta, session start), feedback, request context.
 
 The time delta is that of the *request*: at position k it is t_{k+1} − t_k, known when the
 recommendation is asked for, so one history gives other answers at other times (Table 2).
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from model.fields import FieldBags, FieldEmbedding, FieldEncoding
 
 NUM_BUCKETS = 64
 NO_PREVIOUS = 0  # bucket of a history's first position
@@ -55,8 +59,47 @@ class ControlInput(nn.Module):
     def __init__(self, size: int) -> None:
         super().__init__()
         self.delta_embedding = nn.Embedding(NUM_BUCKETS, size)
+        self.output_size = size + 1
 
     def forward(self, bucket_N: Tensor, session_start_N: Tensor) -> Tensor:
         return torch.cat(
             [self.delta_embedding(bucket_N), session_start_N.to(torch.float32)[:, None]], dim=1
         )
+
+
+class FeedbackInput(nn.Module):
+    """What the user made of the previous item: its event type, its value, whether it has one."""
+
+    TYPE_SIZE = 4
+
+    def __init__(self, num_types: int, with_value: bool) -> None:
+        super().__init__()
+        self.type_embedding = nn.Embedding(num_types, self.TYPE_SIZE) if num_types else None
+        self.with_value = with_value
+        self.output_size = self.TYPE_SIZE * (num_types > 0) + 2 * with_value
+
+    def forward(self, type_N: Tensor, value_N: Tensor) -> Tensor:
+        """Type tokens and standardised values (NaN: none) → `[N, output_size]`."""
+        parts = [] if self.type_embedding is None else [self.type_embedding(type_N)]
+        if self.with_value:
+            known_N = ~value_N.isnan()
+            parts.append(torch.stack([value_N.nan_to_num(), known_N.to(value_N.dtype)], dim=1))
+        return torch.cat(parts, dim=1)
+
+
+class ContextGate(nn.Module):
+    """Request context (device, language, …): h ⊙ (1 + scale(c)) + shift(c).
+
+    It is read where the recommendation is asked for and not fed to the encoder, so the state a
+    user leaves behind does not depend on the devices of requests gone by: histories need not
+    store them, and training and serving read the same thing.
+    """
+
+    def __init__(self, encodings: Sequence[FieldEncoding], size: int, hidden: int) -> None:
+        super().__init__()
+        self.embedding = FieldEmbedding(encodings, size)
+        self.modulation = nn.Linear(self.embedding.output_size, 2 * hidden)
+
+    def forward(self, h_NH: Tensor, bags: FieldBags) -> Tensor:
+        scale_NH, shift_NH = self.modulation(self.embedding(bags)).chunk(2, dim=1)
+        return h_NH * (1.0 + scale_NH) + shift_NH

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from model.schema import FieldKind
@@ -30,6 +31,8 @@ MAX_CATEGORIES = 10_000  # most frequent values kept
 MAX_WORDS = 3000  # as in §4.4
 MAX_KNOTS = 16
 _WORD = re.compile(r"\w+")
+
+_NOTHING = ([MISSING], [1.0])
 
 Tokeniser = Callable[[Any], tuple[list[int], list[float]]]
 
@@ -132,7 +135,7 @@ class FieldBags:
     def encode(
         cls,
         encodings: Sequence[FieldEncoding],
-        columns: Mapping[str, Sequence[Any]],
+        columns: Mapping[str, Sequence[Any] | NDArray[np.object_]],
         num_rows: int,
     ) -> "FieldBags":
         """Encode columns of raw values; an absent column is missing everywhere."""
@@ -145,7 +148,7 @@ class FieldBags:
             offset = np.zeros(num_rows + 1, dtype=np.int64)
             for r in range(num_rows):
                 value = None if column is None else column[r]
-                t, w = ([MISSING], [1.0]) if value is None else tokenise(value)
+                t, w = _NOTHING if value is None else tokenise(value)
                 token += t
                 weight += w
                 offset[r + 1] = len(token)

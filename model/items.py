@@ -39,8 +39,9 @@ class FieldTower(nn.Module):
 class Items(nn.Module):
     """Item vectors and biases for the encoder's input and the decoder's output.
 
-    The id embedding is tied: one table `[M + 1, D]` serves both sides; row M stands for "no
-    previous event". Item fields are added to the input vector by a tower of their own.
+    The id embedding is tied unless asked otherwise: one table `[M + 1, D]` serves both sides; row
+    M stands for "no previous event". Item fields are added to the input vector by a tower of
+    their own.
     """
 
     def __init__(
@@ -50,11 +51,19 @@ class Items(nn.Module):
         encodings: Sequence[FieldEncoding],
         bags: FieldBags,
         dropout: float,
+        *,
+        tied: bool = True,
+        read_ids: bool = True,
     ) -> None:
         super().__init__()
         self.num_items = num_items
+        self.read_ids = read_ids
         self.embedding = nn.Embedding(num_items + 1, size)
         nn.init.normal_(self.embedding.weight, std=size**-0.5)
+        self.output_embedding = self.embedding
+        if not tied:
+            self.output_embedding = nn.Embedding(num_items, size)
+            nn.init.normal_(self.output_embedding.weight, std=size**-0.5)
         self.bias = nn.Parameter(torch.zeros(num_items))
         self.bags = bags
         # λ of each item at inference: 1 (fields only) until training says otherwise.
@@ -81,7 +90,9 @@ class Items(nn.Module):
         """Encoder input `[N, D]` of each previous item (M = none)."""
         if self._folded_inputs is not None:
             return self._folded_inputs[item_N]
-        e_ND: Tensor = self.embedding(item_N)
+        e_ND: Tensor = self.embedding(
+            item_N if self.read_ids else torch.full_like(item_N, self.num_items)
+        )
         if self.input_tower is None:
             return e_ND
         row_R, row_N = item_N.unique(return_inverse=True)
@@ -89,16 +100,25 @@ class Items(nn.Module):
         fields_RD, _ = self.input_tower(self.bags.rows(row_R.clamp(max=self.num_items - 1)))
         return e_ND + (fields_RD * known_R[:, None])[row_N]
 
-    def outputs(self, lambda_mix: Tensor | float | None = None) -> tuple[Tensor, Tensor]:
-        """Mixed vectors `[M, D]` and biases `[M]`: all that inference needs of the items.
+    def outputs(
+        self, lambda_mix: Tensor | float | None = None, rows_R: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mixed vectors `[R, D]` and biases `[R]`: all that inference needs of the items.
 
         Args:
-            lambda_mix: λ, a scalar or `[M]`; None: each item's own.
+            lambda_mix: λ, a scalar or one per row; None: each item's own.
+            rows_R: catalogue positions; None: every item, R = M.
         """
-        w_MD, b_M = self.embedding.weight[: self.num_items], self.bias
+        w_RD: Tensor = self.output_embedding.weight[: self.num_items]
+        b_R: Tensor = self.bias
+        if rows_R is not None:
+            w_RD, b_R = self.output_embedding(rows_R), self.bias[rows_R]
         if self.output_tower is None:
-            return w_MD, b_M
-        field_w_MD, field_b_M = self.output_tower(self.bags)
-        mix = torch.as_tensor(self.lambda_M if lambda_mix is None else lambda_mix, dtype=w_MD.dtype)
-        mix_M1 = mix[:, None] if mix.dim() else mix
-        return torch.lerp(w_MD, field_w_MD, mix_M1), torch.lerp(b_M, field_b_M, mix)
+            return w_RD, b_R
+        bags = self.bags if rows_R is None else self.bags.rows(rows_R)
+        field_w_RD, field_b_R = self.output_tower(bags)
+        if lambda_mix is None:
+            lambda_mix = self.lambda_M if rows_R is None else self.lambda_M[rows_R]
+        mix = torch.as_tensor(lambda_mix, dtype=w_RD.dtype)
+        mix_R1 = mix[:, None] if mix.dim() else mix
+        return torch.lerp(w_RD, field_w_RD, mix_R1), torch.lerp(b_R, field_b_R, mix)

@@ -1,35 +1,56 @@
-"""HRNN-meta: a GRU over past items, control and user fields, scoring every item (Figure 3).
+"""HRNN-meta: an encoder over past items, feedback, time and fields, scoring every item (Figure 3).
 
-Shapes: N packed positions, S segments (users), M items, D embedding, H hidden.
+Shapes: N packed positions, S segments (users), M items, D embedding, H hidden, R recent items.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
-from model.context import ControlInput
+from model.context import ContextGate, ControlInput, FeedbackInput
+from model.encoders import EncoderKind, build_encoder
 from model.fields import FieldBags, FieldEmbedding
 from model.inputs import InputEncodings, Positions
 from model.items import Items
 from model.settings import SettingsBase
+from model.transitions import TransitionPrior
+from model.values import ValueHead
 
 
 class NetworkSettings(SettingsBase):
     """Sizes and regularisation of the network, and which inputs it reads (for ablations)."""
 
+    encoder: EncoderKind = EncoderKind.GRU
     embedding: int = 64  # D, size of an item vector
     hidden: int = 128  # H, size of the state
     control: int = 16  # size of the time-delta embedding
     user_embedding: int = 8  # size per user field
+    context_embedding: int = 8  # size per request-context field
     dropout: float = 0.4  # on item inputs, on the state before the query, in the item towers
     user_dropout: float = 0.2
+    item_ids: bool = True  # the previous item's own embedding as input, beside its fields
     time_input: bool = True
+    feedback: bool = True
     user_fields: bool = True
     item_fields: bool = True
+    request_context: bool = True
+    transitions: bool = True  # the short path from recent items to the next one
+    tied: bool = True  # one item embedding for input and output
+    ratings: bool = True  # predict event values too, where the log has them
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the network makes of some positions."""
+
+    query_ND: Tensor  # multiplied with item vectors
+    hidden_NH: Tensor  # read by the value head
+    state_SK: Tensor  # after each segment's last position
 
 
 class HRNNMeta(nn.Module):
-    """Affinities φ̃_j = w̃_j·query(h) + b̃_j (eq. 1 and 2).
+    """Affinities φ̃_j = w̃_j·query(h) + b̃_j (eq. 1 and 2), plus the transition prior.
 
     The trend enters as β·log q(t) with β = exp(log_beta) learned (§3.2), added outside.
     """
@@ -44,58 +65,83 @@ class HRNNMeta(nn.Module):
         super().__init__()
         self.settings = settings
         self.num_items = encodings.num_items
-        size = settings.embedding
+        size, hidden = settings.embedding, settings.hidden
         self.items = Items(
             encodings.num_items,
             size,
             encodings.item_fields if settings.item_fields else (),
             item_bags,
             settings.dropout,
+            tied=settings.tied,
+            read_ids=settings.item_ids,
         )
+        inputs = size
         self.control = ControlInput(settings.control) if settings.time_input else None
+        inputs += 0 if self.control is None else self.control.output_size
+        self.feedback = _feedback_input(encodings) if settings.feedback else None
+        inputs += 0 if self.feedback is None else self.feedback.output_size
         user_fields = encodings.user_fields if settings.user_fields else ()
         self.user = FieldEmbedding(user_fields, settings.user_embedding) if user_fields else None
-        inputs = size
-        inputs += settings.control + 1 if self.control is not None else 0
-        inputs += self.user.output_size if self.user is not None else 0
-        self.encoder = nn.GRU(inputs, settings.hidden)
-        self.begin_state = nn.Parameter(torch.zeros(settings.hidden))
-        self.query = nn.Linear(settings.hidden, size)
+        inputs += 0 if self.user is None else self.user.output_size
+        self.encoder = build_encoder(settings.encoder, inputs, hidden, settings.dropout)
+        context = encodings.context_fields if settings.request_context else ()
+        self.context = ContextGate(context, settings.context_embedding, hidden) if context else None
+        self.query = nn.Linear(hidden, size)
         self.dropout = nn.Dropout(settings.dropout)
         self.user_dropout = nn.Dropout(settings.user_dropout)
+        self.prior = TransitionPrior(encodings.num_items) if settings.transitions else None
+        rated = settings.ratings and encodings.value_mean is not None
+        self.values = ValueHead(encodings.num_items, hidden) if rated else None
         self.log_beta = nn.Parameter(torch.zeros(())) if with_trend else None
 
     @property
     def beta(self) -> Tensor:
         """β ≥ 0, the weight of log q(t); 0 without trend decomposition."""
-        return self.begin_state.new_zeros(()) if self.log_beta is None else self.log_beta.exp()
+        return self.query.bias.new_zeros(()) if self.log_beta is None else self.log_beta.exp()
 
     def inputs(self, positions: Positions, event_N: Tensor) -> Tensor:
         """Encoder input of each of the chosen positions."""
         parts = [self.dropout(self.items.inputs(positions.previous_item[event_N]))]
         if self.control is not None:
             parts.append(self.control(positions.bucket[event_N], positions.session_start[event_N]))
+        if self.feedback is not None:
+            parts.append(
+                self.feedback(positions.previous_type[event_N], positions.previous_value[event_N])
+            )
         if self.user is not None:
             users, row_N = positions.user[event_N].unique(return_inverse=True)
             parts.append(self.user_dropout(self.user(positions.user_bags.rows(users)))[row_N])
         return torch.cat(parts, dim=1)
 
     def initial_state(self, segments: int) -> Tensor:
-        """Learned begin state `[S, H]` of users without history."""
-        return self.begin_state.expand(segments, -1)
+        """Begin state `[S, K]` of users without history."""
+        return self.encoder.initial_state(segments)
 
-    def encode(self, x_NI: Tensor, batch_size_T: Tensor, h0_SH: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the encoder over packed positions.
+    def encode(
+        self, positions: Positions, event_N: Tensor, batch_size_T: Tensor, state_SK: Tensor
+    ) -> Encoded:
+        """Run the encoder over packed positions."""
+        h_NH, state_SK = self.encoder(
+            self.inputs(positions, event_N),
+            batch_size_T,
+            positions.session_start[event_N],
+            state_SK,
+        )
+        read_NH = self.dropout(h_NH)
+        if self.context is not None:
+            read_NH = self.context(read_NH, positions.context_bags.rows(event_N))
+        return Encoded(self.query(read_NH), h_NH, state_SK)
 
-        Returns:
-            query_ND: what is multiplied with item vectors, one row per position.
-            h_SH: state after each segment's last position.
-        """
-        packed = PackedSequence(x_NI, batch_size_T)
-        out, h_1SH = self.encoder(packed, h0_SH[None].contiguous())
-        return self.query(self.dropout(out.data)), h_1SH[0]
+    def affinities(
+        self, query_ND: Tensor, w_MD: Tensor, b_M: Tensor, prior_NM: Tensor | None
+    ) -> Tensor:
+        """φ̃ `[N, M]`, without the trend."""
+        phi_NM = torch.addmm(b_M, query_ND, w_MD.T)
+        return phi_NM if prior_NM is None else phi_NM + prior_NM
 
 
-def scores(query_ND: Tensor, w_MD: Tensor, b_M: Tensor) -> Tensor:
-    """Affinities φ̃ `[N, M]`, without the trend."""
-    return torch.addmm(b_M, query_ND, w_MD.T)
+def _feedback_input(encodings: InputEncodings) -> FeedbackInput | None:
+    """The input for the feedback that the log holds; None when it holds none."""
+    num_types = 0 if encodings.event_type is None else encodings.event_type.num_tokens
+    with_value = encodings.value_mean is not None
+    return FeedbackInput(num_types, with_value) if num_types or with_value else None

@@ -4,6 +4,7 @@ Shapes: B queries, N packed positions, M items (catalogue order: ids ascending),
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,22 @@ from numpy.typing import NDArray
 
 from model import bundle as bundles
 from model.errors import InputError
+from model.hrnn import encode_batches
 from model.inputs import Positions
 from model.query import Event, ItemFilter, Query, Recommendation
 from model.schema import FieldKind
 from model.sequences import Histories
-from model.training import encode_batches
 from model.trends import TrendSnapshot
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """Where each of B queries stands, and what the network makes of it."""
+
+    positions: Positions
+    event_B: torch.Tensor
+    query_BD: torch.Tensor
+    hidden_BH: torch.Tensor
 
 
 class Recommender:
@@ -53,45 +64,99 @@ class Recommender:
         return item_id in self._catalogue.index
 
     def check(self, query: Query) -> None:
-        """See that the model can read a query's user fields; unknown ones are not read.
+        """See that the model can read a query's fields; unknown ones are not read.
 
         Raises:
             InputError: names the field whose value does not fit its kind.
         """
-        for field in self._bundle.model.encodings.user_fields:
-            value = query.user.get(field.name)
-            if value is None:
-                continue
-            try:
-                field.tokenise(value)
-            except (TypeError, ValueError):
-                raise InputError(
-                    f"user.{field.name}: expected {field.kind.value}, got {type(value).__name__}"
-                ) from None
+        encodings = self._bundle.model.encodings
+        for section, fields, values in (
+            ("user", encodings.user_fields, query.user),
+            ("context", encodings.context_fields, query.context),
+        ):
+            for field in fields:
+                value = values.get(field.name)
+                if value is None:
+                    continue
+                try:
+                    field.tokenise(value)
+                except (TypeError, ValueError):
+                    raise InputError(
+                        f"{section}.{field.name}: expected {field.kind.value}, "
+                        f"got {type(value).__name__}"
+                    ) from None
 
     def affinities(self, queries: Sequence[Query]) -> NDArray[np.float32]:
         """φ̃ `[B, M]`: affinity of every item, without trend, filters not applied."""
         if not queries:
             return np.empty((0, len(self.item_ids)), dtype=np.float32)
         with torch.inference_mode():
-            query_BD = self._encode(queries)
-            phi_BM: NDArray[np.float32] = torch.addmm(self._b_M, query_BD, self._w_MD.T).numpy()
+            state = self._encode(queries)
+            prior_BM = self._bundle.model.prior(state.positions, state.event_B)
+            phi_BM: NDArray[np.float32] = self._network.affinities(
+                state.query_BD, self._w_MD, self._b_M, prior_BM
+            ).numpy()
         return phi_BM
 
-    def _encode(self, queries: Sequence[Query]) -> torch.Tensor:
-        """Query vector `[B, D]` of each: its position after the newest event."""
+    @property
+    def rates(self) -> bool:
+        """Whether the model predicts event values: it was trained on a log that has them."""
+        return self._network.values is not None
+
+    def rate(
+        self, queries: Sequence[Query], items: Sequence[Sequence[str]]
+    ) -> list[list[tuple[str, float]]]:
+        """Predicted event value (a rating, say) of each query's own items, in the order given.
+
+        Unknown items are left out.
+
+        Raises:
+            InputError: the model was trained on a log without differing values.
+        """
+        head, encodings = self._network.values, self._bundle.model.encodings
+        if head is None or encodings.value_mean is None:
+            raise InputError(
+                "this model predicts no values: its training log had none, or they did not differ"
+            )
+        if not queries:
+            return []
+        answers = []
+        with torch.inference_mode():
+            hidden_BH = self._encode(queries).hidden_BH
+            for h_H, ids in zip(hidden_BH, items, strict=True):
+                known = [i for i in ids if self.knows(i)]
+                item_C = torch.tensor(self._positions(known), dtype=torch.int64)
+                value_C = head(h_H.expand(len(item_C), -1), item_C).double()
+                value_C = encodings.value_mean + encodings.value_std * value_C
+                answers.append(list(zip(known, value_C.tolist(), strict=True)))
+        return answers
+
+    def _encode(self, queries: Sequence[Query]) -> "_Encoded":
+        """Each query's position after its newest event."""
+        encodings = self._bundle.model.encodings
         known = [self._known_events(q.history) for q in queries]
         length_B = np.array([len(events) + 1 for events in known])
         offset_B1 = np.r_[0, np.cumsum(length_B)]
         # The request stands where the next event would; what was chosen (item 0) is not read.
         item_E = np.zeros(offset_B1[-1], dtype=np.int64)
         timestamp_E = np.empty(offset_B1[-1], dtype=np.int64)
+        value_E = np.full(offset_B1[-1], np.nan)
+        event_type_E = np.full(offset_B1[-1], None, dtype=object)
+        context = {
+            field.name: np.full(offset_B1[-1], None, dtype=object)
+            for field in encodings.context_fields
+        }
         for start, end, query, events in zip(
             offset_B1[:-1], offset_B1[1:], queries, known, strict=True
         ):
-            item_E[start : end - 1] = self._catalogue.encode([e.item_id for e in events])
-            timestamp_E[start : end - 1] = [int(e.timestamp) for e in events]
+            past = slice(start, end - 1)
+            item_E[past] = self._catalogue.encode([e.item_id for e in events])
+            timestamp_E[past] = [int(e.timestamp) for e in events]
+            value_E[past] = [np.nan if e.value is None else e.value for e in events]
+            event_type_E[past] = [e.event_type for e in events]
             timestamp_E[end - 1] = int(query.timestamp)
+            for name, column in context.items():
+                column[end - 1] = query.context.get(name)
         histories = Histories(
             user_ids=tuple(map(str, range(len(queries)))),
             item_E=item_E,
@@ -99,23 +164,28 @@ class Recommender:
             offset_U1=offset_B1,
             user_fields={
                 field.name: [query.user.get(field.name) for query in queries]
-                for field in self._bundle.model.encodings.user_fields
+                for field in encodings.user_fields
             },
+            event_type_E=event_type_E,
+            value_E=value_E,
+            context_fields=context,
         )
-        positions = Positions.of(histories, self._bundle.model.encodings, None)
-        (encoded,) = encode_batches(
+        positions = Positions.of(histories, encodings, None)
+        ((batch, encoded),) = encode_batches(
             self._network,
             positions,
             histories,
             bptt=int(length_B.max()),
             batch_events=len(item_E),
-            rng=None,
         )
-        batch, query_ND = encoded
-        last_S = torch.from_numpy(batch.last_S)
-        query_BD = torch.empty(len(queries), query_ND.shape[1])
-        query_BD[positions.user[torch.from_numpy(batch.event_N)[last_S]]] = query_ND[last_S]
-        return query_BD
+        order_B = np.argsort(histories.user_E[batch.event_N[batch.last_S]])
+        last_B = batch.last_S[order_B]
+        return _Encoded(
+            positions=positions,
+            event_B=torch.from_numpy(batch.event_N[last_B]),
+            query_BD=encoded.query_ND[torch.from_numpy(last_B)],
+            hidden_BH=encoded.hidden_NH[torch.from_numpy(last_B)],
+        )
 
     def _known_events(self, history: Sequence[Event]) -> list[Event]:
         known = [e for e in history if e.item_id in self._catalogue.index]

@@ -1,30 +1,47 @@
 """Training by truncated BPTT over rolling histories, with early stopping on validation PPL.
 
-Shapes: E events, N packed positions, S segments, M items, P trend periods.
+Shapes: E events, N packed positions, M items, U users.
 """
 
 import copy
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import replace
+from enum import StrEnum
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from model.catalogue import Catalogue
 from model.errors import InputError
-from model.evaluation import NextItemModel, SplitSettings, later_events
+from model.evaluation import perplexity
+from model.feedback import FeedbackSettings
 from model.fields import FieldBags
+from model.hrnn import TrainedHRNN, encode_batches
 from model.inputs import InputEncodings, Positions
-from model.losses import softmax_cross_entropy
-from model.metrics import negative_log_likelihood
-from model.network import HRNNMeta, NetworkSettings, scores
+from model.network import HRNNMeta, NetworkSettings
+from model.objective import EventTargets, Objective
+from model.sampling import AliasSampler, frequency_sampler
 from model.schema import Schema
-from model.sequences import Batch, Histories, bptt_batches
+from model.sequences import Histories
 from model.settings import SettingsBase
+from model.splits import Cases, SplitSettings
+from model.transitions import Transitions
 from model.trends import ResolvedTrend, TrendTable
+
+FOLDS = 5  # of the users, for cross-fitted transition counts
+SAMPLED_ABOVE = 100_000  # items; below, the dense softmax is no slower (§4.6)
+LAMBDA_GRID = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+class Softmax(StrEnum):
+    """How the softmax over the catalogue is computed in training."""
+
+    AUTO = "auto"  # dense up to 100,000 items
+    DENSE = "dense"
+    SAMPLED = "sampled"  # importance sampling (§3.1)
 
 
 class TrainSettings(SettingsBase):
@@ -32,81 +49,28 @@ class TrainSettings(SettingsBase):
 
     network: NetworkSettings = NetworkSettings()
     split: SplitSettings = SplitSettings()
+    feedback: FeedbackSettings = FeedbackSettings()
     session_gap_seconds: int | None = None
     trend_decomposition: bool = True
+    softmax: Softmax = Softmax.AUTO
+    negatives: int | None = None  # draws per gradient step, sampled softmax; None: √M, 512 or more
     max_epochs: int = 60
     patience: int = 3  # epochs without a better validation PPL
     learning_rate: float = 0.004
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    averaging_epochs: float = 1.0  # memory of the moving average of the weights; 0: none
+    shuffle_ties: bool = True  # events of one user in the same second, in a new order each epoch
+    value_weight: float = 0.1  # of the value head's squared error beside the softmax
     bptt: int = 100  # positions of one user per gradient step
     batch_events: int = 1024  # positions per gradient step
     seed: int = 0
     threads: int | None = None
 
 
-@dataclass
-class TrainedHRNN:
-    """A network with what it needs to read histories. Implements `NextItemModel`."""
-
-    network: HRNNMeta
-    encodings: InputEncodings
-    trend: ResolvedTrend | None
-    curve: list[dict[str, float]] = field(default_factory=list)  # one entry per epoch
-    trend_table: TrendTable | None = None  # of the training log, for evaluation
-
-    def iter_scores(
-        self, histories: Histories, block: int
-    ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
-        """Scores φ + β·log q(t) of every event given the ones before it."""
-        positions = Positions.of(histories, self.encodings, self.trend_table)
-        trend_PM = _trend_tensor(self.trend_table)
-        self.network.eval()
-        with torch.inference_mode():
-            w_MD, b_M = self.network.items.outputs()
-            for batch, query_ND in encode_batches(
-                self.network, positions, histories, bptt=128, batch_events=4096, rng=None
-            ):
-                for start in range(0, len(batch.event_N), block):
-                    event_B = batch.event_N[start : start + block]
-                    score_BM = scores(query_ND[start : start + block], w_MD, b_M)
-                    if trend_PM is not None and positions.trend_row is not None:
-                        row_B = positions.trend_row[torch.from_numpy(event_B)]
-                        score_BM = score_BM + self.network.beta * trend_PM[row_B]
-                    yield event_B, score_BM
-
-
-def _trend_tensor(table: TrendTable | None) -> Tensor | None:
-    return None if table is None else torch.from_numpy(table.log_q_PM)
-
-
-def encode_batches(
-    network: HRNNMeta,
-    positions: Positions,
-    histories: Histories,
-    *,
-    bptt: int,
-    batch_events: int,
-    rng: np.random.Generator | None,
-) -> Iterator[tuple[Batch, Tensor]]:
-    """Encode batch after batch, carrying each user's state across segments (detached)."""
-    h_SH: Tensor | None = None
-    for batch in bptt_batches(histories, bptt=bptt, batch_events=batch_events, rng=rng):
-        event_N = torch.from_numpy(batch.event_N)
-        previous_S = torch.from_numpy(batch.previous_S)
-        h0_SH = network.initial_state(len(previous_S))
-        if h_SH is not None:
-            carried_S1 = (previous_S >= 0)[:, None]
-            h0_SH = torch.where(carried_S1, h_SH[previous_S.clamp(min=0)], h0_SH)
-        x_NI = network.inputs(positions, event_N)
-        query_ND, h_SH = network.encode(x_NI, torch.from_numpy(batch.batch_size_T), h0_SH)
-        yield batch, query_ND
-        h_SH = h_SH.detach()
-
-
 def fit(
     train: Histories,
-    valid: Histories,
+    valid: Histories | Cases,
     catalogue: Catalogue,
     settings: TrainSettings,
     trend: ResolvedTrend | None,
@@ -116,131 +80,187 @@ def fit(
     """Train until validation PPL stops improving; the best epoch's weights are kept.
 
     Args:
+        valid: users, or cases, that decide when to stop.
         trend: trend decomposition to train under, None to train without.
-        schema: kinds of the user and item fields; None: the model reads none.
+        schema: kinds of the user, item and context fields; None: the model reads none.
         progress: receives one line per epoch.
 
     Raises:
-        InputError: nothing to train on, or the loss became NaN.
+        InputError: nothing to train on, a setting needs what the log does not have, or the loss
+            became NaN.
     """
-    num_items = len(catalogue)
-    if train.num_events < 2 or num_items < 2:
+    if train.num_events < 2 or len(catalogue) < 2:
         raise InputError(
-            f"cannot train on {train.num_events} events of {num_items} items: give a larger log"
+            f"cannot train on {train.num_events} events of {len(catalogue)} items: "
+            "give a larger log"
         )
     if settings.threads:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
-    rng = np.random.default_rng(settings.seed)
-    encodings = InputEncodings.fit(
-        train, catalogue, schema or Schema(), settings.session_gap_seconds
-    )
-    item_bags = FieldBags.encode(encodings.item_fields, catalogue.fields, num_items)
-    model = TrainedHRNN(
-        network=HRNNMeta(settings.network, encodings, item_bags, with_trend=trend is not None),
-        encodings=encodings,
-        trend=trend,
-    )
-    if trend is not None:
-        periods = np.unique(np.r_[train.timestamp_E, valid.timestamp_E] // trend.period_seconds)
-        model.trend_table = TrendTable.build(
-            train.item_E, train.timestamp_E, num_items, trend, periods
-        )
-    network = model.network
-    count_M = np.bincount(train.item_E, minlength=num_items)
-    if trend is None:
-        # Start at the popularity model: the bias is log p(a), learning begins with what is left.
-        log_p_M = np.log((count_M + 1.0) / (count_M.sum() + num_items))
-        network.items.bias.data = torch.from_numpy(log_p_M).float()
-    positions = Positions.of(train, encodings, model.trend_table)
-    trend_PM = _trend_tensor(model.trend_table)
-    optimiser = torch.optim.Adam(
-        network.parameters(),
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
-    # Items that were never trained on are known by their fields alone; the others' λ is chosen at
-    # the end, half and half until then.
-    _set_lambda(network, count_M, 0.5)
-    best_ppl, best_weights, waited = float("inf"), copy.deepcopy(network.state_dict()), 0
+    trainer = _Trainer(train, catalogue, settings, trend, schema or Schema())
+    model = trainer.model
+    best_ppl, best_weights, waited = float("inf"), model.network.state_dict(), 0
     for epoch in range(1, settings.max_epochs + 1):
         started = time.perf_counter()
-        network.train()
-        total = 0.0
-        for batch, query_ND in encode_batches(
-            network,
-            positions,
-            train,
-            bptt=settings.bptt,
-            batch_events=settings.batch_events,
-            rng=rng,
-        ):
-            event_N = torch.from_numpy(batch.event_N)
-            trend_NM = None
-            if trend_PM is not None and positions.trend_row is not None:
-                trend_NM = network.beta * trend_PM[positions.trend_row[event_N]]
-            # λ ~ U[0, 1] keeps ids and fields able to stand alone (§2.3).
-            w_MD, b_M = network.items.outputs(torch.rand(()))
-            loss = softmax_cross_entropy(
-                scores(query_ND, w_MD, b_M), positions.target[event_N], trend_NM
-            )
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
-            optimiser.step()
-            total += float(loss.detach()) * len(event_N)
-        if not np.isfinite(total):
+        train_loss = trainer.epoch()
+        if not np.isfinite(train_loss):
             raise InputError(
-                f"training diverged in epoch {epoch} (loss {total}): lower train.learning_rate"
+                f"training diverged in epoch {epoch} (loss {train_loss}): lower "
+                "train.learning_rate"
             )
-        ppl = validation_ppl(model, valid)
-        entry = {
-            "epoch": epoch,
-            "train_ppl": float(np.exp(total / train.num_events)),
-            "valid_ppl": ppl,
-            "seconds": time.perf_counter() - started,
-            "events_per_second": train.num_events / (time.perf_counter() - started),
-        }
-        model.curve.append(entry)
-        progress(
-            f"epoch {epoch:3d}  train PPL {entry['train_ppl']:8.1f}  valid PPL {ppl:8.1f}"
-            f"  {entry['seconds']:5.1f} s  {entry['events_per_second']:,.0f} events/s"
+        valid_ppl = perplexity(model, valid, len(catalogue))
+        seconds = time.perf_counter() - started
+        rate = train.num_events / seconds
+        model.curve.append(
+            {
+                "epoch": epoch,
+                "train_loss": train_loss,
+                "valid_ppl": valid_ppl,
+                "seconds": seconds,
+                "events_per_second": rate,
+            }
         )
-        if ppl < best_ppl:
-            best_ppl, best_weights, waited = ppl, copy.deepcopy(network.state_dict()), 0
+        progress(
+            f"epoch {epoch:3d}  train loss {train_loss:7.4f}  valid PPL {valid_ppl:8.1f}"
+            f"  {seconds:5.1f} s  {rate:,.0f} events/s"
+        )
+        if valid_ppl < best_ppl:
+            best_ppl, waited = valid_ppl, 0
+            best_weights = copy.deepcopy(model.network.state_dict())
         else:
             waited += 1
             if waited >= settings.patience:
                 break
-    network.load_state_dict(best_weights)
-    network.eval()
-    if network.items.output_tower is not None:
-        _choose_lambda(model, valid, count_M)
+    model.network.load_state_dict(best_weights)
+    model.network.eval()
+    if model.network.items.output_tower is not None:
+        trainer.choose_lambda(valid)
     return model
 
 
-LAMBDA_GRID = (0.0, 0.25, 0.5, 0.75, 1.0)
+class _Trainer:
+    """The network in training, its optimiser, and the moving average that becomes the model."""
+
+    def __init__(
+        self,
+        train: Histories,
+        catalogue: Catalogue,
+        settings: TrainSettings,
+        trend: ResolvedTrend | None,
+        schema: Schema,
+    ) -> None:
+        self.train, self.settings = train, settings
+        self.rng = np.random.default_rng(settings.seed)
+        num_items = len(catalogue)
+        self.encodings = InputEncodings.fit(train, catalogue, schema, settings.session_gap_seconds)
+        item_bags = FieldBags.encode(self.encodings.item_fields, catalogue.fields, num_items)
+        self.network = HRNNMeta(
+            settings.network, self.encodings, item_bags, with_trend=trend is not None
+        )
+        self.count_M = np.bincount(train.item_E, minlength=num_items)
+        self.trend_table = None
+        if trend is not None:
+            self.trend_table = TrendTable.build(train.item_E, train.timestamp_E, num_items, trend)
+        self.objective = self._objective(num_items)
+        # Items that were never trained on are known by their fields alone; the others' λ is chosen
+        # at the end, half and half until then.
+        self._set_lambda(self.network, 0.5)
+        self.optimiser = torch.optim.Adam(
+            self.network.parameters(),
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        self.averaged: AveragedModel | None = None
+        kept = self.network
+        if settings.averaging_epochs:
+            steps = settings.averaging_epochs * train.num_events / settings.batch_events
+            decay = 1.0 - 1.0 / (1.0 + steps)
+            self.averaged = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(decay))
+            kept = self.averaged.module  # type: ignore[assignment]
+        self.model = TrainedHRNN(
+            network=kept,
+            encodings=self.encodings,
+            trend=trend,
+            transitions=None if kept.prior is None else Transitions.count(train, num_items),
+            trend_log=train,
+        )
+        self.positions = Positions.of(train, self.encodings, self.trend_table)
+        self.targets = EventTargets.of(train, settings.feedback)
+
+    def _objective(self, num_items: int) -> Objective:
+        settings, network = self.settings, self.network
+        p_M = torch.from_numpy((self.count_M + 1.0) / (self.count_M.sum() + num_items)).float()
+        if self.trend_table is None:
+            # Start at the popularity model: learning begins with what is left.
+            network.items.bias.data = p_M.log()
+        fold_U = self.rng.permutation(len(self.train)) % FOLDS
+        transitions = None
+        if network.prior is not None:
+            network.prior.inverse_p_M = 1.0 / p_M
+            transitions = Transitions.cross_fitted(self.train, num_items, fold_U, FOLDS)
+        sampler: AliasSampler | None = None
+        if settings.softmax is Softmax.SAMPLED or (
+            settings.softmax is Softmax.AUTO and num_items > SAMPLED_ABOVE
+        ):
+            sampler = frequency_sampler(self.count_M)
+        return Objective(
+            network=network,
+            value_weight=settings.value_weight,
+            sampler=sampler,
+            negatives=settings.negatives or max(512, int(num_items**0.5)),
+            trend_table=self.trend_table,
+            transitions=transitions,
+            fold_U=fold_U,
+            generator=torch.Generator().manual_seed(settings.seed),
+        )
+
+    def epoch(self) -> float:
+        """One pass over the log; the mean loss (nats; of sampled items only, when sampled)."""
+        settings, log = self.settings, self.train
+        positions, targets = self.positions, self.targets
+        if settings.shuffle_ties:
+            log = log.reordered(_shuffled_ties(log, self.rng))
+            positions = replace(
+                Positions.of(log, self.encodings, self.trend_table), user_bags=positions.user_bags
+            )
+            targets = EventTargets.of(log, settings.feedback)
+        self.network.train()
+        total = 0.0
+        for batch, encoded in encode_batches(
+            self.network,
+            positions,
+            log,
+            bptt=settings.bptt,
+            batch_events=settings.batch_events,
+            rng=self.rng,
+        ):
+            event_N = torch.from_numpy(batch.event_N)
+            loss, ranking = self.objective.loss(positions, targets, event_N, encoded)
+            self.optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), settings.clip_norm)
+            self.optimiser.step()
+            if self.averaged is not None:
+                self.averaged.update_parameters(self.network)
+            total += float(ranking) * len(event_N)
+        return total / log.num_events
+
+    def choose_lambda(self, valid: Histories | Cases) -> None:
+        """The λ of items with interactions that gives the lowest validation PPL."""
+        network = self.model.network
+
+        def ppl(lambda_mix: float) -> float:
+            self._set_lambda(network, lambda_mix)
+            return perplexity(self.model, valid, network.num_items)
+
+        self._set_lambda(network, min(LAMBDA_GRID, key=ppl))
+
+    def _set_lambda(self, network: HRNNMeta, lambda_mix: float) -> None:
+        lambda_M = np.where(self.count_M > 0, lambda_mix, 1.0)
+        network.items.lambda_M = torch.from_numpy(lambda_M).float()
 
 
-def _set_lambda(network: HRNNMeta, count_M: NDArray[np.int64], lambda_mix: float) -> None:
-    network.items.lambda_M = torch.from_numpy(np.where(count_M > 0, lambda_mix, 1.0)).float()
-
-
-def _choose_lambda(model: TrainedHRNN, valid: Histories, count_M: NDArray[np.int64]) -> None:
-    """The λ of items with interactions that gives the lowest validation PPL."""
-
-    def ppl(lambda_mix: float) -> float:
-        _set_lambda(model.network, count_M, lambda_mix)
-        return validation_ppl(model, valid)
-
-    _set_lambda(model.network, count_M, min(LAMBDA_GRID, key=ppl))
-
-
-def validation_ppl(model: NextItemModel, histories: Histories) -> float:
-    """PPL over all events but each user's first."""
-    nll_E = np.zeros(histories.num_events)
-    for event_N, score_NM in model.iter_scores(histories, 4096):
-        target_N = torch.from_numpy(histories.item_E[event_N])
-        nll_E[event_N] = negative_log_likelihood(score_NM, target_N)
-    return float(np.exp(nll_E[later_events(histories)].mean()))
+def _shuffled_ties(histories: Histories, rng: np.random.Generator) -> NDArray[np.int64]:
+    """A new order `[E]` of the events in which only a user's simultaneous ones change places."""
+    return np.lexsort((rng.random(histories.num_events), histories.timestamp_E, histories.user_E))

@@ -1,5 +1,6 @@
 """Generated logs with known structure, for learning tests."""
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,114 @@ def successor(num_users: int, length: int, num_items: int, seed: int, p: float =
     start = rng.integers(0, 20 * 86_400, size=num_users)
     times = [(1_000_000_000 + s + 600 * np.arange(length)).tolist() for s in start]
     return histories(items, times)
+
+
+def feedback_decides(num_users: int, length: int, num_items: int, seed: int) -> Histories:
+    """The next item is named by the event type (upper half) and sign of the value before it.
+
+    Item = 2·type + (value > 0): floor 1 with feedback, `num_items` without.
+    """
+    rng = np.random.default_rng(seed)
+    item = rng.integers(num_items, size=(num_users, length))
+    follows = np.c_[item[:, 1:], item[:, :1]].ravel()  # feedback of event k names item k + 1
+    log = histories(item.tolist(), np.tile(1000 * np.arange(length), (num_users, 1)).tolist())
+    return replace(
+        log,
+        event_type_E=np.array([f"type{j // 2}" for j in follows], dtype=object),
+        value_E=np.where(follows % 2, 1.0, -1.0) * rng.uniform(1.0, 2.0, len(follows)),
+    )
+
+
+def user_decides(num_users: int, length: int, num_items: int, seed: int) -> Histories:
+    """Every event of a user is drawn from the items of the user's group and tag.
+
+    Two groups × `num_items` / 4 tags, two items each, changing at random: floor 2 from the first
+    event on with user fields; without, a user's first event is uniform.
+    """
+    rng = np.random.default_rng(seed)
+    kind = rng.integers(num_items // 2, size=num_users)
+    item = 2 * kind[:, None] + rng.integers(2, size=(num_users, length))
+    log = histories(item.tolist(), np.tile(1000 * np.arange(length), (num_users, 1)).tolist())
+    return log.with_user_fields(
+        {"group": ["ab"[k % 2] for k in kind], "tags": [[f"t{k // 2}", "all"] for k in kind]}
+    )
+
+
+def context_decides(num_users: int, length: int, num_items: int, seed: int) -> Histories:
+    """The item is named by the device of the request; the devices are random: floors 1 and M."""
+    rng = np.random.default_rng(seed)
+    item = rng.integers(num_items, size=(num_users, length))
+    log = histories(item.tolist(), np.tile(1000 * np.arange(length), (num_users, 1)).tolist())
+    device = np.array([f"d{j}" for j in log.item_E], dtype=object)
+    return replace(log, context_fields={"device": device})
+
+
+def sessions_restart(num_users: int, length: int, num_items: int, seed: int) -> Histories:
+    """Items 0, 1, 2, … in a session; after a long gap (one in four) the next one starts at 0."""
+    rng = np.random.default_rng(seed)
+    items, times = [], []
+    for _ in range(num_users):
+        item, time, row, when = 0, 1_000_000, [], []
+        for _ in range(length):
+            row.append(item)
+            when.append(time)
+            restart = item == num_items - 1 or rng.random() < 0.25
+            item = 0 if restart else item + 1
+            time += int(rng.uniform(86_400, 200_000) if restart else rng.uniform(5, 60))
+        items.append(row)
+        times.append(when)
+    return histories(items, times)
+
+
+@dataclass(frozen=True)
+class Toy:
+    """The toy of Table 1: a log, its item genres, and the floor of each row of the table."""
+
+    log: Histories
+    catalogue: Catalogue
+    floors: dict[str, float]
+
+
+def toy(num_users: int, length: int, seed: int) -> Toy:
+    """100 equally popular items in two genres; the last item leaves three candidates.
+
+    Item a is followed by π_c(a), with c = (user's group + feedback on a) mod 3 and feedback
+    uniform. The π_c are permutations, so all items stay equally popular; almost all pairs stay in
+    their genre.
+    """
+    rng = np.random.default_rng(seed)
+    num_items, genre = 100, np.arange(100) // 50
+    follow = np.stack([np.r_[rng.permutation(50), 50 + rng.permutation(50)] for _ in range(3)])
+    for a in range(6):  # six swaps across the genres: 12 of 300 pairs leave theirs
+        follow[0, [a, 50 + a]] = follow[0, [50 + a, a]]
+    group = rng.integers(3, size=num_users)
+    item = np.empty((num_users, length), dtype=np.int64)
+    feedback = rng.integers(3, size=(num_users, length))
+    item[:, 0] = rng.integers(num_items, size=num_users)
+    for k in range(1, length):
+        item[:, k] = follow[(group + feedback[:, k - 1]) % 3, item[:, k - 1]]
+    log = histories(item.tolist(), np.tile(1000 * np.arange(length), (num_users, 1)).tolist())
+    log = replace(
+        log,
+        event_type_E=np.array([f"f{f}" for f in feedback.ravel()], dtype=object),
+        user_fields={"group": [f"g{g}" for g in group]},
+    )
+
+    def perplexity(p_j: np.ndarray) -> float:
+        return float(np.exp(-(p_j[p_j > 0] * np.log(p_j[p_j > 0])).sum()))
+
+    next_given_item = np.zeros((num_items, num_items))
+    for c in range(3):
+        next_given_item[np.arange(num_items), follow[c]] += 1 / 3
+    by_genre = [next_given_item[genre == g].mean(axis=0) for g in (0, 1)]
+    floors = {
+        "nothing": perplexity(next_given_item.mean(axis=0)),
+        "item": float(np.exp(np.mean([np.log(perplexity(p)) for p in by_genre]))),
+        "sequence": float(np.exp(np.mean([np.log(perplexity(p)) for p in next_given_item]))),
+        "everything": 1.0,
+    }
+    ids = tuple(f"i{j:03d}" for j in range(num_items))
+    return Toy(log, Catalogue(ids, {"genre": [f"g{g}" for g in genre]}), floors)
 
 
 def catalogue(num_items: int) -> Catalogue:

@@ -6,11 +6,8 @@ from typing import Any
 import numpy as np
 
 from model import bundle as bundles
-from model.catalogue import Catalogue
-from model.evaluation import split_users
-from model.inputs import UserFields
-from model.schema import Schema
-from model.sequences import Histories
+from model.splits import split_users
+from model.tables import Log
 from model.training import TrainSettings, fit
 from model.trends import TrendSettings, choose_trend, snapshot_from_counts
 
@@ -27,11 +24,8 @@ def run(
     """
     train_settings = TrainSettings.parse(settings, "train")
     trend_settings = TrendSettings.parse(trend, "trend")
-    schema = Schema.load(clean / "schema.json")
-    catalogue = Catalogue.from_tables(clean, schema)
-    histories = UserFields.read(clean, schema).attach(
-        Histories.from_table(clean / "interactions.parquet", catalogue)
-    )
+    log = Log.read(clean)
+    schema, catalogue, histories = log.schema, log.catalogue, log.histories
     split = split_users(histories, train_settings.split)
     print(
         f"{len(split.train):,} training, {len(split.valid):,} validation, {len(split.test):,} test"

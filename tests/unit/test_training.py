@@ -8,12 +8,13 @@ from model.context import infer_session_gap, time_bucket
 from model.errors import InputError
 from model.evaluation import SplitSettings, evaluate, split_users
 from model.fields import FieldBags
+from model.hrnn import encode_batches
 from model.inputs import InputEncodings, Positions
 from model.losses import softmax_cross_entropy
 from model.network import HRNNMeta, NetworkSettings
 from model.sequences import Histories
-from model.training import TrainSettings, encode_batches, fit
-from model.trends import ResolvedTrend, TrendTable
+from model.training import TrainSettings, fit
+from model.trends import ResolvedTrend
 from tests import synthetic
 
 SMALL = NetworkSettings(embedding=16, hidden=32, control=8, dropout=0.0)
@@ -25,11 +26,6 @@ def _fit(log: Histories, num_items: int, trend: ResolvedTrend | None = None, **s
     model = fit(
         split.train, split.valid, synthetic.catalogue(num_items), TrainSettings(**settings), trend
     )
-    if trend is not None:
-        periods = np.unique(split.test.timestamp_E // trend.period_seconds)
-        model.trend_table = TrendTable.build(
-            split.train.item_E, split.train.timestamp_E, num_items, trend, periods
-        )
     return model, evaluate(model, split.test, num_items)["every"]
 
 
@@ -69,7 +65,7 @@ def test_trend_is_followed_when_popularity_flips():
     plain = SMALL.model_copy(update={"time_input": False, "hidden": 4, "embedding": 4})
     trend = ResolvedTrend(3600, 3600, 0.1)
     model, followed = _fit(log, 20, trend=trend, network=plain, max_epochs=3)
-    model.trend_table = TrendTable(trend, np.array([0]), np.zeros((1, 20), dtype=np.float32))
+    model.trend_log = None
     split = split_users(log, SplitSettings())
     ignored = evaluate(model, split.test, 20)["every"]
     assert followed["ppl"] < 0.8 * ignored["ppl"]
@@ -95,10 +91,10 @@ def test_state_carried_across_chunks_equals_one_long_chunk():
     for bptt, budget in ((4, 10), (1, 3), (100, 1000)):
         query_ED = torch.empty(log.num_events, SMALL.embedding)
         with torch.inference_mode():
-            for batch, query_ND in encode_batches(
-                network, positions, log, bptt=bptt, batch_events=budget, rng=None
+            for batch, encoded in encode_batches(
+                network, positions, log, bptt=bptt, batch_events=budget
             ):
-                query_ED[batch.event_N] = query_ND
+                query_ED[batch.event_N] = encoded.query_ND
         results.append(query_ED)
     torch.testing.assert_close(results[0], results[2], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(results[1], results[2], atol=1e-5, rtol=1e-5)

@@ -1,0 +1,113 @@
+"""A trained HRNN-meta: the network with what it needs to read histories.
+
+Shapes: E events, N packed positions, S segments, M items.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.inputs import InputEncodings, Positions
+from model.network import Encoded, HRNNMeta
+from model.sequences import Batch, Histories, bptt_batches
+from model.transitions import Transitions
+from model.trends import ResolvedTrend, TrendTable
+
+
+@dataclass
+class TrainedHRNN:
+    """Implements `NextItemModel` and `ValueModel`."""
+
+    network: HRNNMeta
+    encodings: InputEncodings
+    trend: ResolvedTrend | None
+    transitions: Transitions | None = None
+    curve: list[dict[str, float]] = field(default_factory=list)  # one entry per epoch
+    trend_log: Histories | None = None  # what log q(t) is counted from, for evaluation
+
+    def iter_scores(
+        self, histories: Histories, block: int
+    ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+        """Scores φ̃ + β·log q(t) of every event given the ones before it.
+
+        q(t) is counted from the events of `trend_log` before each event's period.
+        """
+        table = self._trend_table(histories)
+        positions = Positions.of(histories, self.encodings, table)
+        trend_PM = None if table is None else torch.from_numpy(table.log_q_PM)
+        self.network.eval()
+        with torch.inference_mode():
+            w_MD, b_M = self.network.items.outputs()
+            for batch, encoded in encode_batches(self.network, positions, histories):
+                for start in range(0, len(batch.event_N), block):
+                    event_B = torch.from_numpy(batch.event_N[start : start + block])
+                    query_BD = encoded.query_ND[start : start + block]
+                    score_BM = self.network.affinities(
+                        query_BD, w_MD, b_M, self.prior(positions, event_B)
+                    )
+                    if trend_PM is not None and positions.trend_row is not None:
+                        score_BM += self.network.beta * trend_PM[positions.trend_row[event_B]]
+                    yield event_B.numpy(), score_BM
+
+    def _trend_table(self, histories: Histories) -> TrendTable | None:
+        if self.trend is None or self.trend_log is None:
+            return None
+        return TrendTable.build(
+            self.trend_log.item_E,
+            self.trend_log.timestamp_E,
+            self.network.num_items,
+            self.trend,
+            np.unique(histories.timestamp_E // self.trend.period_seconds),
+        )
+
+    def prior(self, positions: Positions, event_N: Tensor) -> Tensor | None:
+        """What the transition counts add to the affinities of these positions: `[N, M]`."""
+        if self.network.prior is None or self.transitions is None:
+            return None
+        recent_NR = positions.recent_items(event_N, self.network.prior.recent)
+        return self.network.prior(self.transitions, recent_NR)
+
+    def predict_values(self, histories: Histories) -> NDArray[np.float64]:
+        """Predicted value of every event's item, from the events before it: float64 `[E]`."""
+        head = self.network.values
+        if head is None or self.encodings.value_mean is None:
+            raise ValueError("this model was trained on a log without differing values")
+        positions = Positions.of(histories, self.encodings, None)
+        value_E = np.empty(histories.num_events)
+        self.network.eval()
+        with torch.inference_mode():
+            for batch, encoded in encode_batches(self.network, positions, histories):
+                item_N = positions.target[torch.from_numpy(batch.event_N)]
+                value_E[batch.event_N] = head(encoded.hidden_NH, item_N).double().numpy()
+        return self.encodings.value_mean + self.encodings.value_std * value_E
+
+
+def encode_batches(
+    network: HRNNMeta,
+    positions: Positions,
+    histories: Histories,
+    *,
+    bptt: int = 128,
+    batch_events: int = 4096,
+    rng: np.random.Generator | None = None,
+) -> Iterator[tuple[Batch, Encoded]]:
+    """Encode batch after batch, carrying each user's state across segments (detached)."""
+    state_SK: Tensor | None = None
+    for batch in bptt_batches(histories, bptt=bptt, batch_events=batch_events, rng=rng):
+        previous_S = torch.from_numpy(batch.previous_S)
+        start_SK = network.initial_state(len(previous_S))
+        if state_SK is not None:
+            carried_S1 = (previous_S >= 0)[:, None]
+            start_SK = torch.where(carried_S1, state_SK[previous_S.clamp(min=0)], start_SK)
+        encoded = network.encode(
+            positions,
+            torch.from_numpy(batch.event_N),
+            torch.from_numpy(batch.batch_size_T),
+            start_SK,
+        )
+        yield batch, encoded
+        state_SK = encoded.state_SK.detach()
