@@ -147,6 +147,20 @@ def test_small_chunks_do_not_change_results(monkeypatch, remove_seen):
     assert whole.coverage == parts.coverage
 
 
+def test_the_number_of_threads_is_left_as_it_was():
+    log = synthetic.successor(20, 8, ITEMS, seed=1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        outcomes(TableModel(), log, ITEMS)
+        assert torch.get_num_threads() == 2
+        with pytest.raises(IndexError):
+            outcomes(TableModel(ITEMS - 3), log, ITEMS, remove_seen=True)  # items beyond the table
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_models_own_scores_are_left_as_they_are():
     log = synthetic.histories([[0, 1, 2, 0, 1]], [[0, 1, 2, 3, 4]])
     model = Popularity(3).fit(log)  # yields one row, expanded: writing would hit all events
