@@ -37,7 +37,7 @@ class TrainedHRNN:
         q(t) is counted from the events of `trend_log` before each event's period.
         """
         table = self._trend_table(histories)
-        positions = Positions.of(histories, self.encodings, table)
+        positions = self.network.positions(histories, table)
         trend_PM = None if table is None else torch.from_numpy(table.log_q_PM)
         self.network.eval()
         with torch.inference_mode():
@@ -72,18 +72,21 @@ class TrainedHRNN:
         return self.network.prior(self.transitions, recent_NR)
 
     def predict_values(self, histories: Histories) -> NDArray[np.float64]:
-        """Predicted value of every event's item, from the events before it: float64 `[E]`."""
-        head = self.network.values
-        if head is None or self.encodings.value_mean is None:
-            raise ValueError("this model was trained on a log without differing values")
-        positions = Positions.of(histories, self.encodings, None)
+        """Predicted value of every event's item, from the events before it: float64 `[E]`.
+
+        Raises:
+            ValueError: the training log had no differing values.
+        """
+        positions = self.network.positions(histories, None)
         value_E = np.empty(histories.num_events)
         self.network.eval()
         with torch.inference_mode():
             for batch, encoded in encode_batches(self.network, positions, histories):
-                item_N = positions.target[torch.from_numpy(batch.event_N)]
-                value_E[batch.event_N] = head(encoded.hidden_NH, item_N).double().numpy()
-        return self.encodings.value_mean + self.encodings.value_std * value_E
+                event_N = torch.from_numpy(batch.event_N)
+                item_N = positions.target[event_N]
+                value_N = self.network.predict_values(positions, event_N, encoded, item_N)
+                value_E[batch.event_N] = value_N.double().numpy()
+        return self.encodings.unstandardise(value_E)
 
 
 def encode_batches(

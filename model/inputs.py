@@ -23,6 +23,7 @@ from model.schema import FieldKind, Schema
 from model.sequences import Histories
 from model.settings import SettingsBase
 from model.trends import TrendTable
+from model.values import running_residuals
 
 
 class InputEncodings(SettingsBase):
@@ -69,6 +70,10 @@ class InputEncodings(SettingsBase):
         if value_E is None or self.value_mean is None:
             return torch.full((num_events,), torch.nan)
         return torch.from_numpy((value_E - self.value_mean) / self.value_std).float()
+
+    def unstandardise(self, value_E: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Inverse of `standardise`, for predictions."""
+        return (self.value_mean or 0.0) + self.value_std * value_E
 
 
 def _fit_fields(
@@ -119,6 +124,7 @@ class Positions:
     session_start: Tensor
     target: Tensor
     value: Tensor  # of the target event, standardised, NaN where missing
+    value_residual: Tensor  # `[E, 2]`, of the user's values so far
     user: Tensor  # row of `user_bags`
     first_event: Tensor  # where the user's history begins
     user_bags: FieldBags  # one row per user
@@ -126,7 +132,19 @@ class Positions:
     trend_row: Tensor | None
 
     @classmethod
-    def of(cls, histories: Histories, encodings: InputEncodings, trend: TrendTable | None) -> Self:
+    def of(
+        cls,
+        histories: Histories,
+        encodings: InputEncodings,
+        trend: TrendTable | None,
+        value_mean_M: Tensor | None = None,
+    ) -> Self:
+        """Read the histories.
+
+        Args:
+            trend: the table whose rows `trend_row` names.
+            value_mean_M: mean standardised value of each item, for `value_residual`.
+        """
         first_E = np.zeros(histories.num_events, dtype=bool)
         length_U = np.diff(histories.offset_U1)
         first_E[histories.offset_U1[:-1][length_U > 0]] = True
@@ -134,16 +152,21 @@ class Positions:
         previous_E = np.where(first_E, encodings.num_items, np.roll(histories.item_E, 1))
         value = encodings.standardise(histories.value_E, histories.num_events)
         first = torch.from_numpy(first_E)
+        first_event = torch.from_numpy(np.repeat(histories.offset_U1[:-1], length_U))
+        item = torch.from_numpy(histories.item_E)
+        if value_mean_M is None:
+            value_mean_M = torch.zeros(encodings.num_items)
         return cls(
             previous_item=torch.from_numpy(previous_E),
             previous_type=_event_types(histories, encodings).roll(1).masked_fill(first, 0),
             previous_value=value.roll(1).masked_fill(first, torch.nan),
             bucket=torch.from_numpy(time_bucket(delta_E, ~first_E)),
             session_start=torch.from_numpy(first_E | (delta_E > encodings.session_gap)),
-            target=torch.from_numpy(histories.item_E),
+            target=item,
             value=value,
+            value_residual=running_residuals(item, value, first_event, value_mean_M),
             user=torch.from_numpy(histories.user_E),
-            first_event=torch.from_numpy(np.repeat(histories.offset_U1[:-1], length_U)),
+            first_event=first_event,
             user_bags=FieldBags.encode(
                 encodings.user_fields, histories.user_fields, len(histories)
             ),

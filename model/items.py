@@ -60,10 +60,10 @@ class Items(nn.Module):
         self.read_ids = read_ids
         self.embedding = nn.Embedding(num_items + 1, size)
         nn.init.normal_(self.embedding.weight, std=size**-0.5)
-        self.output_embedding = self.embedding
+        self.untied: nn.Embedding | None = None
         if not tied:
-            self.output_embedding = nn.Embedding(num_items, size)
-            nn.init.normal_(self.output_embedding.weight, std=size**-0.5)
+            self.untied = nn.Embedding(num_items, size)
+            nn.init.normal_(self.untied.weight, std=size**-0.5)
         self.bias = nn.Parameter(torch.zeros(num_items))
         self.bags = bags
         # λ of each item at inference: 1 (fields only) until training says otherwise.
@@ -75,6 +75,11 @@ class Items(nn.Module):
             self.output_tower = FieldTower(encodings, size, 2 * size, dropout)
             self.input_tower = FieldTower(encodings, size, 2 * size, dropout)
         self._folded_inputs: Tensor | None = None
+
+    @property
+    def output_embedding(self) -> nn.Embedding:
+        """The ids' vectors on the output side."""
+        return self.embedding if self.untied is None else self.untied
 
     def fold(self) -> None:
         """Compute every item's input vector once, for inference with fixed weights."""

@@ -13,8 +13,10 @@ from model.encoders import EncoderKind, build_encoder
 from model.fields import FieldBags, FieldEmbedding
 from model.inputs import InputEncodings, Positions
 from model.items import Items
+from model.sequences import Histories
 from model.settings import SettingsBase
 from model.transitions import TransitionPrior
+from model.trends import TrendTable
 from model.values import ValueHead
 
 
@@ -48,6 +50,10 @@ class Encoded:
     hidden_NH: Tensor  # read by the value head
     state_SK: Tensor  # after each segment's last position
 
+    def rows(self, row_B: Tensor) -> "Encoded":
+        """Some of the positions, repeats allowed; the state is the segments' still."""
+        return Encoded(self.query_ND[row_B], self.hidden_NH[row_B], self.state_SK)
+
 
 class HRNNMeta(nn.Module):
     """Affinities φ̃_j = w̃_j·query(h) + b̃_j (eq. 1 and 2), plus the transition prior.
@@ -63,7 +69,7 @@ class HRNNMeta(nn.Module):
         with_trend: bool,
     ) -> None:
         super().__init__()
-        self.settings = settings
+        self.settings, self.encodings = settings, encodings
         self.num_items = encodings.num_items
         size, hidden = settings.embedding, settings.hidden
         self.items = Items(
@@ -91,13 +97,33 @@ class HRNNMeta(nn.Module):
         self.user_dropout = nn.Dropout(settings.user_dropout)
         self.prior = TransitionPrior(encodings.num_items) if settings.transitions else None
         rated = settings.ratings and encodings.value_mean is not None
-        self.values = ValueHead(encodings.num_items, hidden) if rated else None
+        self.values = ValueHead(encodings.num_items, hidden, settings.dropout) if rated else None
         self.log_beta = nn.Parameter(torch.zeros(())) if with_trend else None
 
     @property
     def beta(self) -> Tensor:
         """β ≥ 0, the weight of log q(t); 0 without trend decomposition."""
         return self.query.bias.new_zeros(()) if self.log_beta is None else self.log_beta.exp()
+
+    def positions(self, histories: Histories, trend: TrendTable | None) -> Positions:
+        """What this network reads at every position of some histories."""
+        mean_M = None if self.values is None else self.values.mean_M
+        return Positions.of(histories, self.encodings, trend, mean_M)
+
+    def predict_values(
+        self, positions: Positions, event_N: Tensor, encoded: Encoded, item_N: Tensor
+    ) -> Tensor:
+        """Standardised value that each item would get at its position: `[N]`.
+
+        Raises:
+            ValueError: the training log had no differing values.
+        """
+        if self.values is None:
+            raise ValueError("this model was trained on a log without differing values")
+        residual_N2 = positions.value_residual[event_N]
+        if not self.settings.feedback:
+            residual_N2 = torch.zeros_like(residual_N2)
+        return self.values(encoded.hidden_NH, residual_N2, item_N)
 
     def inputs(self, positions: Positions, event_N: Tensor) -> Tensor:
         """Encoder input of each of the chosen positions."""

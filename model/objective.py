@@ -84,7 +84,7 @@ class Objective:
             )
         if self.network.values is None or not self.value_weight:
             return ranking, ranking.detach()
-        predicted_N = self.network.values(encoded.hidden_NH, target_N)
+        predicted_N = self.network.predict_values(positions, event_N, encoded, target_N)
         error = rating_regression(positions.value[event_N], predicted_N, weight_N)
         return ranking + self.value_weight * error, ranking.detach()
 

@@ -15,6 +15,7 @@ from model import bundle as bundles
 from model.errors import InputError
 from model.hrnn import encode_batches
 from model.inputs import Positions
+from model.network import Encoded
 from model.query import Event, ItemFilter, Query, Recommendation
 from model.schema import FieldKind
 from model.sequences import Histories
@@ -27,8 +28,7 @@ class _Encoded:
 
     positions: Positions
     event_B: torch.Tensor
-    query_BD: torch.Tensor
-    hidden_BH: torch.Tensor
+    encoded: Encoded
 
 
 class Recommender:
@@ -94,7 +94,7 @@ class Recommender:
             state = self._encode(queries)
             prior_BM = self._bundle.model.prior(state.positions, state.event_B)
             phi_BM: NDArray[np.float32] = self._network.affinities(
-                state.query_BD, self._w_MD, self._b_M, prior_BM
+                state.encoded.query_ND, self._w_MD, self._b_M, prior_BM
             ).numpy()
         return phi_BM
 
@@ -113,23 +113,24 @@ class Recommender:
         Raises:
             InputError: the model was trained on a log without differing values.
         """
-        head, encodings = self._network.values, self._bundle.model.encodings
-        if head is None or encodings.value_mean is None:
+        if not self.rates:
             raise InputError(
                 "this model predicts no values: its training log had none, or they did not differ"
             )
         if not queries:
             return []
-        answers = []
+        known = [[i for i in ids if self.knows(i)] for ids in items]
+        query_C = np.repeat(np.arange(len(queries)), [len(ids) for ids in known])
+        item_C = torch.tensor([j for ids in known for j in self._positions(ids)], dtype=torch.int64)
         with torch.inference_mode():
-            hidden_BH = self._encode(queries).hidden_BH
-            for h_H, ids in zip(hidden_BH, items, strict=True):
-                known = [i for i in ids if self.knows(i)]
-                item_C = torch.tensor(self._positions(known), dtype=torch.int64)
-                value_C = head(h_H.expand(len(item_C), -1), item_C).double()
-                value_C = encodings.value_mean + encodings.value_std * value_C
-                answers.append(list(zip(known, value_C.tolist(), strict=True)))
-        return answers
+            state = self._encode(queries)
+            rows = torch.from_numpy(query_C)
+            value_C = self._network.predict_values(
+                state.positions, state.event_B[rows], state.encoded.rows(rows), item_C
+            )
+        predicted = self._bundle.model.encodings.unstandardise(value_C.double().numpy())
+        pairs = zip((i for ids in known for i in ids), predicted.tolist(), strict=True)
+        return [[next(pairs) for _ in ids] for ids in known]
 
     def _encode(self, queries: Sequence[Query]) -> "_Encoded":
         """Each query's position after its newest event."""
@@ -170,7 +171,7 @@ class Recommender:
             value_E=value_E,
             context_fields=context,
         )
-        positions = Positions.of(histories, encodings, None)
+        positions = self._network.positions(histories, None)
         ((batch, encoded),) = encode_batches(
             self._network,
             positions,
@@ -183,8 +184,7 @@ class Recommender:
         return _Encoded(
             positions=positions,
             event_B=torch.from_numpy(batch.event_N[last_B]),
-            query_BD=encoded.query_ND[torch.from_numpy(last_B)],
-            hidden_BH=encoded.hidden_NH[torch.from_numpy(last_B)],
+            encoded=encoded.rows(torch.from_numpy(last_B)),
         )
 
     def _known_events(self, history: Sequence[Event]) -> list[Event]:

@@ -1,4 +1,4 @@
-"""Training by truncated BPTT over rolling histories, with early stopping on validation PPL.
+"""Training by truncated BPTT over rolling histories, with early stopping on validation users.
 
 Shapes: E events, N packed positions, M items, U users.
 """
@@ -6,7 +6,6 @@ Shapes: E events, N packed positions, M items, U users.
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from enum import StrEnum
 
 import numpy as np
@@ -16,11 +15,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from model.catalogue import Catalogue
 from model.errors import InputError
-from model.evaluation import perplexity
+from model.evaluation import perplexity, squared_errors
 from model.feedback import FeedbackSettings
 from model.fields import FieldBags
 from model.hrnn import TrainedHRNN, encode_batches
-from model.inputs import InputEncodings, Positions
+from model.inputs import InputEncodings
 from model.network import HRNNMeta, NetworkSettings
 from model.objective import EventTargets, Objective
 from model.sampling import AliasSampler, frequency_sampler
@@ -30,6 +29,7 @@ from model.settings import SettingsBase
 from model.splits import Cases, SplitSettings
 from model.transitions import Transitions
 from model.trends import ResolvedTrend, TrendTable
+from model.values import item_means
 
 FOLDS = 5  # of the users, for cross-fitted transition counts
 SAMPLED_ABOVE = 100_000  # items; below, the dense softmax is no slower (§4.6)
@@ -55,14 +55,14 @@ class TrainSettings(SettingsBase):
     softmax: Softmax = Softmax.AUTO
     negatives: int | None = None  # draws per gradient step, sampled softmax; None: √M, 512 or more
     max_epochs: int = 60
-    patience: int = 3  # epochs without a better validation PPL
+    patience: int = 3  # epochs without a better validation loss
     learning_rate: float = 0.004
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     averaging_epochs: float = 1.0  # memory of the moving average of the weights; 0: none
     shuffle_ties: bool = True  # events of one user in the same second, in a new order each epoch
     value_weight: float = 0.1  # of the value head's squared error beside the softmax
-    bptt: int = 100  # positions of one user per gradient step
+    bptt: int = 50  # positions of one user per gradient step
     batch_events: int = 1024  # positions per gradient step
     seed: int = 0
     threads: int | None = None
@@ -77,7 +77,7 @@ def fit(
     schema: Schema | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> TrainedHRNN:
-    """Train until validation PPL stops improving; the best epoch's weights are kept.
+    """Train until the validation loss stops improving; the best epoch's weights are kept.
 
     Args:
         valid: users, or cases, that decide when to stop.
@@ -99,33 +99,41 @@ def fit(
     torch.manual_seed(settings.seed)
     trainer = _Trainer(train, catalogue, settings, trend, schema or Schema())
     model = trainer.model
-    best_ppl, best_weights, waited = float("inf"), model.network.state_dict(), 0
+    best_loss, best_weights, waited = float("inf"), model.network.state_dict(), 0
     for epoch in range(1, settings.max_epochs + 1):
         started = time.perf_counter()
         train_loss = trainer.epoch()
         if not np.isfinite(train_loss):
             raise InputError(
-                f"training diverged in epoch {epoch} (loss {train_loss}): lower "
-                "train.learning_rate"
+                f"training diverged in epoch {epoch} (loss {train_loss}): lower train.learning_rate"
             )
         valid_ppl = perplexity(model, valid, len(catalogue))
+        # What is descended, measured on the validation users.
+        valid_loss, rated = float(np.log(valid_ppl)), {}
+        if model.network.values is not None and settings.value_weight:
+            mse = float(np.nanmean(squared_errors(model, valid)))
+            rated = {"valid_rmse": mse**0.5}
+            valid_loss += settings.value_weight * mse / trainer.encodings.value_std**2
         seconds = time.perf_counter() - started
         rate = train.num_events / seconds
         model.curve.append(
             {
                 "epoch": epoch,
                 "train_loss": train_loss,
+                "valid_loss": valid_loss,
                 "valid_ppl": valid_ppl,
+                **rated,
                 "seconds": seconds,
                 "events_per_second": rate,
             }
         )
         progress(
             f"epoch {epoch:3d}  train loss {train_loss:7.4f}  valid PPL {valid_ppl:8.1f}"
-            f"  {seconds:5.1f} s  {rate:,.0f} events/s"
+            + (f"  RMSE {rated['valid_rmse']:.4f}" if rated else "")
+            + f"  {seconds:5.1f} s  {rate:,.0f} events/s"
         )
-        if valid_ppl < best_ppl:
-            best_ppl, waited = valid_ppl, 0
+        if valid_loss < best_loss:
+            best_loss, waited = valid_loss, 0
             best_weights = copy.deepcopy(model.network.state_dict())
         else:
             waited += 1
@@ -161,6 +169,10 @@ class _Trainer:
         self.trend_table = None
         if trend is not None:
             self.trend_table = TrendTable.build(train.item_E, train.timestamp_E, num_items, trend)
+        if self.network.values is not None:
+            value_E = self.encodings.standardise(train.value_E, train.num_events).numpy()
+            mean_M = item_means(train.item_E, value_E, num_items)
+            self.network.values.mean_M = torch.from_numpy(mean_M)
         self.objective = self._objective(num_items)
         # Items that were never trained on are known by their fields alone; the others' λ is chosen
         # at the end, half and half until then.
@@ -185,7 +197,7 @@ class _Trainer:
             transitions=None if kept.prior is None else Transitions.count(train, num_items),
             trend_log=train,
         )
-        self.positions = Positions.of(train, self.encodings, self.trend_table)
+        self.positions = self.network.positions(train, self.trend_table)
         self.targets = EventTargets.of(train, settings.feedback)
 
     def _objective(self, num_items: int) -> Objective:
@@ -221,9 +233,7 @@ class _Trainer:
         positions, targets = self.positions, self.targets
         if settings.shuffle_ties:
             log = log.reordered(_shuffled_ties(log, self.rng))
-            positions = replace(
-                Positions.of(log, self.encodings, self.trend_table), user_bags=positions.user_bags
-            )
+            positions = self.network.positions(log, self.trend_table)
             targets = EventTargets.of(log, settings.feedback)
         self.network.train()
         total = 0.0

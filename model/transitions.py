@@ -60,13 +60,18 @@ class Transitions:
     probability_Z: Tensor
 
     @classmethod
-    def count(cls, histories: Histories, num_items: int) -> Self:
-        """Count every pair of every user."""
-        return cls._stack([pair_counts(histories, num_items)], num_items)
+    def count(cls, histories: Histories, num_items: int, followers: int = FOLLOWERS) -> Self:
+        """Count every pair of every user; the `followers` most frequent of each item are kept."""
+        return cls._stack([pair_counts(histories, num_items)], num_items, followers)
 
     @classmethod
     def cross_fitted(
-        cls, histories: Histories, num_items: int, fold_U: NDArray[np.int64], folds: int
+        cls,
+        histories: Histories,
+        num_items: int,
+        fold_U: NDArray[np.int64],
+        folds: int,
+        followers: int = FOLLOWERS,
     ) -> Self:
         """Counts for training: rows f·M … (f + 1)·M − 1 count all users but those of fold f.
 
@@ -81,13 +86,17 @@ class Transitions:
             _sum_by_key(*map(np.concatenate, zip(*(p for p in parts if p is not own), strict=True)))
             for own in parts
         ]
-        return cls._stack(others, num_items)
+        return cls._stack(others, num_items, followers)
 
     @classmethod
     def _stack(
-        cls, counts: Sequence[tuple[NDArray[np.int64], NDArray[np.float64]]], num_items: int
+        cls,
+        counts: Sequence[tuple[NDArray[np.int64], NDArray[np.float64]]],
+        num_items: int,
+        followers: int,
     ) -> Self:
-        row, item, probability = zip(*(_followers(k, c, num_items) for k, c in counts), strict=True)
+        kept = (_most_frequent(key, count, num_items, followers) for key, count in counts)
+        row, item, probability = zip(*kept, strict=True)
         row_Z = np.concatenate([r + f * num_items for f, r in enumerate(row)])
         offset_R1 = np.searchsorted(row_Z, np.arange(len(counts) * num_items + 1))
         return cls(
@@ -164,8 +173,8 @@ class Transitions:
         return n_F[owner_Z], self.item_Z[entry_Z], value_Z
 
 
-def _followers(
-    key_Z: NDArray[np.int64], count_Z: NDArray[np.float64], num_items: int
+def _most_frequent(
+    key_Z: NDArray[np.int64], count_Z: NDArray[np.float64], num_items: int, followers: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
     """(row, item, probability) of each item's most frequent followers, by row."""
     row_Z = key_Z // num_items
@@ -173,7 +182,7 @@ def _followers(
     order = np.lexsort((-count_Z, row_Z))
     start_M = np.searchsorted(row_Z[order], np.arange(num_items))
     place_Z = np.arange(len(order)) - start_M[row_Z[order]]
-    kept = np.sort(order[place_Z < FOLLOWERS])
+    kept = np.sort(order[place_Z < followers])
     row_Z = row_Z[kept]
     probability_Z = count_Z[kept] / (total_M[row_Z] + DAMPING)
     return row_Z, key_Z[kept] % num_items, probability_Z.astype(np.float32)

@@ -130,9 +130,10 @@ def _axes(x_label: str, y_label: str) -> tuple[Figure, Any]:
 def _learning_curve(curve: list[dict[str, float]]) -> str:
     figure, axes = _axes("epoch", "perplexity (log scale)")
     epoch = [entry["epoch"] for entry in curve]
-    axes.plot(epoch, [e["train_ppl"] for e in curve], color="#9ca3af", label="training")
+    train_ppl = [float(np.exp(e["train_loss"])) for e in curve]
+    axes.plot(epoch, train_ppl, color="#9ca3af", label="exp(training loss)")
     axes.plot(epoch, [e["valid_ppl"] for e in curve], color="#2563eb", label="validation")
-    best = min(curve, key=lambda e: e["valid_ppl"])
+    best = min(curve, key=lambda e: e["valid_loss"])
     axes.plot([best["epoch"]], [best["valid_ppl"]], "o", color="#2563eb")
     axes.annotate(
         f"{best['valid_ppl']:.0f}",

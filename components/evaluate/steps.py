@@ -24,12 +24,12 @@ from model.evaluation import (
     squared_errors,
     summarise,
 )
-from model.inputs import UserFields
 from model.metrics import popularity_percentile
 from model.sequences import Histories
 from model.settings import SettingsBase
 from model.slices import slices
-from model.trends import ResolvedTrend, TrendTable
+from model.tables import Log
+from model.trends import ResolvedTrend
 
 REFERENCE = "popularity"
 CutOff = Annotated[int, Field(ge=1)]
@@ -58,21 +58,12 @@ def run(
     chosen = EvaluateSettings.parse(settings, "evaluate")
     loaded = bundles.load(bundle)
     catalogue, split_settings = loaded.catalogue, loaded.settings.split
-    histories = UserFields.read(clean, loaded.schema).attach(
-        Histories.from_table(clean / "interactions.parquet", catalogue)
-    )
+    histories = Log.read(clean, loaded.schema, catalogue).histories
     split = split_users(histories, split_settings)
     train, test = split.train, split.test
     hrnn = loaded.model
-    if hrnn.trend is not None:
-        # The trend in force at a test event is counted from training users before its period.
-        hrnn.trend_table = TrendTable.build(
-            train.item_E,
-            train.timestamp_E,
-            len(catalogue),
-            hrnn.trend,
-            np.unique(test.timestamp_E // hrnn.trend.period_seconds),
-        )
+    # The trend in force at a test event is counted from training users before its period.
+    hrnn.trend_log = train
     models: dict[str, NextItemModel] = {
         "hrnn": hrnn,
         REFERENCE: Popularity(len(catalogue)).fit(train),

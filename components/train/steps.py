@@ -58,7 +58,7 @@ def run(
         as_of=as_of,
         window_seconds=resolved.window_seconds,
     )
-    best = min(model.curve, key=lambda entry: entry["valid_ppl"])
+    best = min(model.curve, key=lambda entry: entry["valid_loss"])
     return bundles.save(
         bundle,
         model=model,

@@ -69,9 +69,8 @@ def test_scatter_sums_the_rows_by_weight_and_skips_missing_items():
     torch.testing.assert_close(got, torch.stack(wanted))
 
 
-def test_only_the_most_frequent_followers_are_kept(monkeypatch):
-    monkeypatch.setattr("model.transitions.FOLLOWERS", 1)
-    transitions = Transitions.count(_log([[0, 1], [0, 1], [0, 2]]), M)
+def test_only_the_most_frequent_followers_are_kept():
+    transitions = Transitions.count(_log([[0, 1], [0, 1], [0, 2]]), M, followers=1)
     assert transitions.item_Z[: int(transitions.offset_R1[1])].tolist() == [1]
 
 
