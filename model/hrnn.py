@@ -62,6 +62,7 @@ class TrainedHRNN:
             self.network.num_items,
             self.trend,
             np.unique(histories.timestamp_E // self.trend.period_seconds),
+            own_periods=False,
         )
 
     def prior(self, positions: Positions, event_N: Tensor) -> Tensor | None:

@@ -23,7 +23,7 @@ from model.schema import FieldKind, Schema
 from model.sequences import Histories
 from model.settings import SettingsBase
 from model.trends import TrendTable
-from model.values import running_residuals
+from model.values import running_tastes
 
 
 class InputEncodings(SettingsBase):
@@ -124,7 +124,7 @@ class Positions:
     session_start: Tensor
     target: Tensor
     value: Tensor  # of the target event, standardised, NaN where missing
-    value_residual: Tensor  # `[E, 2]`, of the user's values so far
+    taste: Tensor | None  # `[E, W]`, what the user's values so far say (`model.values`)
     user: Tensor  # row of `user_bags`
     first_event: Tensor  # where the user's history begins
     user_bags: FieldBags  # one row per user
@@ -137,13 +137,13 @@ class Positions:
         histories: Histories,
         encodings: InputEncodings,
         trend: TrendTable | None,
-        value_mean_M: Tensor | None = None,
+        tastes: tuple[Tensor, Tensor] | None = None,
     ) -> Self:
         """Read the histories.
 
         Args:
             trend: the table whose rows `trend_row` names.
-            value_mean_M: mean standardised value of each item, for `value_residual`.
+            tastes: `mean_M` and `taste_MY` of the value head; None: values are not predicted.
         """
         first_E = np.zeros(histories.num_events, dtype=bool)
         length_U = np.diff(histories.offset_U1)
@@ -154,8 +154,6 @@ class Positions:
         first = torch.from_numpy(first_E)
         first_event = torch.from_numpy(np.repeat(histories.offset_U1[:-1], length_U))
         item = torch.from_numpy(histories.item_E)
-        if value_mean_M is None:
-            value_mean_M = torch.zeros(encodings.num_items)
         return cls(
             previous_item=torch.from_numpy(previous_E),
             previous_type=_event_types(histories, encodings).roll(1).masked_fill(first, 0),
@@ -164,7 +162,9 @@ class Positions:
             session_start=torch.from_numpy(first_E | (delta_E > encodings.session_gap)),
             target=item,
             value=value,
-            value_residual=running_residuals(item, value, first_event, value_mean_M),
+            taste=None
+            if tastes is None
+            else running_tastes(item, value, histories.offset_U1, *tastes),
             user=torch.from_numpy(histories.user_E),
             first_event=first_event,
             user_bags=FieldBags.encode(

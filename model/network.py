@@ -107,8 +107,10 @@ class HRNNMeta(nn.Module):
 
     def positions(self, histories: Histories, trend: TrendTable | None) -> Positions:
         """What this network reads at every position of some histories."""
-        mean_M = None if self.values is None else self.values.mean_M
-        return Positions.of(histories, self.encodings, trend, mean_M)
+        tastes = None
+        if self.values is not None:
+            tastes = self.values.mean_M, self.values.taste_MY
+        return Positions.of(histories, self.encodings, trend, tastes)
 
     def predict_values(
         self, positions: Positions, event_N: Tensor, encoded: Encoded, item_N: Tensor
@@ -118,12 +120,12 @@ class HRNNMeta(nn.Module):
         Raises:
             ValueError: the training log had no differing values.
         """
-        if self.values is None:
+        if self.values is None or positions.taste is None:
             raise ValueError("this model was trained on a log without differing values")
-        residual_N2 = positions.value_residual[event_N]
+        taste_NW = positions.taste[event_N]
         if not self.settings.feedback:
-            residual_N2 = torch.zeros_like(residual_N2)
-        return self.values(encoded.hidden_NH, residual_N2, item_N)
+            taste_NW = torch.zeros_like(taste_NW)
+        return self.values(encoded.hidden_NH, taste_NW, item_N)
 
     def inputs(self, positions: Positions, event_N: Tensor) -> Tensor:
         """Encoder input of each of the chosen positions."""

@@ -29,7 +29,7 @@ from model.settings import SettingsBase
 from model.splits import Cases, SplitSettings
 from model.transitions import Transitions
 from model.trends import ResolvedTrend, TrendTable
-from model.values import item_means
+from model.values import item_means, item_tastes
 
 FOLDS = 5  # of the users, for cross-fitted transition counts
 SAMPLED_ABOVE = 100_000  # items; below, the dense softmax is no slower (§4.6)
@@ -56,7 +56,7 @@ class TrainSettings(SettingsBase):
     negatives: int | None = None  # draws per gradient step, sampled softmax; None: √M, 512 or more
     max_epochs: int = 60
     patience: int = 3  # epochs without a better validation loss
-    learning_rate: float = 0.004
+    learning_rate: float = 0.002
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     averaging_epochs: float = 1.0  # memory of the moving average of the weights; 0: none
@@ -170,9 +170,16 @@ class _Trainer:
         if trend is not None:
             self.trend_table = TrendTable.build(train.item_E, train.timestamp_E, num_items, trend)
         if self.network.values is not None:
-            value_E = self.encodings.standardise(train.value_E, train.num_events).numpy()
-            mean_M = item_means(train.item_E, value_E, num_items)
-            self.network.values.mean_M = torch.from_numpy(mean_M)
+            value_E = self.encodings.standardise(train.value_E, train.num_events)
+            mean_M = torch.from_numpy(item_means(train.item_E, value_E.numpy(), num_items))
+            self.network.values.mean_M = mean_M
+            self.network.values.taste_MY = item_tastes(
+                torch.from_numpy(train.item_E),
+                torch.from_numpy(train.user_E),
+                value_E,
+                mean_M,
+                len(train),
+            )
         self.objective = self._objective(num_items)
         # Items that were never trained on are known by their fields alone; the others' λ is chosen
         # at the end, half and half until then.

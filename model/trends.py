@@ -174,16 +174,18 @@ class TrendTable:
         num_items: int,
         trend: ResolvedTrend,
         periods: NDArray[np.int64] | None = None,
+        own_periods: bool = True,
     ) -> Self:
         """Count `item_E` (events in any order) into one row per period.
 
         Args:
             periods: further period numbers that will be asked for (e.g. of test events).
+            own_periods: whether the periods of the counted events themselves are kept.
         """
         order = np.argsort(timestamp_E, kind="stable")
         item_E, timestamp_E = item_E[order], timestamp_E[order]
         own = np.unique(timestamp_E // trend.period_seconds)
-        wanted = own if periods is None else np.union1d(own, periods)
+        wanted = own if periods is None else np.union1d(own[: own_periods * len(own)], periods)
         log_q_PM = np.empty((len(wanted), num_items), dtype=np.float32)
         for row, period in enumerate(wanted):
             now = int(period) * trend.period_seconds

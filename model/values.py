@@ -1,20 +1,26 @@
 """Predicting the value (rating) an item would get: the head of Table 4.
 
-v̂_j = m_j + c_j + z_j·U·x + u·x in standardised units, with x = h ⊕ (user's mean residual so far,
-its weight). m_j is item j's damped mean in training; how far a user's values lie from those means
-is the feedback that prediction needs most, and an average over a history is the one thing a
-gated state computes badly, so it is given.
+v̂_j = m_j + [y_j, 1]·w + c_j + z_j·U·x + u·x in standardised units, where m_j is item j's damped
+mean in training and w what the user's values so far say: the ridge regression of the residuals
+v − m on [y, 1]. The y_j are the leading singular vectors of the training residuals. An average
+over a history is the one thing a gated state computes badly, so it is given; the network learns
+what is left, from x = h ⊕ w ⊕ (how many values w rests on).
 
-Shapes: E events, N positions, M items, H hidden, V latent.
+Shapes: E events, N positions, M items, H hidden, U users, Y tastes, X = Y + 1, V latent.
 """
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 LATENT = 16
-DAMPING = 5.0  # pseudo-events with the overall mean, per item and per user
+TASTES = 8
+MEAN_DAMPING = 5.0  # pseudo-events with the overall mean, per item and per user
+TASTE_DAMPING = 20.0  # pseudo-events without any taste, per item
+RIDGE = 3.0
+CHUNK = 2**15  # events whose normal equations are held at once
 
 
 def item_means(
@@ -24,28 +30,83 @@ def item_means(
     known_E = ~np.isnan(value_E)
     sum_M = np.bincount(item_E[known_E], value_E[known_E], minlength=num_items)
     count_M = np.bincount(item_E[known_E], minlength=num_items)
-    return (sum_M / (count_M + DAMPING)).astype(np.float32)
+    return (sum_M / (count_M + MEAN_DAMPING)).astype(np.float32)
 
 
-def running_residuals(
-    item_E: Tensor, value_E: Tensor, first_event_E: Tensor, mean_M: Tensor
+def item_tastes(
+    item_E: Tensor, user_E: Tensor, value_E: Tensor, mean_M: Tensor, num_users: int
 ) -> Tensor:
-    """Before each event: the user's damped mean residual, and how many values it rests on.
+    """y `[M, Y]`: how an item's values vary with its users, beyond their own means.
+
+    Leading left singular vectors of the M × U residuals, as an average per event of the item and
+    scaled so that the users' coordinates have variance 1. Columns are 0 where there are fewer.
+    """
+    num_items, known_E = len(mean_M), ~value_E.isnan()
+    item_F, user_F = item_E[known_E], user_E[known_E]
+    residual_F = value_E[known_E] - mean_M[item_F]
+    count_U = torch.bincount(user_F, minlength=num_users)
+    mean_U = torch.zeros(num_users).index_add(0, user_F, residual_F) / (count_U + MEAN_DAMPING)
+    residual_F = residual_F - mean_U[user_F]
+    residual_MU = torch.sparse_coo_tensor(
+        torch.stack([item_F, user_F]),
+        residual_F,
+        (num_items, num_users),
+        check_invariants=True,
+    ).coalesce()
+    rank = min(TASTES, num_items, num_users)
+    more = min(rank + 8, num_items, num_users)  # oversampling makes the leading ones exact
+    left_MY, size_Y, _ = torch.svd_lowrank(residual_MU, q=more, niter=4)
+    count_M = torch.bincount(item_F, minlength=num_items)
+    y_MY = (left_MY * size_Y)[:, :rank] * num_users**0.5 / (count_M + TASTE_DAMPING)[:, None]
+    return F.pad(y_MY, (0, TASTES - rank))
+
+
+def running_tastes(
+    item_E: Tensor,
+    value_E: Tensor,
+    offset_U1: NDArray[np.int64],
+    mean_M: Tensor,
+    taste_MY: Tensor,
+) -> Tensor:
+    """What the values before each event say about the user: float32 `[E, X + 1]`.
+
+    w of the ridge regression of v − m on [y, 1], then n / (n + damping), with n values so far.
 
     Args:
         value_E: standardised, NaN where missing.
-        first_event_E: where the event's history begins.
-
-    Returns:
-        float32 `[E, 2]`: Σ (v − m) / (n + damping), n / (n + damping).
+        offset_U1: where each user's events begin; a user sees nobody else's.
     """
-    known_E = ~value_E.isnan()
-    residual_E = torch.where(known_E, value_E - mean_M[item_E], 0.0).double()
-    both_E2 = torch.stack([residual_E, known_E.double()], dim=1)
-    before_E2 = both_E2.cumsum(0) - both_E2
-    sum_E, count_E = (before_E2 - before_E2[first_event_E]).unbind(1)
-    damped_E2 = torch.stack([sum_E, count_E], dim=1) / (count_E + DAMPING)[:, None]
-    return damped_E2.float()
+    size = taste_MY.shape[1] + 1
+    out_EW = torch.zeros(len(item_E), size + 1)
+    if not len(item_E) or bool(value_E.isnan().all()):
+        return out_EW
+    damping_X = torch.full((size,), RIDGE, dtype=torch.float64)
+    damping_X[-1] = MEAN_DAMPING
+    first_user, num_users = 0, len(offset_U1) - 1
+    while first_user < num_users:  # as many whole users as fit a chunk, one at least
+        end_user = int(np.searchsorted(offset_U1, offset_U1[first_user] + CHUNK, side="right")) - 1
+        end_user = min(max(end_user, first_user + 1), num_users)
+        start, end = int(offset_U1[first_user]), int(offset_U1[end_user])
+        length_U = torch.from_numpy(np.diff(offset_U1[first_user : end_user + 1]))
+        begin_U = torch.from_numpy(offset_U1[first_user:end_user]) - start
+        first_T = torch.repeat_interleave(begin_U, length_U)
+        item_T, value_T = item_E[start:end], value_E[start:end]
+        known_T = ~value_T.isnan()
+        x_TX = F.pad(taste_MY[item_T], (0, 1), value=1.0).double() * known_T[:, None]
+        residual_T = (value_T - mean_M[item_T]).nan_to_num().double()
+        terms_TXX = torch.cat(
+            [x_TX[:, :, None] * x_TX[:, None, :], (x_TX * residual_T[:, None])[:, :, None]], dim=2
+        )
+        total_TXX = terms_TXX.cumsum(0) - terms_TXX
+        total_TXX = total_TXX - total_TXX[first_T]
+        gram_TXX = total_TXX[:, :, :-1] + torch.diag(damping_X)
+        w_TX = torch.linalg.solve(gram_TXX, total_TXX[:, :, -1])
+        # The last column of x is 1 where there is a value: its Gram entry counts them.
+        count_T = total_TXX[:, -1, -2]
+        out_EW[start:end, :-1] = w_TX.float()
+        out_EW[start:end, -1] = (count_T / (count_T + MEAN_DAMPING)).float()
+        first_user = end_user
+    return out_EW
 
 
 class ValueHead(nn.Module):
@@ -54,21 +115,26 @@ class ValueHead(nn.Module):
     def __init__(self, num_items: int, hidden: int, dropout: float) -> None:
         super().__init__()
         self.mean_M: Tensor
+        self.taste_MY: Tensor
         self.register_buffer("mean_M", torch.zeros(num_items))
+        self.register_buffer("taste_MY", torch.zeros(num_items, TASTES))
         self.item = nn.Embedding(num_items, LATENT)
         self.bias = nn.Embedding(num_items, 1)
         nn.init.normal_(self.item.weight, std=0.1)
         nn.init.zeros_(self.bias.weight)
         self.dropout = nn.Dropout(dropout)
-        self.user = nn.Linear(hidden + 2, LATENT + 1)
-        with torch.no_grad():  # to begin with, what the averages alone say
-            self.user.weight[LATENT].zero_()
-            self.user.weight[LATENT, hidden] = 1.0
-            self.user.bias[LATENT] = 0.0
+        self.user = nn.Linear(hidden + TASTES + 2, LATENT + 1)
+        nn.init.zeros_(self.user.weight)  # to begin with, what the averages alone say
+        nn.init.zeros_(self.user.bias)
 
-    def forward(self, h_NH: Tensor, residual_N2: Tensor, item_N: Tensor) -> Tensor:
-        """Predicted standardised value of item_n in state h_n: `[N]`."""
-        x_NX = torch.cat([self.dropout(h_NH), residual_N2], dim=1)
+    def forward(self, h_NH: Tensor, taste_NW: Tensor, item_N: Tensor) -> Tensor:
+        """Predicted standardised value of item_n in state h_n: `[N]`.
+
+        Args:
+            taste_NW: of `running_tastes`.
+        """
+        own_N = (taste_NW[:, :TASTES] * self.taste_MY[item_N]).sum(dim=1) + taste_NW[:, TASTES]
+        x_NX = torch.cat([self.dropout(h_NH), taste_NW], dim=1)
         u_NV, u_N = self.user(x_NX).tensor_split([LATENT], dim=1)
         latent_N = (u_NV * self.item(item_N)).sum(dim=1)
-        return self.mean_M[item_N] + self.bias(item_N)[:, 0] + latent_N + u_N[:, 0]
+        return self.mean_M[item_N] + own_N + self.bias(item_N)[:, 0] + latent_N + u_N[:, 0]

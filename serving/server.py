@@ -111,10 +111,10 @@ class Plane(DataPlane):  # type: ignore[misc]
 class Servicer(InferenceServicer):  # type: ignore[misc]
     """gRPC Open Inference Protocol without the calls that load and unload models."""
 
-    async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:  # noqa: N802
+    async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "models are loaded at start-up")
 
-    async def RepositoryModelUnload(self, request: Any, context: Any) -> Any:  # noqa: N802
+    async def RepositoryModelUnload(self, request: Any, context: Any) -> Any:
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "models are loaded at start-up")
 
 

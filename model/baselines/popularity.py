@@ -1,30 +1,55 @@
-"""Popularity: every user gets the most frequent items of the training log."""
+"""Popularity: everybody gets the most frequent items, of the whole log or of the last while."""
 
-from collections.abc import Iterator
+from typing import Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from model.baselines.base import NextItemBaseline, smoothed_popularity
 from model.sequences import Histories
+from model.trends import ResolvedTrend, TrendSettings, TrendTable, choose_trend
 
 
-class Popularity:
-    """p(a) = (count_a + α) / (Σ count + α·M)."""
+class Popularity(NextItemBaseline):
+    """p(a) = (count_a + 1) / (Σ count + M), counted over the whole training log."""
 
-    def __init__(self, num_items: int, smoothing: float = 1.0) -> None:
-        self.num_items = num_items
-        self.smoothing = smoothing
-        self.log_p_M = torch.full((num_items,), -float(np.log(num_items)))
+    name = "popularity"
 
-    def fit(self, train: Histories) -> "Popularity":
-        count_M = np.bincount(train.item_E, minlength=self.num_items) + self.smoothing
-        self.log_p_M = torch.from_numpy(np.log(count_M / count_M.sum())).float()
+    def fit(self, train: Histories) -> Self:
+        self.state = {"log_p": smoothed_popularity(train, self.num_items).log()}
         return self
 
-    def iter_scores(
-        self, histories: Histories, block: int
-    ) -> Iterator[tuple[NDArray[np.int64], torch.Tensor]]:
-        for start in range(0, histories.num_events, block):
-            event_N = np.arange(start, min(start + block, histories.num_events))
-            yield event_N, self.log_p_M.expand(len(event_N), -1)
+    def scores(self, histories: Histories, event_N: NDArray[np.int64]) -> Tensor:
+        return self.state["log_p"].expand(len(event_N), -1)
+
+
+class RecentPopularity(NextItemBaseline):
+    """log q(t): popularity just before each moment; period and window chosen on the log (§4.5)."""
+
+    name = "recent-popularity"
+
+    def fit(self, train: Histories) -> Self:
+        trend = choose_trend(train.item_E, train.timestamp_E, self.num_items, TrendSettings())
+        self.state = {
+            "item": torch.from_numpy(train.item_E),
+            "timestamp": torch.from_numpy(train.timestamp_E),
+            "trend": torch.tensor([trend.period_seconds, trend.window_seconds]),
+            "smoothing": torch.tensor(trend.smoothing, dtype=torch.float64),
+        }
+        return self
+
+    def scores(self, histories: Histories, event_N: NDArray[np.int64]) -> Tensor:
+        period, window = self.state["trend"].tolist()
+        trend = ResolvedTrend(period, window, float(self.state["smoothing"]))
+        time_N = histories.timestamp_E[event_N]
+        table = TrendTable.build(
+            self.state["item"].numpy(),
+            self.state["timestamp"].numpy(),
+            self.num_items,
+            trend,
+            np.unique(time_N // period),
+            own_periods=False,
+        )
+        return torch.from_numpy(table.log_q_PM[table.row_of(time_N)])

@@ -4,7 +4,6 @@ A Markov chain with a fixed decay: p = ε·popularity + (1 − ε)·Σ_r α_r·P
 The strongest simple baseline on sparse logs, and the prior that HRNN-meta builds on.
 """
 
-from collections.abc import Iterator
 from typing import Self
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.baselines.base import NextItemBaseline, recent_items, smoothed_popularity
 from model.sequences import Histories
 from model.transitions import WINDOW, Transitions
 
@@ -19,62 +19,41 @@ FOLDS = 5
 EPSILON_GRID = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
 
 
-class TransitionCounts:
-    """Implements `NextItemModel`; ε is chosen by the likelihood of cross-fitted training users."""
+class TransitionCounts(NextItemBaseline):
+    """ε is chosen by the likelihood of training users whose own pairs are not counted."""
+
+    name = "transition-counts"
 
     def __init__(self, num_items: int) -> None:
-        self.num_items = num_items
-        self.epsilon = 1.0
-        self.p_M = torch.full((num_items,), 1.0 / num_items)
-        self.transitions: Transitions | None = None
+        super().__init__(num_items)
         alpha_R = 1.0 / torch.arange(1.0, WINDOW + 1)
         self.alpha_R = alpha_R / alpha_R.sum()
 
     def fit(self, train: Histories) -> Self:
-        """Count, then choose ε on users whose own pairs are not in the counts."""
-        count_M = np.bincount(train.item_E, minlength=self.num_items) + 1.0
-        self.p_M = torch.from_numpy(count_M / count_M.sum()).float()
+        p_M = smoothed_popularity(train, self.num_items)
         fold_U = np.arange(len(train)) % FOLDS
         fitted = Transitions.cross_fitted(
             train, self.num_items, fold_U, FOLDS, followers=self.num_items
         )
-        followed = [
-            fitted.at(
-                torch.where(
-                    recent >= 0,
-                    torch.from_numpy(fold_U[train.user_E[event_N]])[:, None] * self.num_items
-                    + recent,
-                    -1,
-                ),
-                self.alpha_R,
-                torch.from_numpy(train.item_E[event_N]),
-            )
-            for event_N, recent in _recent(train, 4096)
-        ]
-        followed_E, p_E = torch.cat(followed).double(), self.p_M[train.item_E].double()
-        self.epsilon = max(
+        followed = []
+        for start in range(0, train.num_events, 4096):
+            event_N = np.arange(start, min(start + 4096, train.num_events))
+            item_NR = recent_items(train, event_N, WINDOW)
+            fold_N1 = fold_U[train.user_E[event_N]][:, None]
+            row_NR = np.where(item_NR >= 0, fold_N1 * self.num_items + item_NR, -1)
+            target_N = torch.from_numpy(train.item_E[event_N])
+            followed.append(fitted.at(torch.from_numpy(row_NR), self.alpha_R, target_N))
+        followed_E, p_E = torch.cat(followed).double(), p_M[train.item_E].double()
+        epsilon = max(
             EPSILON_GRID, key=lambda e: float((e * p_E + (1 - e) * followed_E).log().mean())
         )
-        self.transitions = Transitions.count(train, self.num_items, followers=self.num_items)
+        counts = Transitions.count(train, self.num_items, followers=self.num_items)
+        self.state = counts.tensors() | {"p": p_M, "epsilon": torch.tensor(epsilon)}
         return self
 
-    def iter_scores(
-        self, histories: Histories, block: int
-    ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
-        """log p of every item at every event."""
-        if self.transitions is None:
-            raise ValueError("the counts are not fitted yet")
-        for event_N, recent_NR in _recent(histories, block):
-            followed_NM = self.transitions.scatter(recent_NR, self.alpha_R)
-            p_NM = self.epsilon * self.p_M + (1.0 - self.epsilon) * followed_NM
-            yield event_N, p_NM.log_()
-
-
-def _recent(histories: Histories, block: int) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
-    """(event_N, the WINDOW items before each, newest first, −1 where there is none)."""
-    first_E = np.repeat(histories.offset_U1[:-1], np.diff(histories.offset_U1))
-    for start in range(0, histories.num_events, block):
-        event_N = np.arange(start, min(start + block, histories.num_events))
-        at_NR = event_N[:, None] - np.arange(1, WINDOW + 1)
-        item_NR = histories.item_E[np.maximum(at_NR, 0)]
-        yield event_N, torch.from_numpy(np.where(at_NR >= first_E[event_N, None], item_NR, -1))
+    def scores(self, histories: Histories, event_N: NDArray[np.int64]) -> Tensor:
+        counts = Transitions.from_tensors(self.state, self.num_items)
+        recent_NR = torch.from_numpy(recent_items(histories, event_N, WINDOW))
+        followed_NM = counts.scatter(recent_NR, self.alpha_R)
+        epsilon = self.state["epsilon"]
+        return (epsilon * self.state["p"] + (1.0 - epsilon) * followed_NM).log_()

@@ -1,0 +1,65 @@
+"""The user's taste from values so far equals a ridge regression by hand, and never peeks."""
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model import values
+from model.values import MEAN_DAMPING, RIDGE, item_means, item_tastes, running_tastes
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=5),
+    chunk=st.sampled_from([1, 4, 1000]),
+    seed=st.integers(0, 50),
+)
+def test_running_tastes_equal_ridge_regressions_by_hand(lengths, chunk, seed):
+    rng = np.random.default_rng(seed)
+    offset = np.r_[0, np.cumsum(lengths)]
+    item = rng.integers(6, size=offset[-1])
+    value = np.where(rng.random(offset[-1]) < 0.3, np.nan, rng.normal(size=offset[-1]))
+    mean, taste = rng.normal(size=6), rng.normal(size=(6, 2))
+    whole, values.CHUNK = values.CHUNK, chunk
+    try:
+        got = running_tastes(
+            torch.from_numpy(item),
+            torch.from_numpy(value).float(),
+            offset,
+            torch.from_numpy(mean).float(),
+            torch.from_numpy(taste).float(),
+        ).numpy()
+    finally:
+        values.CHUNK = whole
+    for start, end in zip(offset[:-1], offset[1:], strict=True):
+        for k in range(start, end):
+            before = [e for e in range(start, k) if not np.isnan(value[e])]
+            x = np.c_[taste[item[before]], np.ones(len(before))]
+            gram = x.T @ x + np.diag([RIDGE, RIDGE, MEAN_DAMPING])
+            w = np.linalg.solve(gram, x.T @ (value[before] - mean[item[before]]))
+            np.testing.assert_allclose(got[k, :-1], w, atol=1e-4)
+            np.testing.assert_allclose(got[k, -1], len(before) / (len(before) + MEAN_DAMPING))
+
+
+def test_item_means_are_damped_and_skip_missing_values():
+    got = item_means(np.array([0, 0, 1]), np.array([3.0, np.nan, 1.0], np.float32), 3)
+    np.testing.assert_allclose(got, [3 / (1 + MEAN_DAMPING), 1 / (1 + MEAN_DAMPING), 0.0])
+
+
+def test_tastes_find_what_divides_the_users():
+    rng = np.random.default_rng(0)
+    side, kind = rng.choice([-1.0, 1.0], 300), np.where(np.arange(20) < 10, 1.0, -1.0)
+    user, item = np.repeat(np.arange(300), 20), np.tile(np.arange(20), 300)
+    value = side[user] * kind[item] + 0.1 * rng.normal(size=6000)
+    tastes = item_tastes(
+        torch.from_numpy(item),
+        torch.from_numpy(user),
+        torch.from_numpy(value).float(),
+        torch.zeros(20),
+        300,
+    ).numpy()
+    assert tastes.shape == (20, values.TASTES)
+    first = tastes[:, 0] * np.sign(tastes[0, 0])
+    assert (np.sign(first) == kind).all()
+    assert np.abs(tastes[:, 1:]).max() < 0.1 * np.abs(first).min()
