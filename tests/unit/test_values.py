@@ -1,5 +1,7 @@
 """The user's taste from values so far equals a ridge regression by hand, and never peeks."""
 
+import itertools
+
 import numpy as np
 import torch
 from hypothesis import given, settings
@@ -32,7 +34,7 @@ def test_running_tastes_equal_ridge_regressions_by_hand(lengths, chunk, seed):
         ).numpy()
     finally:
         values.CHUNK = whole
-    for start, end in zip(offset[:-1], offset[1:], strict=True):
+    for start, end in itertools.pairwise(offset):
         for k in range(start, end):
             before = [e for e in range(start, k) if not np.isnan(value[e])]
             x = np.c_[taste[item[before]], np.ones(len(before))]
