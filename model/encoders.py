@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from model import gru
+
 
 class EncoderKind(StrEnum):
     """The encoders that exist."""
@@ -50,15 +52,19 @@ class GRUEncoder(Encoder):
 
     def __init__(self, inputs: int, hidden: int) -> None:
         super().__init__()
-        self.gru = nn.GRU(inputs, hidden)
+        self.gru = nn.GRU(inputs, hidden)  # holds the weights; run as it is on a GPU only
         self.begin_state = nn.Parameter(torch.zeros(hidden))
 
     def forward(
         self, x_NI: Tensor, batch_size_T: Tensor, session_start_N: Tensor, state_SK: Tensor
     ) -> tuple[Tensor, Tensor]:
-        packed = PackedSequence(x_NI, batch_size_T)
-        out, h_1SH = self.gru(packed, state_SK[None].contiguous())
-        return out.data, h_1SH[0]
+        if x_NI.is_cuda:  # one fused kernel
+            packed = PackedSequence(x_NI, batch_size_T)
+            out, h_1SH = self.gru(packed, state_SK[None].contiguous())
+            return out.data, h_1SH[0]
+        weight_GI, weight_GH, bias_i_G, bias_h_G = self.gru.parameters()
+        i_NG = F.linear(x_NI, weight_GI, bias_i_G)
+        return gru.scan(i_NG, state_SK, weight_GH, bias_h_G, batch_size_T)
 
 
 class LSTMEncoder(Encoder):

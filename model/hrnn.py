@@ -36,6 +36,14 @@ class TrainedHRNN:
 
         q(t) is counted from the events of `trend_log` before each event's period.
         """
+        return self.iter_scores_at(histories, block, np.arange(histories.num_events))
+
+    def iter_scores_at(
+        self, histories: Histories, block: int, event_N: NDArray[np.int64]
+    ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+        """The same for some events only: all are encoded, these are scored."""
+        asked_E = np.zeros(histories.num_events, dtype=bool)
+        asked_E[event_N] = True
         table = self._trend_table(histories)
         positions = self.network.positions(histories, table)
         trend_PM = None if table is None else torch.from_numpy(table.log_q_PM)
@@ -43,11 +51,12 @@ class TrainedHRNN:
         with torch.inference_mode():
             w_MD, b_M = self.network.items.outputs()
             for batch, encoded in encode_batches(self.network, positions, histories):
-                for start in range(0, len(batch.event_N), block):
-                    event_B = torch.from_numpy(batch.event_N[start : start + block])
-                    query_BD = encoded.query_ND[start : start + block]
+                row_N = np.flatnonzero(asked_E[batch.event_N])
+                for start in range(0, len(row_N), block):
+                    row_B = torch.from_numpy(row_N[start : start + block])
+                    event_B = torch.from_numpy(batch.event_N)[row_B]
                     score_BM = self.network.affinities(
-                        query_BD, w_MD, b_M, self.prior(positions, event_B)
+                        encoded.query_ND[row_B], w_MD, b_M, self.prior(positions, event_B)
                     )
                     if trend_PM is not None and positions.trend_row is not None:
                         score_BM += self.network.beta * trend_PM[positions.trend_row[event_B]]

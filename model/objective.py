@@ -3,13 +3,14 @@
 Shapes: N packed positions, M items, S sampled negatives, P trend periods, U users.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.dense_loss import DenseTargets, dense_loss
 from model.feedback import FeedbackSettings, event_rewards, event_weights
 from model.inputs import Positions
 from model.losses import (
@@ -107,9 +108,29 @@ class Objective:
         weight_N: Tensor,
     ) -> Tensor:
         w_MD, b_M = self.network.items.outputs(lambda_mix)
+        prior = self.network.prior
+        if rows_NR is None or self.transitions is None:
+            prior = None
+        if not encoded.query_ND.is_cuda:
+            given = DenseTargets(target_N, weight_N, reward_N)
+            coefficients = {}
+            if prior is not None:
+                given = replace(
+                    given,
+                    transitions=self.transitions,
+                    row_NR=rows_NR,
+                    alpha_R=prior.alpha_R,
+                    inverse_p_M=prior.inverse_p_M,
+                )
+                coefficients = {"gamma": prior.gamma, "kappa": prior.kappa}
+            if period_N is not None and self.log_q_PM is not None:
+                given = replace(given, log_q_PM=self.log_q_PM, period_N=period_N)
+                coefficients["beta"] = self.network.beta
+            return dense_loss(encoded.query_ND, w_MD, b_M, given, **coefficients)
+        # A GPU has the memory and the kernels for the scores as a whole.
         phi_NM = torch.addmm(b_M, encoded.query_ND, w_MD.T)
-        if rows_NR is not None and self.network.prior is not None and self.transitions is not None:
-            phi_NM = phi_NM + self.network.prior(self.transitions, rows_NR)
+        if prior is not None and self.transitions is not None and rows_NR is not None:
+            phi_NM = phi_NM + prior(self.transitions, rows_NR)
         trend_NM = None
         if period_N is not None and self.log_q_PM is not None:
             trend_NM = self.network.beta * self.log_q_PM[period_N]

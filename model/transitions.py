@@ -220,5 +220,15 @@ class TransitionPrior(nn.Module):
         followed_N = transitions.at(row_NR, self.alpha_R, item_N)
         return self._bonus(followed_N * self.inverse_p_M[item_N])
 
+    @property
+    def gamma(self) -> Tensor:
+        """γ > 0."""
+        return self.log_gamma.exp()
+
+    @property
+    def kappa(self) -> Tensor:
+        """κ > 0."""
+        return self.log_kappa.exp()
+
     def _bonus(self, lift: Tensor) -> Tensor:
-        return self.log_gamma.exp() * torch.log1p(self.log_kappa.exp() * lift)
+        return self.gamma * torch.log1p(self.kappa * lift)

@@ -164,9 +164,9 @@ def test_the_number_of_threads_is_left_as_it_was():
 def test_a_models_own_scores_are_left_as_they_are():
     log = synthetic.histories([[0, 1, 2, 0, 1]], [[0, 1, 2, 3, 4]])
     model = Popularity(3).fit(log)  # yields one row, expanded: writing would hit all events
-    before = model.log_p_M.clone()
+    before = model.state["log_p"].clone()
     result = outcomes(model, log, 3, 2, remove_seen=True)
-    assert torch.equal(model.log_p_M, before)
+    assert torch.equal(model.state["log_p"], before)
     assert result.rank_E[2] == 1  # only the third item was left
 
 
