@@ -11,8 +11,17 @@ import httpx
 from model.errors import HrnnError, InputError, UnavailableError
 from model.query import Event, FieldValue, ItemFilter, Recommendation
 from serving.schemas import Prediction as PredictionSchema
+from serving.schemas import RecommendedItem
 
 _JSON = {"Content-Type": "application/json"}
+
+
+@dataclass(frozen=True, slots=True)
+class Rating:
+    """The value predicted for an item."""
+
+    item_id: str
+    value: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +29,7 @@ class Prediction:
     """One answer: items best first. `degraded` names what the service had to do without.
 
     `model_version` is None when the predictor did not answer, `trend_version` when there was
-    no trend snapshot.
+    no trend snapshot or none was needed. Task rate answers in `ratings` instead of `items`.
     """
 
     recommendation_id: str
@@ -29,6 +38,7 @@ class Prediction:
     degraded: tuple[str, ...]
     items: tuple[Recommendation, ...]
     unknown_items: int = 0
+    ratings: tuple[Rating, ...] = ()
 
 
 class Client:
@@ -69,6 +79,7 @@ class Client:
             timestamp: request time, Unix seconds; None: now.
             history: replaces the stored one.
             user: fields; override the stored ones.
+            context: fields of the request, such as the device.
 
         Raises:
             InputError: the service refused the request; the message names the field.
@@ -113,6 +124,35 @@ class Client:
             }
         )
 
+    def rate(
+        self,
+        items: Sequence[str],
+        user_id: str | None = None,
+        *,
+        timestamp: float | None = None,
+        history: Sequence[Event] | None = None,
+        user: Mapping[str, FieldValue] | None = None,
+        context: Mapping[str, FieldValue] | None = None,
+    ) -> Prediction:
+        """Predict the value (a rating, say) of each of `items`, in `ratings` in the order given.
+
+        Unknown items are left out. Arguments as for `recommend`.
+
+        Raises:
+            InputError: also when the model was trained on a log without values.
+        """
+        return self._one(
+            {
+                "task": "rate",
+                "items": list(items),
+                "user_id": user_id,
+                "timestamp": timestamp,
+                "history": _events(history),
+                "user": dict(user or {}),
+                "context": dict(context or {}),
+            }
+        )
+
     def predict(self, instances: Sequence[Mapping[str, Any]]) -> list[Prediction]:
         """A batch of instances as in docs/serving.md; one prediction each, in order."""
         body = {"instances": [dict(instance) for instance in instances]}
@@ -125,17 +165,7 @@ class Client:
             predictions = [PredictionSchema.model_validate(p) for p in answer["predictions"]]
         except (KeyError, TypeError, ValueError):
             raise UnavailableError(f"{self._url} did not answer with predictions") from None
-        return [
-            Prediction(
-                recommendation_id=p.recommendation_id,
-                model_version=p.model_version,
-                trend_version=p.trend_version,
-                degraded=tuple(p.degraded),
-                items=tuple(Recommendation(**item.model_dump()) for item in p.items),
-                unknown_items=p.unknown_items,
-            )
-            for p in predictions
-        ]
+        return [_prediction(p) for p in predictions]
 
     def ready(self) -> bool:
         """Whether the transformer is reachable and ready."""
@@ -186,6 +216,24 @@ class Client:
         if not isinstance(answer, dict):
             raise UnavailableError(f"{self._url} is not this service")
         return answer
+
+
+def _prediction(p: PredictionSchema) -> Prediction:
+    items, ratings = [], []
+    for item in p.items:
+        if isinstance(item, RecommendedItem):
+            items.append(Recommendation(**item.model_dump()))
+        else:
+            ratings.append(Rating(item.item_id, item.value))
+    return Prediction(
+        recommendation_id=p.recommendation_id,
+        model_version=p.model_version,
+        trend_version=p.trend_version,
+        degraded=tuple(p.degraded),
+        items=tuple(items),
+        unknown_items=p.unknown_items,
+        ratings=tuple(ratings),
+    )
 
 
 def _events(history: Sequence[Event] | None) -> list[dict[str, Any]] | None:

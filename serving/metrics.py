@@ -17,7 +17,7 @@ SECONDS = (
 
 REQUESTS = Counter(
     "hrnn_requests_total",
-    "Requests by task (recommend, rank, score, mixed, unknown) and outcome "
+    "Requests by task (recommend, rank, rate, score, mixed, unknown) and outcome "
     "(ok, degraded, invalid, unavailable, error)",
     ["task", "outcome"],
 )
@@ -59,7 +59,8 @@ PREDICTOR_ERRORS = Counter(
     ["kind"],
 )
 UNKNOWN_ITEMS = Counter(
-    "hrnn_unknown_items_total", "Items in histories and rank lists that the model does not know"
+    "hrnn_unknown_items_total",
+    "Items in histories and in lists to rank or rate that the model does not know",
 )
 NEW_USERS = Counter("hrnn_unknown_users_total", "Requests for a user the feature store lacks")
 MODEL_INFO = Gauge("hrnn_model_info", "1 for the model version that answers", ["version"])

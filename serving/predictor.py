@@ -1,4 +1,4 @@
-"""The predictor: histories in, affinities φ̃ of the best candidates out.
+"""The predictor: histories in, affinities φ̃ of the best candidates, or predicted values, out.
 
 Shapes: B instances, M items, C candidates.
 """
@@ -35,9 +35,14 @@ class Scorer(Protocol):
     item_ids: tuple[str, ...]
     beta: float
 
+    @property
+    def rates(self) -> bool: ...
     def check(self, query: Query) -> None: ...
     def affinities(self, queries: Sequence[Query]) -> NDArray[np.float32]: ...
     def allowed(self, query: Query) -> NDArray[np.bool_]: ...
+    def rate(
+        self, queries: Sequence[Query], items: Sequence[Sequence[str]]
+    ) -> list[list[tuple[str, float]]]: ...
 
 
 class Predictor(JsonModel):
@@ -95,6 +100,8 @@ class Predictor(JsonModel):
         for batch in (queries[:1], queries[2:], queries, queries * 5):
             for query, phi_M in zip(batch, self._scorer.affinities(batch), strict=True):
                 self._candidates(phi_M, self._scorer.allowed(query), 256)
+            if self._scorer.rates:
+                self._scorer.rate(batch, [items[:10]] * len(batch))
 
     async def answer(self, instances: list[Any], record: metrics.RequestRecord) -> list[Any]:
         record.task, record.version = "score", self._scorer.version
@@ -105,47 +112,56 @@ class Predictor(JsonModel):
     def _score(self, instances: Sequence[ScoreInstance]) -> list[dict[str, Any]]:
         queries = [instance.to_query() for instance in instances]
         allowed_BM = []
-        for i, query in enumerate(queries):
+        for i, (instance, query) in enumerate(zip(instances, queries, strict=True)):
             try:
                 self._scorer.check(query)
                 allowed_BM.append(self._scorer.allowed(query))
             except InputError as error:
                 raise InputError(f"instances[{i}].{error}") from None
+            if instance.task == "rate" and not self._scorer.rates:
+                raise InputError(
+                    f"instances[{i}].task: this model cannot rate: the log it was trained on has "
+                    "no event values, or all are the same"
+                )
+        scored = [b for b, instance in enumerate(instances) if instance.task == "score"]
+        rated = [b for b, instance in enumerate(instances) if instance.task == "rate"]
+        asked = [self._asked(*one) for one in zip(instances, allowed_BM, strict=True)]
         with metrics.stage("model"):
-            phi_BM = self._scorer.affinities(queries)
+            phi_BM = self._scorer.affinities([queries[b] for b in scored])
+            values = []
+            if rated:
+                values = self._scorer.rate([queries[b] for b in rated], [asked[b] for b in rated])
+        answers = [self._answer(*one) for one in zip(instances, queries, strict=True)]
         with metrics.stage("candidates"):
-            return [
-                self._answer_of(*one)
-                for one in zip(instances, queries, phi_BM, allowed_BM, strict=True)
-            ]
+            for b, phi_M in zip(scored, phi_BM, strict=True):
+                best_C, exhausted = self._candidates(phi_M, allowed_BM[b], instances[b].top_n)
+                answers[b] |= {
+                    "item_ids": [self._scorer.item_ids[c] for c in best_C],
+                    "affinities": phi_M[best_C].astype(np.float64).tolist(),
+                    "scored": {item: float(phi_M[self._index[item]]) for item in asked[b]},
+                    "exhausted": exhausted,
+                }
+            for b, value in zip(rated, values, strict=True):
+                answers[b]["values"] = dict(value)
+        return answers
 
-    def _answer_of(
-        self,
-        instance: ScoreInstance,
-        query: Query,
-        phi_M: NDArray[np.float32],
-        allowed_M: NDArray[np.bool_],
-    ) -> dict[str, Any]:
-        scorer = self._scorer
-        best_C, exhausted = self._candidates(phi_M, allowed_M, instance.top_n)
-        scored = {}
-        unknown_score_items = 0
-        for item in instance.score_items:
-            position = self._index.get(item)
-            if position is None:
-                unknown_score_items += 1
-            elif allowed_M[position]:
-                scored[item] = float(phi_M[position])
-        unknown = sum(event.item_id not in self._index for event in query.history)
+    def _asked(self, instance: ScoreInstance, allowed_M: NDArray[np.bool_]) -> list[str]:
+        """Those of `score_items` that exist and are allowed."""
+        places = ((item, self._index.get(item)) for item in instance.score_items)
+        return [item for item, place in places if place is not None and allowed_M[place]]
+
+    def _answer(self, instance: ScoreInstance, query: Query) -> dict[str, Any]:
+        """An answer without items yet."""
         return {
-            "item_ids": [scorer.item_ids[c] for c in best_C],
-            "affinities": phi_M[best_C].astype(np.float64).tolist(),
-            "scored": scored,
-            "exhausted": exhausted,
-            "beta": scorer.beta,
-            "model_version": scorer.version,
-            "unknown_items": unknown,
-            "unknown_score_items": unknown_score_items,
+            "item_ids": [],
+            "affinities": [],
+            "scored": {},
+            "values": {},
+            "exhausted": False,
+            "beta": self._scorer.beta,
+            "model_version": self._scorer.version,
+            "unknown_items": sum(e.item_id not in self._index for e in query.history),
+            "unknown_score_items": sum(item not in self._index for item in instance.score_items),
         }
 
     def _candidates(

@@ -24,7 +24,7 @@ from model.errors import InputError
 from model.query import Event, FieldValue, ItemFilter, Query
 from serving.settings import ServeSettings
 
-TASKS = ("recommend", "rank")
+TASKS = ("recommend", "rank", "rate")
 MAX_TIMESTAMP = 253_402_300_799  # 9999-12-31; milliseconds of any recent year are above
 MAX_FIELDS = 100
 MAX_TEXT = 10_000
@@ -48,7 +48,7 @@ def _field_value(value: Any) -> FieldValue:
         case bool():
             pass
         case int() | float() if math.isfinite(value):
-            return float(value)
+            return value  # 5 stays 5: a categorical field may hold "5", not "5.0"
         case list() if len(value) <= MAX_FIELDS and all(
             isinstance(v, str) and len(v) <= MAX_TEXT for v in value
         ):
@@ -83,7 +83,10 @@ class Request(BaseModel):
 
 
 class HistoryEvent(Request):
-    """One past interaction; `timestamp` in Unix seconds, `value` e.g. a rating."""
+    """One past interaction; `timestamp` in Unix seconds, `value` e.g. a rating.
+
+    The model reads the type and the value as feedback on the item.
+    """
 
     item_id: Id
     timestamp: Timestamp
@@ -113,9 +116,9 @@ class Instance(Request):
     user: Fields = {}
     history: list[HistoryEvent] | None = None  # replaces the stored one
     timestamp: Timestamp | None = None  # None: now
-    context: Fields = {}
-    task: Annotated[Literal["recommend", "rank"], BeforeValidator(_task)] = "recommend"
-    items: list[Id] | None = None  # of task rank
+    context: Fields = {}  # of the request: device, language, …
+    task: Annotated[Literal["recommend", "rank", "rate"], BeforeValidator(_task)] = "recommend"
+    items: list[Id] | None = None  # of tasks rank and rate
     num_results: Annotated[int, Field(ge=1)] | None = None
     exclude_seen: bool = False
     filter: Filter = Filter()
@@ -124,8 +127,13 @@ class Instance(Request):
 
 
 class ScoreInstance(Request):
-    """One request to the predictor: a complete query, and which affinities to return."""
+    """One request to the predictor: a complete query, and what to return.
 
+    Task score: the affinities of the `top_n` best items and of `score_items`. Task rate: the
+    predicted values of `score_items`, and no affinities.
+    """
+
+    task: Literal["score", "rate"] = "score"
     history: list[HistoryEvent] = []
     timestamp: Timestamp
     user: Fields = {}
@@ -155,16 +163,26 @@ class RecommendedItem(BaseModel):
     trend: float
 
 
+class RatedItem(BaseModel):
+    """`value`: the event value predicted for the item, on the scale of the training log."""
+
+    item_id: str
+    value: float
+
+
 class Prediction(BaseModel):
-    """One answer of the transformer. `degraded` lists what was missing, usually nothing."""
+    """One answer of the transformer. `degraded` lists what was missing, usually nothing.
+
+    `items`: best first; of task rate, in the order asked for.
+    """
 
     model_config = ConfigDict(protected_namespaces=())
 
     recommendation_id: str
     model_version: str | None  # None: the predictor did not answer
-    trend_version: str | None  # None: no trend snapshot was available
+    trend_version: str | None  # None: no trend snapshot was available, or none was needed
     degraded: list[str]
-    items: list[RecommendedItem]
+    items: list[RecommendedItem] | list[RatedItem]
     unknown_items: int = 0
 
 
@@ -186,12 +204,15 @@ def parse_instances(raw: Sequence[Any], settings: ServeSettings) -> list[Instanc
     total = 0
     for i, instance in enumerate(instances):
         where = f"instances[{i}]"
-        if instance.task == "rank":
+        if instance.task != "recommend":
             if not instance.items:
-                raise InputError(f"{where}.items: task 'rank' needs a list of item ids to rank")
+                raise InputError(
+                    f"{where}.items: task {instance.task!r} needs a list of item ids to "
+                    f"{instance.task}"
+                )
         elif instance.items is not None:
             raise InputError(
-                f"{where}.items: only task 'rank' takes items; "
+                f"{where}.items: only tasks 'rank' and 'rate' take items; "
                 "use filter.include to restrict recommendations"
             )
         if (instance.num_results or 0) > settings.max_num_results:

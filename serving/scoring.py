@@ -1,6 +1,7 @@
 """The transformer's client of the predictor: gRPC, one call for a batch, always a deadline."""
 
 import asyncio
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,9 +26,10 @@ class PredictorError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """The predictor's answer to one instance."""
+    """The predictor's answer to one instance; `values` by item id, of task rate."""
 
     candidates: Candidates
+    values: dict[str, float]
     model_version: str
     unknown_items: int
     unknown_score_items: int
@@ -143,12 +145,15 @@ def parse_answer(value: Any) -> Scored:
         )
         scored = Scored(
             candidates,
+            values={str(item): float(v) for item, v in value["values"].items()},
             model_version=str(value["model_version"]),
             unknown_items=int(value["unknown_items"]),
             unknown_score_items=int(value["unknown_score_items"]),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise AnswerError(repr(error)) from None
+    if not all(map(math.isfinite, scored.values.values())):
+        raise AnswerError("a value is not a finite number")
     if not (
         isinstance(candidates.item_ids, list)
         and all(isinstance(item, str) for item in candidates.item_ids)

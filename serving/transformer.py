@@ -53,7 +53,7 @@ class Work:
         self.unknown_items = 0
         self.rounds = 0
         self.version: str | None = None
-        self._results: list[Recommendation] | None = None
+        self._items_out: list[dict[str, Any]] | None = None  # of the answer
         self._user = {**(features.profile if features else {}), **instance.user}
         if instance.history is not None:
             history = to_events(instance.history)
@@ -68,7 +68,7 @@ class Work:
             self._timestamp = instance.timestamp
             history = [e for e in history if e.timestamp <= self._timestamp]
         self._history: list[Event] = history
-        if instance.task == "rank":
+        if instance.task != "recommend":
             self._items = list(dict.fromkeys(instance.items or []))
             self._k = instance.num_results or len(self._items)
         else:
@@ -84,7 +84,7 @@ class Work:
     @property
     def question(self) -> Question | None:
         """What to ask the predictor next; None when answered."""
-        if self._results is not None:
+        if self._items_out is not None:
             return None
         return Question(0, self._items) if self._search is None else self._search.question
 
@@ -94,6 +94,7 @@ class Work:
         assert question is not None  # noqa: S101 - only unanswered work asks
         instance = self.instance
         return {
+            "task": "rate" if instance.task == "rate" else "score",
             "history": [
                 {
                     "item_id": e.item_id,
@@ -129,21 +130,35 @@ class Work:
         candidates = scored.candidates
         if self._search is None:
             self.unknown_items += scored.unknown_score_items
+            if self.instance.task == "rate":
+                rated = [(i, scored.values[i]) for i in self._items if i in scored.values]
+                self._items_out = [{"item_id": i, "value": v} for i, v in rated[: self._k]]
+                return
             coefficient = self.instance.trend_weight * candidates.beta
-            self._results = ranked(candidates.scored.items(), self.trend, coefficient, self._k)
+            self._answer(ranked(candidates.scored.items(), self.trend, coefficient, self._k))
             return
         self._search.tell(candidates)
         if self._search.question is None:
-            self._results = self._search.results()
+            self._answer(self._search.results())
+
+    def _answer(self, results: Sequence[Recommendation]) -> None:
+        self._items_out = [
+            {"item_id": r.item_id, "score": r.score, "affinity": r.affinity, "trend": r.trend}
+            for r in results
+        ]
 
     def fall_back(self) -> None:
         """Answer without the predictor: the trend's own order, log q as the score.
 
-        Items' fields are the predictor's, so with a `where` filter nothing is known to pass.
+        Items' fields are the predictor's, so with a `where` filter nothing is known to pass; and
+        nothing is known of values.
         """
         self.degraded.append(PREDICTOR_UNAVAILABLE)
         self.version = None
         self.unknown_items = 0
+        if self.instance.task == "rate":
+            self._items_out = []
+            return
         item_filter: Filter = self.instance.filter
         include = None if item_filter.include is None else set(item_filter.include)
         exclude = set(item_filter.exclude)
@@ -160,20 +175,17 @@ class Work:
             for i in candidates
             if i not in exclude and (include is None or i in include) and not item_filter.where
         ]
-        self._results = ranked(passing, self.trend, 1.0, self._k)
+        self._answer(ranked(passing, self.trend, 1.0, self._k))
 
     def prediction(self) -> dict[str, Any]:
         """The answer as JSON."""
-        assert self._results is not None  # noqa: S101 - called when answered
+        assert self._items_out is not None  # noqa: S101 - called when answered
         prediction: dict[str, Any] = {
             "recommendation_id": uuid4().hex,
             "model_version": self.version,
-            "trend_version": self.trend.version,
+            "trend_version": None if self.instance.task == "rate" else self.trend.version,
             "degraded": self.degraded,
-            "items": [
-                {"item_id": r.item_id, "score": r.score, "affinity": r.affinity, "trend": r.trend}
-                for r in self._results
-            ],
+            "items": self._items_out,
         }
         if self.unknown_items:
             prediction["unknown_items"] = self.unknown_items
@@ -217,7 +229,8 @@ class Transformer(JsonModel):
         works = []
         for instance in parsed:
             features = users.get(instance.user_id) if instance.user_id is not None else None
-            degraded = [trend_problem] if trend_problem else []
+            # Values do not depend on the trend.
+            degraded = [trend_problem] if trend_problem and instance.task != "rate" else []
             if instance.user_id is not None and features is None:
                 degraded.append(FEATURES_UNAVAILABLE)
             works.append(Work(instance, features, trend, degraded, self.settings))
