@@ -21,14 +21,16 @@ class FeedbackSettings(SettingsBase):
 
     weights: dict[str, Weight] = {}  # loss weight by event type; 1 for all others
     rewards: dict[str, Reward] = {}  # reward r by event type; 1 for all others
-    # The values (e.g. ratings) that mean reward 0 and reward 1; linear between, clipped outside.
+    # The values (e.g. ratings) that mean reward 0 and reward 1, or weight 0 and weight 1; linear
+    # between, clipped outside.
     reward_from_value: tuple[FiniteFloat, FiniteFloat] | None = None
+    weight_from_value: tuple[FiniteFloat, FiniteFloat] | None = None
 
-    @field_validator("reward_from_value")
+    @field_validator("reward_from_value", "weight_from_value")
     @classmethod
     def _two_values(cls, ends: tuple[float, float] | None) -> tuple[float, float] | None:
         if ends is not None and ends[0] == ends[1]:
-            raise ValueError("the values that mean reward 0 and reward 1 must differ")
+            raise ValueError("the values that mean 0 and 1 must differ")
         return ends
 
     @property
@@ -38,17 +40,26 @@ class FeedbackSettings(SettingsBase):
 
 
 def event_weights(
-    settings: FeedbackSettings, num_events: int, event_type_E: NDArray[np.object_] | None
+    settings: FeedbackSettings,
+    num_events: int,
+    event_type_E: NDArray[np.object_] | None,
+    value_E: NDArray[np.float64] | None,
 ) -> NDArray[np.float32]:
-    """Loss weight of each event, float32 `[E]`; events without a type weigh 1.
+    """Loss weight of each event, float32 `[E]`: that of its type times that of its value.
+
+    An event without a type, or without a value (NaN), has 1 for that factor.
 
     Raises:
-        InputError: there are weights by event type but no event types, or all weights are 0.
+        InputError: a setting needs a column, or names an event type, that the log does not have,
+            or all weights are 0.
     """
     weight_E = _by_type(settings.weights, "weights", num_events, event_type_E)
+    weight_E = weight_E * _by_value(
+        settings.weight_from_value, "weight_from_value", num_events, value_E
+    )
     if num_events and not weight_E.any():
         raise InputError(
-            "every event has weight 0 under feedback.weights: give some event type a weight above 0"
+            "every event has weight 0 under feedback: give some event types or values more"
         )
     return weight_E
 
@@ -64,19 +75,30 @@ def event_rewards(
     An event without a type, or without a value (NaN), has 1 for that factor.
 
     Raises:
-        InputError: a setting needs a column that the log does not have.
+        InputError: a setting needs a column, or names an event type, that the log does not have.
     """
-    reward_E = _by_type(settings.rewards, "rewards", num_events, event_type_E)
-    if settings.reward_from_value is None:
-        return reward_E
+    return _by_type(settings.rewards, "rewards", num_events, event_type_E) * _by_value(
+        settings.reward_from_value, "reward_from_value", num_events, value_E
+    )
+
+
+def _by_value(
+    ends: tuple[float, float] | None,
+    name: str,
+    num_events: int,
+    value_E: NDArray[np.float64] | None,
+) -> NDArray[np.float32]:
+    """Linear from the first end (0) to the second (1), clipped; 1 for events without a value."""
+    if ends is None:
+        return np.ones(num_events, dtype=np.float32)
     if value_E is None:
         raise InputError(
-            "feedback.reward_from_value needs event values: map a column to event_value, "
+            f"feedback.{name} needs event values: map a column to event_value, "
             "or remove the setting"
         )
-    zero, one = settings.reward_from_value
-    from_value_E = np.clip((value_E - zero) / (one - zero), 0.0, 1.0)
-    return reward_E * np.where(np.isnan(value_E), 1.0, from_value_E).astype(np.float32)
+    zero, one = ends
+    share_E = np.clip((value_E - zero) / (one - zero), 0.0, 1.0)
+    return np.where(np.isnan(value_E), 1.0, share_E).astype(np.float32)
 
 
 def _by_type(
@@ -92,6 +114,12 @@ def _by_type(
         raise InputError(
             f"feedback.{name} names event types but the log has none: map a column to event_type, "
             "or remove the setting"
+        )
+    known = {t for t in event_type_E if t is not None}
+    if num_events and (unknown := sorted(table.keys() - known)):
+        raise InputError(
+            f"feedback.{name}.{unknown[0]}: the log has no such event type "
+            f"(it has: {', '.join(sorted(known)) or 'none'})"
         )
     return np.fromiter(
         (table.get(event_type, 1.0) for event_type in event_type_E), np.float32, num_events

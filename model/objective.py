@@ -42,7 +42,7 @@ class EventTargets:
             reward = torch.from_numpy(
                 event_rewards(feedback, log.num_events, log.event_type_E, log.value_E)
             )
-        weight_E = event_weights(feedback, log.num_events, log.event_type_E)
+        weight_E = event_weights(feedback, log.num_events, log.event_type_E, log.value_E)
         return cls(torch.from_numpy(weight_E), reward)
 
 

@@ -13,7 +13,7 @@ VALUES = np.array([1.0, 3.0, np.nan, 9.0])
 def test_by_default_all_events_are_equal():
     settings = FeedbackSettings()
     for types, values in ((None, None), (TYPES, VALUES)):
-        weight_E = event_weights(settings, 4, types)
+        weight_E = event_weights(settings, 4, types, None)
         reward_E = event_rewards(settings, 4, types, values)
         assert weight_E.dtype == reward_E.dtype == np.float32
         assert weight_E.tolist() == reward_E.tolist() == [1, 1, 1, 1]
@@ -24,7 +24,7 @@ def test_tables_by_type_leave_other_types_at_one():
     settings = FeedbackSettings.parse(
         {"weights": {"buy": 5, "view": 0}, "rewards": {"view": 0.25, "click": 0}}
     )
-    assert event_weights(settings, 4, TYPES).tolist() == [1, 0, 1, 5]
+    assert event_weights(settings, 4, TYPES, None).tolist() == [1, 0, 1, 5]
     assert event_rewards(settings, 4, TYPES, None).tolist() == [0, 0.25, 1, 1]
     assert settings.has_rewards
     assert not FeedbackSettings(weights={"buy": 5}, rewards={"buy": 1}).has_rewards
@@ -66,12 +66,28 @@ def test_settings_that_make_no_sense_are_refused(values, message):
 def test_settings_that_the_log_cannot_serve_are_refused():
     by_type = FeedbackSettings.parse({"weights": {"buy": 2}, "rewards": {"view": 0}})
     with pytest.raises(InputError, match=r"feedback\.weights.*event_type"):
-        event_weights(by_type, 4, None)
+        event_weights(by_type, 4, None, None)
     with pytest.raises(InputError, match=r"feedback\.rewards.*event_type"):
         event_rewards(by_type, 4, None, VALUES)
     with pytest.raises(InputError, match="event_value"):
         event_rewards(FeedbackSettings.parse({"reward_from_value": [0, 1]}), 4, TYPES, None)
     nothing = FeedbackSettings.parse({"weights": {"buy": 0}})
     with pytest.raises(InputError, match="every event has weight 0"):
-        event_weights(nothing, 2, np.array(["buy", "buy"], dtype=object))
-    assert event_weights(nothing, 0, np.array([], dtype=object)).shape == (0,)
+        event_weights(nothing, 2, np.array(["buy", "buy"], dtype=object), None)
+    assert event_weights(nothing, 0, np.array([], dtype=object), None).shape == (0,)
+
+
+def test_weights_by_value_multiply_those_by_type():
+    settings = FeedbackSettings(weights={"buy": 5.0}, weight_from_value=(1.0, 5.0))
+    value = np.array([1.0, 3.0, np.nan, 9.0])
+    types = np.array(["buy", "buy", "buy", "view"], dtype=object)
+    assert event_weights(settings, 4, types, value).tolist() == [0, 2.5, 5, 1]
+    with pytest.raises(InputError, match=r"feedback\.weight_from_value needs event values"):
+        event_weights(settings, 4, types, None)
+
+
+def test_an_event_type_that_the_log_does_not_have_is_refused():
+    settings = FeedbackSettings(weights={"purchase": 5.0})
+    types = np.array(["buy", "view", None], dtype=object)
+    with pytest.raises(InputError, match=r"feedback\.weights\.purchase: .*\(it has: buy, view\)"):
+        event_weights(settings, 3, types, None)

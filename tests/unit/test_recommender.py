@@ -1,243 +1,464 @@
-"""Inference equals training's own scores, reads every input, and holds at the edges."""
+"""The recommender on a log with everything: fields, feedback, values, request context."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from components.train import steps
 from model import bundle as bundles
-from model.catalogue import Catalogue
-from model.errors import InputError
-from model.network import NetworkSettings
+from model.encoders import EncoderKind
+from model.errors import BundleError, InputError
 from model.query import Event, ItemFilter, Query
 from model.recommender import Recommender
 from model.schema import Schema
-from model.splits import SplitSettings, split_users
+from model.tables import Log
 from model.training import TrainSettings, fit
 from model.trends import ResolvedTrend, snapshot_from_counts
 from tests import synthetic
 
-M = 20
-SCHEMA = Schema.parse(
-    {
-        "users": {"group": "categorical", "age": "numeric"},
-        "items": {"genre": "multi_categorical", "year": "numeric", "about": "text"},
-        "context": {"device": "categorical"},
+M = 24
+IDS = [f"i{j:03d}" for j in range(M)]
+START = 1_000_000_000
+TRAIN = {
+    "max_epochs": 2,
+    "learning_rate": 0.01,
+    "batch_events": 256,
+    "network": {"embedding": 8, "hidden": 16, "control": 4},
+}
+
+
+def write_rich(path):
+    """Clean tables whose events have types, values and a device; items of every field kind."""
+    clean = synthetic.clean_tables(path, synthetic.successor(80, 12, M, seed=0))
+    synthetic.add_users(clean)
+    rng = np.random.default_rng(1)
+    events = pq.read_table(clean / "interactions.parquet")
+    n = len(events)
+    number = np.array([int(i[1:]) for i in events.column("item_id").to_pylist()])
+    value = np.where(rng.random(n) < 0.2, np.nan, 1.0 + number % 5)
+    columns = {
+        "event_type": rng.choice(["play", "skip", "buy"], n).tolist(),
+        "event_value": pa.array(value, from_pandas=True),
+        "device": [None if j % 11 == 0 else ["tv", "phone"][j % 2] for j in range(n)],
+        "volume": rng.uniform(0, 10, n).tolist(),
     }
-)
-
-
-def _log():
-    log = synthetic.successor(80, 10, M, seed=0)
-    rng = np.random.default_rng(0)
-    users = {
-        "group": [("a", "b", None)[u % 3] for u in range(len(log))],
-        "age": [float(20 + u % 40) for u in range(len(log))],
-    }
-    return replace(
-        log,
-        value_E=np.where(rng.random(log.num_events) < 0.2, np.nan, rng.normal(size=log.num_events)),
-        event_type_E=np.array([("buy", "view")[j % 2] for j in log.item_E], dtype=object),
-        context_fields={
-            "device": np.array([("tv", "phone", None)[j % 3] for j in log.item_E], dtype=object)
-        },
-        user_fields=users,
-    )
-
-
-LOG = _log()
-SPLIT = split_users(LOG, SplitSettings())
-CATALOGUE = Catalogue(
-    tuple(f"i{j:03d}" for j in range(M)),
-    {
-        "genre": [["even" if j % 2 == 0 else "odd", "any"] for j in range(M)],
-        "year": [1990.0 + j % 5 for j in range(M)],
-        "about": [f"item number {j}" for j in range(M)],
-    },
-)
-# An embedding started wide makes a model of few epochs read everything it is given.
-NETWORK = NetworkSettings(embedding=16, hidden=16, control=4, dropout=0.0, user_dropout=0.0)
-
-
-def _bundle(folder, log=SPLIT.train, schema=SCHEMA):
-    settings = TrainSettings(network=NETWORK, max_epochs=3, batch_events=128, learning_rate=0.02)
-    model = fit(log, SPLIT.valid, CATALOGUE, settings, ResolvedTrend(86_400, 0, 1.0), schema)
-    snapshot = snapshot_from_counts(
-        list(CATALOGUE.item_ids),
-        np.bincount(log.item_E, minlength=M),
-        num_items=M,
-        smoothing=1.0,
-        as_of=2_000_000_000,
-        window_seconds=0,
-    )
-    bundles.save(
-        folder,
-        model=model,
-        catalogue=CATALOGUE,
-        schema=schema,
-        settings=settings,
-        trend=snapshot,
-        metrics={},
-    )
-    return folder
+    for name, column in columns.items():
+        events = events.append_column(name, pa.array(column))
+    pq.write_table(events, clean / "interactions.parquet")
+    items = pq.read_table(clean / "items.parquet")
+    colours = [None if j == 0 else ["red", "green", "blue"][j % 3] for j in range(M)]
+    items = items.append_column("colour", pa.array(colours))
+    items = items.append_column("blurb", pa.array([f"The number {j % 4}" for j in range(M)]))
+    pq.write_table(items, clean / "items.parquet")
+    schema = Schema.load(clean / "schema.json").model_dump(mode="json")
+    schema["items"] |= {"colour": "categorical", "blurb": "text"}
+    schema["context"] = {"device": "categorical", "volume": "numeric"}
+    Schema.parse(schema).save(clean / "schema.json")
+    return clean
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return _bundle(tmp_path_factory.mktemp("recommender") / "bundle")
+def clean(tmp_path_factory):
+    return write_rich(tmp_path_factory.mktemp("rich") / "clean")
 
 
 @pytest.fixture(scope="module")
-def recommender(folder):
-    return Recommender.load(folder)
+def path(clean, tmp_path_factory):
+    path = tmp_path_factory.mktemp("rich-model") / "bundle"
+    steps.run(clean, path, trend={}, settings=TRAIN)
+    return path
 
 
-def _query(log, user, k, **more):
-    """The request that led to event k of a user."""
-    start = int(log.offset_U1[user])
-    events = [
+@pytest.fixture(scope="module")
+def recommender(path):
+    return Recommender.load(path)
+
+
+def events(*items, kind="play", value=3.0):
+    return [Event(i, START + 600.0 * n, kind, value) for n, i in enumerate(items)]
+
+
+def query(*items, at=START + 86_400.0, **more):
+    return Query(events(*items), at, **more)
+
+
+def long_history(length):
+    rng = np.random.default_rng(length)
+    return [
         Event(
-            item_id=CATALOGUE.item_ids[log.item_E[e]],
-            timestamp=float(log.timestamp_E[e]),
-            event_type=log.event_type_E[e],
-            value=None if np.isnan(log.value_E[e]) else float(log.value_E[e]),
+            IDS[rng.integers(M)],
+            START + 600.0 * n,
+            [None, "play", "skip", "unheard of"][rng.integers(4)],
+            [None, 1.0, 4.5][rng.integers(3)],
         )
-        for e in range(start, start + k)
+        for n in range(length)
     ]
-    fields = {n: values[user] for n, values in log.user_fields.items()}
-    context = {n: values[start + k] for n, values in log.context_fields.items()}
-    return Query(
-        events, float(log.timestamp_E[start + k]), **{"user": fields, "context": context} | more
+
+
+QUERIES = [
+    Query([], START),
+    query("i003"),
+    Query(long_history(7), START + 9000.0, {"group": "a", "age": 31.0}, {"device": "tv"}),
+    Query(long_history(260), START + 10**6, {"group": "b"}, {"device": "phone", "volume": 3.0}),
+    Query([], START, {"age": 60.0}, {"volume": 9.0}),
+    Query([Event("never heard of", START)], START + 5.0),
+]
+
+
+def test_a_batch_equals_single_queries(recommender):
+    single = np.concatenate([recommender.affinities([q]) for q in QUERIES])
+    np.testing.assert_allclose(recommender.affinities(QUERIES), single, atol=1e-5)
+    lists = [IDS[k : 3 * k] for k in range(1, len(QUERIES) + 1)]
+    batches = (
+        recommender.recommend(QUERIES, 5),
+        recommender.rank(QUERIES, lists),
+        recommender.rate(QUERIES, lists),
     )
+    for k, (q, items) in enumerate(zip(QUERIES, lists, strict=True)):
+        alone = recommender.recommend([q], 5), recommender.rank([q], [items])
+        for batch, [one] in zip(batches[:2], alone, strict=True):
+            assert [r.item_id for r in batch[k]] == [r.item_id for r in one]
+            assert [r.score for r in batch[k]] == pytest.approx([r.score for r in one], abs=1e-5)
+        [rated] = recommender.rate([q], [items])
+        assert [i for i, _ in batches[2][k]] == [i for i, _ in rated] == items
+        assert [v for _, v in batches[2][k]] == pytest.approx([v for _, v in rated], abs=1e-5)
 
 
-def test_serving_scores_are_those_of_training(folder, recommender):
-    model = bundles.load(folder).model  # without a trend log: affinities alone
-    ((event_N, score_NM),) = model.iter_scores(SPLIT.test, 10_000)
-    score_EM = np.empty((SPLIT.test.num_events, M), np.float32)
-    score_EM[event_N] = score_NM
-    value_E = model.predict_values(SPLIT.test)
-    asked = [(u, k) for u in range(4) for k in (0, 1, 5, 9)]
-    queries = [_query(SPLIT.test, u, k) for u, k in asked]
-    rows = [int(SPLIT.test.offset_U1[u]) + k for u, k in asked]
-    np.testing.assert_allclose(recommender.affinities(queries), score_EM[rows], atol=1e-4)
-    items = [[CATALOGUE.item_ids[SPLIT.test.item_E[row]]] for row in rows]
-    rated = recommender.rate(queries, items)
-    assert [r[0][0] for r in rated] == [i[0] for i in items]
-    np.testing.assert_allclose([r[0][1] for r in rated], value_E[rows], atol=1e-4)
+def test_nothing_asked_is_nothing_answered(recommender):
+    assert (
+        recommender.recommend([], 3) == recommender.rank([], []) == recommender.rate([], []) == []
+    )
+    assert recommender.rate([QUERIES[1]], [[]]) == recommender.rank([QUERIES[1]], [[]]) == [[]]
 
 
-def test_batch_equals_single(recommender):
-    queries = [_query(SPLIT.test, u, k) for u, k in ((0, 0), (1, 7), (2, 3), (3, 9))]
-    ids = list(CATALOGUE.item_ids)
-    for one, many in (
-        (lambda q: recommender.recommend([q], 5)[0], recommender.recommend(queries, 5)),
-        (lambda q: recommender.rank([q], [ids[:7]])[0], recommender.rank(queries, [ids[:7]] * 4)),
-    ):
-        for query, answer in zip(queries, many, strict=True):
-            assert [r.item_id for r in one(query)] == [r.item_id for r in answer]
-            np.testing.assert_allclose(
-                [r.score for r in one(query)], [r.score for r in answer], atol=1e-4
-            )
-    together = recommender.rate(queries, [ids[:n] for n in (3, 0, 5, 1)])
-    for query, answer, n in zip(queries, together, (3, 0, 5, 1), strict=True):
-        ((*alone,),) = recommender.rate([query], [ids[:n]])
-        assert [i for i, _ in alone] == [i for i, _ in answer]
-        np.testing.assert_allclose([v for _, v in alone], [v for _, v in answer], atol=1e-5)
-    assert recommender.rate([], []) == []
+def changed(recommender, one, other):
+    phi = recommender.affinities([one, other])
+    return np.abs(phi[0] - phi[1]).max()
+
+
+def test_feedback_in_the_history_changes_the_answer(recommender):
+    liked = Query(events("i003", "i008", value=5.0), START + 9000.0)
+    disliked = Query(events("i003", "i008", value=1.0), START + 9000.0)
+    skipped = Query(events("i003", "i008", kind="skip", value=5.0), START + 9000.0)
+    untold = Query(events("i003", "i008", kind=None, value=None), START + 9000.0)
+    for other in (disliked, skipped, untold):
+        assert changed(recommender, liked, other) > 1e-4
+    [[(_, high)], [(_, low)]] = recommender.rate([liked, disliked], [["i005"]] * 2)
+    assert high > low
+    # A type the log did not have is no type.
+    unheard = Query(events("i003", kind="unheard of"), START + 9000.0)
+    assert changed(recommender, unheard, Query(events("i003", kind=None), START + 9000.0)) == 0
+
+
+def test_context_changes_the_answer(recommender):
+    tv, phone = (query("i003", context={"device": d}) for d in ("tv", "phone"))
+    loud = query("i003", context={"device": "tv", "volume": 9.5})
+    assert changed(recommender, tv, phone) > 1e-4
+    assert changed(recommender, tv, loud) > 1e-4
+    unread = query("i003", context={"device": "tv", "moon": "full", "volume": None})
+    assert changed(recommender, tv, unread) == 0
+    unheard = query("i003", context={"device": "fridge"})
+    assert changed(recommender, unheard, query("i003")) == 0
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("section", "values", "message"),
     [
-        lambda q: replace(q, timestamp=q.timestamp + 86_400),
-        lambda q: replace(q, user={**q.user, "group": "b" if q.user["group"] != "b" else "a"}),
-        lambda q: replace(q, context={"device": "phone" if q.context != "phone" else "tv"}),
-        lambda q: replace(q, history=[*q.history[:-1], replace(q.history[-1], event_type=None)]),
-        lambda q: replace(q, history=[*q.history[:-1], replace(q.history[-1], value=5.0)]),
-        lambda q: replace(q, history=q.history[:-1]),
+        ("context", {"volume": "loud"}, r"context\.volume: expected numeric, got str"),
+        ("context", {"volume": ("1", "2")}, r"context\.volume: expected numeric, got tuple"),
+        ("context", {"device": ("tv", "phone")}, r"context\.device: expected categorical, got tup"),
+        ("user", {"age": "old"}, r"user\.age: expected numeric, got str"),
+        ("user", {"group": ("a", "b")}, r"user\.group: expected categorical, got tuple"),
     ],
-    ids=["time", "user", "context", "type", "value", "history"],
 )
-def test_every_input_is_read(recommender, change):
-    query = replace(_query(SPLIT.test, 0, 5), context={"device": "tv"})
-    before, after = recommender.affinities([query, change(query)])
-    assert np.abs(before - after).max() > 1e-4
+def test_a_value_that_does_not_fit_its_kind_is_refused_by_name(
+    recommender, section, values, message
+):
+    with pytest.raises(InputError, match=message):
+        recommender.check(query(**{section: values}))
+
+
+def test_values_that_fit_are_accepted(recommender):
+    for q in QUERIES:
+        recommender.check(q)
+    recommender.check(query(context={"volume": 3, "device": "fridge", "else": ("x",)}))
 
 
 def test_users_without_history_are_served_from_fields_and_context(recommender):
-    at = 1_000_500_000.0
-    nobody = Query([], at)
-    known = Query([], at, user={"group": "a", "age": 30.0}, context={"device": "tv"})
-    answers = recommender.recommend([nobody, known], 5)
-    assert all(len(a) == 5 for a in answers)
-    scores = recommender.affinities([nobody, known])
-    assert np.isfinite(scores).all() and np.abs(scores[0] - scores[1]).max() > 1e-4
-
-
-def test_values_that_do_not_fit_a_field_are_refused_by_name(recommender):
-    with pytest.raises(InputError, match=r"user\.age: expected numeric"):
-        recommender.check(Query([], 0.0, user={"age": "old"}))
-    recommender.check(Query([], 0.0, user={"shoe_size": "unknown fields are not read"}))
+    plain = Query([], START)
+    for more in (
+        {"user": {"group": "a"}},
+        {"user": {"age": 66.0}},
+        {"context": {"device": "phone"}},
+        {"context": {"volume": 0.5}},
+    ):
+        assert changed(recommender, plain, replace(plain, **more)) > 1e-4
+    [items] = recommender.recommend([plain], M)
+    assert len(items) == M
+    assert np.isfinite([i.score for i in items]).all()
 
 
 def test_filters_on_every_kind_of_field(recommender):
-    def ids(**kwargs):
-        query = _query(SPLIT.test, 0, 5, filter=ItemFilter(**kwargs))
-        return {r.item_id for r in recommender.recommend([query], 100)[0]}
+    def passing(item_filter, **more):
+        [items] = recommender.recommend([query("i002", "i004", filter=item_filter, **more)], M)
+        return sorted(int(i.item_id[1:]) for i in items)
 
-    everything = set(CATALOGUE.item_ids)
-    assert ids() == everything
-    assert ids(include=frozenset({"i003", "nowhere"})) == {"i003"}
-    assert ids(exclude=frozenset({"i003", "nowhere"})) == everything - {"i003"}
-    assert ids(where={"genre": frozenset({"odd"})}) == {f"i{j:03d}" for j in range(1, M, 2)}
-    assert ids(where={"year": frozenset({"1991"})}) == {f"i{j:03d}" for j in range(1, M, 5)}
-    assert ids(where={"about": frozenset({"item number 7"})}) == {"i007"}
-    assert ids(where={"genre": frozenset({"odd"}), "year": frozenset({"1990", "1991"})}) == {
-        f"i{j:03d}" for j in range(M) if j % 2 and j % 5 < 2
-    }
-    with pytest.raises(InputError, match="colour"):
-        ids(where={"colour": frozenset({"red"})})
+    def where(**values):
+        return ItemFilter(where={name: frozenset(v) for name, v in values.items()})
+
+    assert passing(where(colour=["red"])) == list(range(3, M, 3))  # item 0 has no colour
+    assert passing(where(colour=["red", "blue"])) == sorted([*range(3, M, 3), *range(2, M, 3)])
+    assert passing(where(colour=["red"], genres=["even"])) == list(range(6, M, 6))
+    assert passing(where(genres=["odd"])) == list(range(1, M, 2))
+    assert passing(where(year=["1993", "1994.0"])) == [j for j in range(M) if j % 5 > 2]
+    assert passing(where(blurb=["The number 2"])) == list(range(2, M, 4))
+    assert passing(where(title=["Item 7"])) == [7]
+    assert passing(where(colour=["mauve"])) == passing(where(colour=[])) == []
+    some = ItemFilter(include=frozenset(["i001", "i002", "unknown"]), exclude=frozenset(["i001"]))
+    assert passing(some) == [2]
+    assert passing(ItemFilter(), exclude_seen=True) == [j for j in range(M) if j not in (2, 4)]
+    assert passing(ItemFilter(include=frozenset())) == []
+    assert set(recommender.fields) == {"genres", "year", "colour", "blurb", "title"}
 
 
-def test_seen_items_unknown_items_and_more_than_there_are(recommender):
-    query = _query(SPLIT.test, 0, 5, exclude_seen=True)
-    seen = {event.item_id for event in query.history}
-    answer = recommender.recommend([query], 1000)[0]
-    assert {r.item_id for r in answer} == set(CATALOGUE.item_ids) - seen
-    strange = [Event("never-heard-of", query.timestamp - 1), *query.history]
-    np.testing.assert_array_equal(
-        recommender.affinities([replace(query, history=strange)]), recommender.affinities([query])
+def test_k_beyond_the_catalogue_gives_all_allowed_items(recommender):
+    q = query("i002", exclude_seen=True, filter=ItemFilter(exclude=frozenset(["i005"])))
+    [all_items], [everything] = recommender.recommend([q], 10**6), recommender.recommend([q], M)
+    assert all_items == everything
+    assert {i.item_id for i in all_items} == set(IDS) - {"i002", "i005"}
+
+
+def test_unknown_ids_are_skipped(recommender):
+    known = events("i003", "i008")
+    odd = [known[0], Event("gone", START + 300.0, "buy", 1.0), known[1]]
+    odd += [Event("lost", START + 900.0, "skip", 5.0)]
+    assert changed(recommender, Query(known, START + 9e3), Query(odd, START + 9e3)) == 0
+    [ranked] = recommender.rank([query()], [["gone", "i004", "lost"]])
+    assert [r.item_id for r in ranked] == ["i004"]
+    [rated] = recommender.rate([query()], [["i009", "gone", "i004", "lost", "i009"]])
+    assert [i for i, _ in rated] == ["i009", "i004", "i009"]
+    assert recommender.rate([query()], [["gone"]]) == [[]]
+
+
+def test_histories_are_read_in_order_of_time(recommender):
+    history = long_history(20)
+    shuffled = [history[n] for n in np.random.default_rng(0).permutation(20)]
+    assert changed(recommender, Query(history, START + 1e6), Query(shuffled, START + 1e6)) == 0
+
+
+def test_values_are_predicted_on_the_scale_of_the_log(recommender):
+    assert recommender.rates
+    [rated] = recommender.rate([query("i003")], [IDS])
+    value = np.array([v for _, v in rated])
+    # The log's values are 1 + j % 5, less than damped averages know of them.
+    assert np.corrcoef(value, [1 + j % 5 for j in range(M)])[0, 1] > 0.9
+    assert 0.5 < value.min() < value.max() < 5.5
+
+
+@pytest.mark.parametrize("value", [1e30, -1e300, 1.7e308])
+def test_absurd_values_in_a_history_leave_numbers_finite(recommender, value):
+    odd = Query(events("i003", "i004", value=value), START + 9000.0)
+    with np.errstate(all="raise"):
+        assert np.isfinite(recommender.affinities([odd])).all()
+        [[(_, rated)]] = recommender.rate([odd], [["i005"]])
+    assert np.isfinite(rated)
+
+
+def test_a_model_without_values_says_so(tmp_path):
+    clean = synthetic.clean_tables(tmp_path / "clean", synthetic.successor(40, 6, M, seed=0))
+    steps.run(clean, tmp_path / "bundle", trend={}, settings=TRAIN | {"max_epochs": 1})
+    recommender = Recommender.load(tmp_path / "bundle")
+    assert not recommender.rates
+    with pytest.raises(InputError, match="predicts no values: its training log had none"):
+        recommender.rate([query("i003")], [["i004"]])
+
+
+# The model in memory and the one read back, for every encoder and the other switches.
+
+VARIANTS = {
+    **{kind.value: {"encoder": kind.value} for kind in EncoderKind},
+    "untied": {"tied": False},
+    "no transitions": {"transitions": False},
+    "untied, no transitions": {"tied": False, "transitions": False},
+    "no inputs but items": {
+        "time_input": False,
+        "feedback": False,
+        "user_fields": False,
+        "item_fields": False,
+        "request_context": False,
+    },
+    "no ratings": {"ratings": False},
+}
+
+
+@pytest.fixture(scope="module")
+def log(clean):
+    return Log.read(clean)
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def pair(request, log, tmp_path_factory):
+    """A trained model in memory, and the recommender of its bundle."""
+    settings = TrainSettings.parse(
+        TRAIN | {"max_epochs": 1, "network": TRAIN["network"] | VARIANTS[request.param]}
     )
-    assert [r.item_id for r in recommender.rank([query], [["i001", "never-heard-of"]])[0]] == [
-        "i001"
-    ]
-    assert [i for i, _ in recommender.rate([query], [["never-heard-of", "i001"]])[0]] == ["i001"]
+    model = fit(
+        log.histories.subset(np.arange(60)),
+        log.histories.subset(np.arange(60, 80)),
+        log.catalogue,
+        settings,
+        ResolvedTrend(period_seconds=86_400, window_seconds=0, smoothing=1.0),
+        log.schema,
+    )
+    trend = snapshot_from_counts(
+        IDS, np.arange(M), num_items=M, smoothing=1.0, as_of=START, window_seconds=0
+    )
+    path = tmp_path_factory.mktemp("variant") / "bundle"
+    parts = {
+        "model": model,
+        "catalogue": log.catalogue,
+        "schema": log.schema,
+        "settings": settings,
+        "trend": trend,
+        "metrics": {},
+    }
+    manifest = bundles.save(path, **parts)
+    assert (bundles.TRANSITIONS in manifest.files) == settings.network.transitions
+    return bundles.Bundle(manifest, **parts), path
 
 
-def test_rating_needs_a_log_with_values(tmp_path):
-    plain = Recommender.load(_bundle(tmp_path / "b", replace(SPLIT.train, value_E=None)))
-    assert not plain.rates
-    with pytest.raises(InputError, match="predicts no values"):
-        plain.rate([_query(SPLIT.test, 0, 5)], [["i001"]])
+def test_what_is_read_back_is_equal_to_the_last_digit(pair):
+    bundle, path = pair
+    before, after = Recommender(bundle), Recommender.load(path)
+    np.testing.assert_array_equal(before.affinities(QUERIES), after.affinities(QUERIES))
+    lists = [IDS] * len(QUERIES)
+    assert before.rank(QUERIES, lists) == after.rank(QUERIES, lists)
+    assert before.rates == after.rates
+    if before.rates:
+        assert before.rate(QUERIES, lists) == after.rate(QUERIES, lists)
 
 
-def test_bundles_with_foreign_transition_counts_are_refused(folder, tmp_path, recommender):
-    import hashlib
-    import json
-    import shutil
+def test_serving_reads_what_training_read(pair, log):
+    """At every position of some users, the recommender gives the scores of the evaluation."""
+    bundle, path = pair
+    recommender, model = Recommender.load(path), bundle.model
+    users = log.histories.subset(np.arange(70, 76))
+    queries = as_queries(users)
+    evaluated = replace(model, trend_log=None)  # affinities: without trend
+    phi = np.empty((users.num_events, M))
+    for event_N, score_NM in evaluated.iter_scores(users, 64):
+        phi[event_N] = score_NM.numpy()
+    np.testing.assert_allclose(recommender.affinities(queries), phi, atol=1e-5)
+    if recommender.rates:
+        targets = [[IDS[j]] for j in users.item_E]
+        rated = [v for [(_, v)] in recommender.rate(queries, targets)]
+        np.testing.assert_allclose(rated, model.predict_values(users), atol=1e-5)
 
-    from safetensors.torch import load_file, save_file
 
-    copy = shutil.copytree(folder, tmp_path / "copy")
-    counts = load_file(copy / bundles.TRANSITIONS)
-    save_file(counts | {"item": counts["item"] + M}, copy / bundles.TRANSITIONS)
-    manifest = json.loads((copy / "manifest.json").read_text())
-    data = (copy / bundles.TRANSITIONS).read_bytes()
-    manifest["files"][bundles.TRANSITIONS] = hashlib.sha256(data).hexdigest()
-    (copy / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(bundles.BundleError, match="do not fit"):
-        bundles.load(copy)
-    (copy / bundles.TRANSITIONS).unlink()
-    with pytest.raises(bundles.BundleError, match="missing"):
-        bundles.load(copy)
+def as_queries(histories):
+    """Every event of a log as the request that led to it."""
+    queries = []
+    for e in range(histories.num_events):
+        user = int(histories.user_E[e])
+        past = range(int(histories.offset_U1[user]), e)
+        queries.append(
+            Query(
+                [
+                    Event(
+                        IDS[histories.item_E[p]],
+                        float(histories.timestamp_E[p]),
+                        histories.event_type_E[p],
+                        None if np.isnan(histories.value_E[p]) else float(histories.value_E[p]),
+                    )
+                    for p in past
+                ],
+                float(histories.timestamp_E[e]),
+                {name: column[user] for name, column in histories.user_fields.items()},
+                {name: column[e] for name, column in histories.context_fields.items()},
+            )
+        )
+    return queries
+
+
+def test_scores_with_trend_equal_those_of_the_evaluation(recommender, clean):
+    """φ̃ + β·log q at one position, with the log q(t) of the evaluation as the snapshot."""
+    log = Log.read(clean)
+    loaded = recommender._bundle.model
+    model = replace(loaded, trend_log=log.histories)
+    users = log.histories.subset(np.arange(3))
+    table = model._trend_table(users)
+    for event_N, score_NM in model.iter_scores(users, 64):
+        for e, score_M in zip(event_N[:10], score_NM[:10].numpy(), strict=True):
+            log_q_M = table.log_q_PM[table.row_of(users.timestamp_E[[e]])[0]].astype(float)
+            order = np.argsort(-log_q_M, kind="stable")
+            snapshot = replace(
+                recommender.trend,
+                item_ids=tuple(IDS[j] for j in order),
+                log_q=log_q_M[order],
+            )
+            [ranked] = recommender.rank([as_queries(users)[e]], [IDS], trend=snapshot)
+            served = {r.item_id: r.score for r in ranked}
+            np.testing.assert_allclose([served[i] for i in IDS], score_M, atol=1e-5)
+
+
+# A bundle with the wrong transition counts.
+
+
+def _resign(path):
+    manifest = json.loads((path / bundles.MANIFEST).read_text())
+    manifest["files"] = {
+        f.name: bundles._digest(f) for f in path.iterdir() if f.name != bundles.MANIFEST
+    }
+    (path / bundles.MANIFEST).write_text(json.dumps(manifest))
+
+
+def _truncate(file):
+    file.write_bytes(file.read_bytes()[:-40])
+
+
+def _other_catalogue(file):
+    tensors = load_file(file)
+    tensors["offset"] = torch.cat([tensors["offset"], tensors["offset"][-1:]])
+    save_file(tensors, file)
+
+
+def _item_beyond_the_catalogue(file):
+    tensors = load_file(file)
+    tensors["item"][0] = M
+    save_file(tensors, file)
+
+
+def _lacks_an_array(file):
+    tensors = load_file(file)
+    del tensors["probability"]
+    save_file(tensors, file)
+
+
+DAMAGE = {
+    "missing": (lambda file: file.unlink(), "No such file"),
+    "truncated": (_truncate, "cannot be loaded"),
+    "other catalogue": (_other_catalogue, "do not fit the catalogue"),
+    "unknown item": (_item_beyond_the_catalogue, "do not fit the catalogue"),
+    "no probabilities": (_lacks_an_array, "probability"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+@pytest.mark.parametrize("signed", [False, True])
+def test_transition_counts_that_do_not_fit_are_refused(case, signed, path, tmp_path):
+    copy = shutil.copytree(path, tmp_path / "bundle")
+    damage, message = DAMAGE[case]
+    damage(copy / bundles.TRANSITIONS)
+    if signed:  # the digests are right, the contents are not
+        _resign(copy)
+    else:
+        message = "transitions.safetensors (is missing|does not match its digest)"
+    with pytest.raises(BundleError, match=message):
+        Recommender.load(copy)
