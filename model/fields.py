@@ -58,12 +58,14 @@ class FieldEncoding(SettingsBase):
             return self._numeric
         index = {value: t for t, value in enumerate(self.vocabulary, start=1)}
         if self.kind is FieldKind.CATEGORICAL:
-            return lambda value: ([index.get(str(value), MISSING)], [1.0])
+            return lambda value: ([index.get(_as_text(value), MISSING)], [1.0])
         if self.kind is FieldKind.MULTI_CATEGORICAL:
             return lambda value: _bag(
                 [index[str(v)] for v in _as_list(value) if str(v) in index], sqrt_counts=False
             )
-        return lambda value: _bag([index[w] for w in _words(value) if w in index], sqrt_counts=True)
+        return lambda value: _bag(
+            [index[w] for w in _words(_as_text(value)) if w in index], sqrt_counts=True
+        )
 
     def _numeric(self, value: Any) -> tuple[list[int], list[float]]:
         x = float(value)
@@ -77,6 +79,12 @@ class FieldEncoding(SettingsBase):
         low, high = self.knots[right - 1], self.knots[right]
         share = (x - low) / (high - low)
         return [right, right + 1], [1.0 - share, share]
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        raise TypeError("one value expected, got several")
+    return str(value)
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -25,6 +25,8 @@ from model.settings import SettingsBase
 from model.trends import TrendTable
 from model.values import running_tastes
 
+MAX_DEVIATIONS = 1e4  # of a value; in a log of n events none is further than √n from the mean
+
 
 class InputEncodings(SettingsBase):
     """How raw values become inputs; fitted on the training data, kept in the bundle."""
@@ -69,6 +71,8 @@ class InputEncodings(SettingsBase):
         """Values with mean 0 and deviation 1 on the training data, NaN where missing: `[E]`."""
         if value_E is None or self.value_mean is None:
             return torch.full((num_events,), torch.nan)
+        reach = MAX_DEVIATIONS * self.value_std  # requests may hold any number
+        value_E = np.clip(value_E, self.value_mean - reach, self.value_mean + reach)
         return torch.from_numpy((value_E - self.value_mean) / self.value_std).float()
 
     def unstandardise(self, value_E: NDArray[np.float64]) -> NDArray[np.float64]:
