@@ -1,7 +1,7 @@
 """The real transformer on a feature store that is a JSON file, so that tests can change it.
 
-{"delay": seconds, "users": {id: {"profile": {...}, "history": [[item_id, timestamp], ...]}},
- "trend": TrendSnapshot as JSON}
+{"delay": seconds, "users": {id: {"profile": {...}, "history": [event, ...]}},
+ "trend": TrendSnapshot as JSON}; an event is [item_id, timestamp, event_type?, value?].
 """
 
 import json
@@ -28,7 +28,7 @@ class FileReader:
         user = self._read()["users"].get(user_id)
         if user is None:
             return SimpleNamespace(known=False, profile={}, history=[])
-        history = [Event(item, timestamp) for item, timestamp in user["history"]]
+        history = [Event(*event) for event in user["history"]]
         return SimpleNamespace(known=True, profile=user.get("profile", {}), history=history)
 
     def trend(self):

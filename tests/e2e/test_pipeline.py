@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from components.deploy.steps import champion
+from model.errors import InputError
 from model.query import Event
 from tests import synthetic
 from tests.planted import FAST, HRNN_RUN, ITEMS, hrnn_run, interruptible, write_log
@@ -89,6 +90,13 @@ def test_served_scores_equal_the_model_in_process(deployed, service):
     for a, b in zip(served.items, own, strict=True):
         assert a.score == pytest.approx(b.score, abs=1e-5)
         assert a.trend == pytest.approx(b.trend, abs=1e-9)
+
+
+def test_a_model_of_a_log_without_values_refuses_to_rate(service):
+    _, client = service
+    with pytest.raises(InputError, match=r"instances\[0\]\.task: this model cannot rate"):
+        client.rate(["item 1"])
+    assert client.rank(["item 1"]).items  # everything else goes on
 
 
 def test_metrics_are_exported_by_both_processes(service):

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import grpc
 import httpx
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -22,22 +23,28 @@ import torch
 from model import bundle
 from model.catalogue import Catalogue
 from model.errors import InputError, UnavailableError
-from model.fields import FieldBags
+from model.fields import FieldBags, FieldEncoding
 from model.inputs import InputEncodings
 from model.network import HRNNMeta
 from model.query import Event, ItemFilter, Query
 from model.recommender import Recommender
 from model.schema import FieldKind, Schema
 from model.training import TrainedHRNN, TrainSettings
+from model.transitions import Transitions
 from model.trends import ResolvedTrend, snapshot_from_counts
 from serving.client import Client
 from serving.launcher import LocalServing
 from serving.settings import ServeSettings
+from tests import synthetic
 from tests.planted import interruptible
 
 ITEMS = tuple(f"i{j:03}" for j in range(500))
 NOW = 1_000_000
 HISTORY = [(f"i{7 * k % 500:03}", 900_000 + 3000 * k) for k in range(20)]
+RATED = [  # the same with what the user made of it
+    (item, timestamp, ("play", "skip", None)[k % 3], (5.0, None, 1.5, 4.0)[k % 4])
+    for k, (item, timestamp) in enumerate(HISTORY)
+]
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +52,28 @@ def bundle_dir(tmp_path_factory):
     """A bundle with random weights: serving is about passing things on, not about accuracy."""
     torch.manual_seed(0)
     settings = TrainSettings()
-    encodings = InputEncodings(num_items=len(ITEMS), session_gap=3600)
+    categorical, numeric = FieldKind.CATEGORICAL, FieldKind.NUMERIC
+    encodings = InputEncodings(
+        num_items=len(ITEMS),
+        session_gap=3600,
+        context_fields=(
+            FieldEncoding(name="device", kind=categorical, vocabulary=("tv", "phone", "7")),
+            FieldEncoding(name="volume", kind=numeric, knots=(0.0, 5.0, 10.0)),
+        ),
+        event_type=FieldEncoding(name="event_type", kind=categorical, vocabulary=("play", "skip")),
+        value_mean=3.0,
+        value_std=1.2,
+    )
     no_fields = FieldBags.encode((), {}, len(ITEMS))
     network = HRNNMeta(settings.network, encodings, no_fields, with_trend=True)
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(3.0)
+        network.values.user.weight.normal_(std=0.1)
+        network.values.mean_M.normal_(std=0.3)
+        network.values.taste_MY.normal_(std=0.3)
+    past = synthetic.successor(100, 20, len(ITEMS), seed=0)
     counts = [(j * 37) % 101 for j in range(400)]
     trend = snapshot_from_counts(
         ITEMS[:400], counts, num_items=500, smoothing=1.0, as_of=NOW, window_seconds=0
@@ -59,9 +81,16 @@ def bundle_dir(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "bundle"
     bundle.save(
         path,
-        model=TrainedHRNN(network, encodings, ResolvedTrend(86_400, 0, 1.0)),
+        model=TrainedHRNN(
+            network,
+            encodings,
+            ResolvedTrend(86_400, 0, 1.0),
+            Transitions.count(past, len(ITEMS)),
+        ),
         catalogue=Catalogue(ITEMS, {"parity": [["even", "odd"][j % 2] for j in range(500)]}),
-        schema=Schema(items={"parity": FieldKind.CATEGORICAL}),
+        schema=Schema(
+            items={"parity": categorical}, context={"device": categorical, "volume": numeric}
+        ),
         settings=settings,
         trend=trend,
         metrics={},
@@ -69,12 +98,15 @@ def bundle_dir(tmp_path_factory):
     return path
 
 
+USERS = {"u1": {"history": HISTORY}, "rater": {"history": RATED}}
+
+
 class Store:
     """The file behind fake_store_transformer.py."""
 
     def __init__(self, path, trend):
         self.path = path
-        self.values = {"users": {"u1": {"history": HISTORY}}, "trend": trend.to_json()}
+        self.values = {"users": USERS, "trend": trend.to_json()}
         self.write()
 
     def write(self, **changes):
@@ -118,7 +150,7 @@ def client(serving):
 
 
 def events(rows):
-    return [Event(item, float(timestamp)) for item, timestamp in rows]
+    return [Event(item, float(timestamp), *feedback) for item, timestamp, *feedback in rows]
 
 
 def approx(items):
@@ -173,13 +205,88 @@ def test_request_time_and_added_events_change_the_answer(serving, client):
     today = client.recommend("u1", timestamp=NOW, num_results=500)
     tomorrow = client.recommend("u1", timestamp=NOW + 86_400, num_results=500)
     assert scores(today) != scores(tomorrow)
-    serving.store.write(users={"u1": {"history": [*HISTORY, ("i250", NOW - 5)]}})
+    serving.store.write(users=USERS | {"u1": {"history": [*HISTORY, ("i250", NOW - 5)]}})
     try:
         after = client.recommend("u1", timestamp=NOW, num_results=500)
     finally:
-        serving.store.write(users={"u1": {"history": HISTORY}})
+        serving.store.write(users=USERS)
     assert scores(after) != scores(today)
     assert scores(client.recommend("u1", timestamp=NOW, num_results=500)) == scores(today)
+
+
+def test_feedback_reaches_the_model_from_the_store_and_from_the_request(client, recommender):
+    (expected,) = recommender.recommend([Query(events(RATED), NOW)], 20)
+    (without,) = recommender.recommend([Query(events(HISTORY), NOW)], 20)
+    stored = client.recommend("rater", timestamp=NOW, num_results=20)
+    own = client.recommend(history=events(RATED), timestamp=NOW, num_results=20)
+    assert plain(stored.items) == plain(own.items) == approx(expected)
+    assert plain(own.items) != approx(without)
+
+
+def test_the_context_of_the_request_reaches_the_model(client, recommender):
+    answers = []
+    for context in ({}, {"device": "tv"}, {"device": "phone", "volume": 2.5, "moon": "full"}):
+        (expected,) = recommender.recommend([Query(events(RATED), NOW, context=context)], 20)
+        answer = client.recommend("rater", timestamp=NOW, num_results=20, context=context)
+        assert plain(answer.items) == approx(expected)
+        answers.append(plain(answer.items))
+    assert answers[0] != answers[1] != answers[2]
+    # A whole number stays one on its way: the third device is called "7".
+    number, text = (
+        client.recommend("u1", timestamp=NOW, context={"device": device}) for device in (7, "7")
+    )
+    assert plain(number.items) == plain(text.items)
+    for context, reason in [
+        ({"volume": "loud"}, r"instances\[0\]\.context\.volume: expected numeric, got str"),
+        ({"device": ["tv"]}, r"instances\[0\]\.context\.device: expected categorical, got tuple"),
+        ({"device": {"a": "b"}}, r"instances\[0\]\.context\.device: must be text"),
+    ]:
+        with pytest.raises(InputError, match=reason):
+            client.recommend("u1", context=context)
+
+
+def test_items_are_rated_as_by_the_model(client, recommender):
+    items = ["i400", "i001", "nope", "i020", "i001"]
+    for arguments, history in (
+        ({"user_id": "rater"}, RATED),
+        ({"user_id": "rater", "context": {"device": "tv"}}, RATED),
+        ({"history": events(RATED[:4])}, RATED[:4]),
+        ({"user_id": "nobody"}, []),
+    ):
+        answer = client.rate(items, **arguments, timestamp=NOW)
+        query = Query(events(history), NOW, context=arguments.get("context", {}))
+        (expected,) = recommender.rate([query], [["i400", "i001", "i020"]])
+        assert [r.item_id for r in answer.ratings] == [item for item, _ in expected]
+        values = [value for _, value in expected]
+        assert [r.value for r in answer.ratings] == pytest.approx(values, abs=1e-4)
+        assert np.ptp(values) > 0.01
+        assert (answer.items, answer.unknown_items, answer.degraded) == ((), 1, ())
+        assert (answer.model_version, answer.trend_version) == (recommender.version, None)
+    single = [client.rate([item], "rater", timestamp=NOW).ratings[0].value for item in ITEMS[:5]]
+    whole = [r.value for r in client.rate(ITEMS, "rater", timestamp=NOW).ratings]
+    assert whole[:5] == pytest.approx(single, abs=1e-4)
+    assert len(whole) == len(ITEMS)
+
+
+def test_tasks_can_be_mixed_in_one_request(client):
+    alone = [
+        client.recommend("rater", timestamp=NOW, num_results=4),
+        client.rate(["i007", "i003"], "rater", timestamp=NOW),
+        client.rank(["i007", "i003"], "rater", timestamp=NOW),
+    ]
+    who = {"user_id": "rater", "timestamp": NOW}
+    together = client.predict(
+        [
+            who | {"num_results": 4},
+            who | {"task": "rate", "items": ["i007", "i003"]},
+            who | {"task": "rank", "items": ["i007", "i003"]},
+        ]
+    )
+    for one, other in zip(alone, together, strict=True):
+        assert plain(one.items) == approx(other.items)
+        assert [r.item_id for r in one.ratings] == [r.item_id for r in other.ratings]
+        values = [r.value for r in other.ratings]
+        assert [r.value for r in one.ratings] == pytest.approx(values, abs=1e-4)
 
 
 def test_unknown_users_and_items_have_a_documented_answer(client):
@@ -200,6 +307,9 @@ def test_bad_input_is_4xx_over_http(serving, client):
             (b'{"instances": [{"num_results": -3}]}', json_type, 400),
             (b'{"instances": [{"num_results": 0}]}', json_type, 400),
             (b'{"instances": [{"task": "rate"}]}', json_type, 400),
+            (b'{"instances": [{"task": "guess"}]}', json_type, 400),
+            (b'{"instances": [{"context": {"volume": "loud"}}]}', json_type, 400),
+            (b'{"instances": [{"context": {"device": ["tv", "phone"]}}]}', json_type, 400),
             (b'{"instances": [{"filter": {"where": {"colour": ["red"]}}}]}', json_type, 400),
             (b'{"instances": [{}]}', {"content-type": "text/csv"}, 415),
             (b" " * (5 * 2**20), json_type, 413),
@@ -235,6 +345,20 @@ def test_both_protocols_over_grpc_and_rest_agree(serving, client):
         response = stub.ModelInfer(request(text), timeout=5)
         answer = json.loads(response.outputs[0].contents.bytes_contents[0])
         assert [i["item_id"] for i in answer["items"]] == [i.item_id for i in expected.items]
+        rate = {"user_id": "rater", "timestamp": NOW, "task": "rate", "items": ["i003", "no"]}
+        response = stub.ModelInfer(request(json.dumps(rate)), timeout=5)
+        answer = json.loads(response.outputs[0].contents.bytes_contents[0])
+        rated = client.rate(["i003"], "rater", timestamp=NOW).ratings
+        assert answer["items"] == [{"item_id": "i003", "value": pytest.approx(rated[0].value)}]
+        assert answer["unknown_items"] == 1
+        tensor = {"name": "instances", "datatype": "BYTES", "shape": [1]}
+        response = httpx.post(
+            f"{serving.url}/v2/models/hrnn-meta/infer",
+            json={"inputs": [tensor | {"data": [json.dumps(rate)]}]},
+            trust_env=False,
+        )
+        answer = json.loads(response.json()["outputs"][0]["data"][0])
+        assert answer["items"] == [{"item_id": "i003", "value": pytest.approx(rated[0].value)}]
         raw = len(text).to_bytes(4, "little") + text.encode()
         tensor = pb.ModelInferRequest.InferInputTensor(
             name="instances", datatype="BYTES", shape=[1]
@@ -341,7 +465,11 @@ def test_a_new_trend_snapshot_is_picked_up_without_a_restart(serving, client, re
     serving.store.write(trend=boosted.to_json())
     try:
         _until(lambda: client.recommend("u1").trend_version == boosted.version)
-        assert client.recommend("u1", timestamp=NOW).items[0].item_id == "i499"
+        answer = client.recommend("u1", timestamp=NOW, num_results=20)
+        (expected,) = recommender.recommend([Query(events(HISTORY), NOW)], 20, trend=boosted)
+        assert plain(answer.items) == approx(expected)
+        strong = client.recommend("u1", timestamp=NOW, trend_weight=10.0)
+        assert strong.items[0].item_id == "i499"
     finally:
         serving.store.write(trend=recommender.trend.to_json())
     _until(lambda: client.recommend("u1").trend_version == recommender.trend.version)
@@ -360,6 +488,8 @@ def test_predictor_killed_or_paused_then_back(serving, client, recommender, faul
         assert answer.degraded == ("predictor_unavailable",)
         assert answer.model_version is None
         assert [i.item_id for i in answer.items] == list(recommender.trend.item_ids[:5])
+        rated = client.rate(["i001"], "u1", timestamp=NOW)
+        assert (rated.ratings, rated.degraded) == ((), ("predictor_unavailable",))
         with Client(serving.url) as other:
             assert other.ready()
     finally:
