@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from model.evaluation import Outcomes, later_events
 from model.sequences import Histories
 
-COLOURS = {"hrnn": "#2563eb", "popularity": "#9ca3af"}
-NAMES = {"hrnn": "HRNN", "popularity": "Popularity"}
+COLOURS = {"hrnn": "#2563eb", "popularity": "#9ca3af", "transition-counts": "#f59e0b"}
+NAMES = {"hrnn": "HRNN", "popularity": "Popularity", "transition-counts": "Transition counts"}
 # Every event first: it has a hundred times the cases.
 READ_OUTS = {
     "every": "Every event of every test user but the first",

@@ -12,6 +12,7 @@ from components.evaluate.measure import Measured, measure
 from components.evaluate.report import render
 from model import bundle as bundles
 from model.baselines.popularity import Popularity
+from model.baselines.transition_counts import TransitionCounts
 from model.bootstrap import UserSums, intervals
 from model.evaluation import (
     NextItemModel,
@@ -67,6 +68,7 @@ def run(
     models: dict[str, NextItemModel] = {
         "hrnn": hrnn,
         REFERENCE: Popularity(len(catalogue)).fit(train),
+        TransitionCounts.name: TransitionCounts(len(catalogue)).fit(train),
     }
     train_count_M = np.bincount(train.item_E, minlength=len(catalogue))
     percentile_M = popularity_percentile(train_count_M)

@@ -16,6 +16,7 @@ from model.sequences import Histories
 from model.transitions import WINDOW, Transitions
 
 FOLDS = 5
+FOLLOWERS = 200  # kept per item
 EPSILON_GRID = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
 
 
@@ -32,9 +33,7 @@ class TransitionCounts(NextItemBaseline):
     def fit(self, train: Histories) -> Self:
         p_M = smoothed_popularity(train, self.num_items)
         fold_U = np.arange(len(train)) % FOLDS
-        fitted = Transitions.cross_fitted(
-            train, self.num_items, fold_U, FOLDS, followers=self.num_items
-        )
+        fitted = Transitions.cross_fitted(train, self.num_items, fold_U, FOLDS, followers=FOLLOWERS)
         followed = []
         for start in range(0, train.num_events, 4096):
             event_N = np.arange(start, min(start + 4096, train.num_events))
@@ -47,7 +46,7 @@ class TransitionCounts(NextItemBaseline):
         epsilon = max(
             EPSILON_GRID, key=lambda e: float((e * p_E + (1 - e) * followed_E).log().mean())
         )
-        counts = Transitions.count(train, self.num_items, followers=self.num_items)
+        counts = Transitions.count(train, self.num_items, followers=FOLLOWERS)
         self.state = counts.tensors() | {"p": p_M, "epsilon": torch.tensor(epsilon)}
         return self
 

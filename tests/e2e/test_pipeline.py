@@ -112,6 +112,7 @@ def test_a_worse_model_is_refused_and_the_first_keeps_serving(deployed):
     settings = FAST | {
         "train.max_epochs": 1,
         "train.learning_rate": 1e-9,
+        "train.network": "{embedding: 16, hidden: 32, transitions: false}",  # counts need no epoch
         "ingest.columns": "{user_id: customer, item_id: product_id, timestamp: when}",
     }
     done = hrnn_run(workspace, "--interactions", path, settings=settings)
