@@ -64,17 +64,23 @@ def test_every_field_is_read():
         ({"user": {"vip": True}}, "instances[0].user.vip"),
         ({"user": [1]}, "instances[0].user"),
         ({"context": {"device": [1]}}, "instances[0].context.device"),
-        ({"task": "rate"}, "task: is not supported (supported: recommend, rank)"),
+        ({"context": {"device": True}}, "instances[0].context.device"),
+        ({"context": "tv"}, "instances[0].context"),
+        ({"task": "guess"}, "task: is not supported (supported: recommend, rank, rate)"),
         ({"task": None}, "instances[0].task"),
         ({"task": "rank"}, "instances[0].items: task 'rank' needs"),
         ({"task": "rank", "items": []}, "instances[0].items: task 'rank' needs"),
         ({"task": "rank", "items": ["a", 1]}, "instances[0].items[1]"),
         ({"task": "rank", "items": ["a"] * 5}, "instances[0].items: at most 4"),
-        ({"items": ["a"]}, "instances[0].items: only task 'rank'"),
+        ({"task": "rate"}, "instances[0].items: task 'rate' needs a list of item ids to rate"),
+        ({"task": "rate", "items": ["a"] * 5}, "instances[0].items: at most 4"),
+        ({"items": ["a"]}, "instances[0].items: only tasks 'rank' and 'rate' take items"),
         ({"history": [{"item_id": "a"}]}, "history[0].timestamp: is required"),
         ({"history": [{"timestamp": 5}]}, "history[0].item_id: is required"),
         ({"history": [{"item_id": "a", "timestamp": -5}]}, "history[0].timestamp: must not"),
         ({"history": "a"}, "instances[0].history"),
+        ({"history": [{"item_id": "a", "timestamp": 5, "value": "4"}]}, "history[0].value"),
+        ({"history": [{"item_id": "a", "timestamp": 5, "event_type": 4}]}, "history[0].event_type"),
         ({"history": [{"item_id": "a", "timestamp": 5}] * 6}, "history: at most 5"),
         ({"history": [{"item_id": "a", "timestamp": 5, "x": 1}]}, "history[0].x: no such field"),
         ({"filter": {"include": "a"}}, "instances[0].filter.include"),
@@ -113,13 +119,21 @@ def test_many_problems_are_summed_up():
         parse(**{f"x{i}": 1 for i in range(10)})
 
 
+def test_whole_numbers_stay_whole():
+    """A categorical field may hold "5", and 5 reads as that; 5.0 would not."""
+    values = parse(user={"zip": 5}, context={"ratio": 0.5, "level": 3.0})
+    assert [str(v) for v in (values.user["zip"], *values.context.values())] == ["5", "0.5", "3.0"]
+
+
 def test_the_query_holds_events_in_order_of_time():
+    event = {"item_id": "b", "timestamp": 7, "event_type": "play", "value": 4}
     (instance,) = parse_score_instances(
         [
             {
-                "history": [{"item_id": "b", "timestamp": 7}, {"item_id": "a", "timestamp": 3.5}],
+                "history": [event, {"item_id": "a", "timestamp": 3.5}],
                 "timestamp": 9,
                 "user": {"age": 3},
+                "context": {"device": "tv"},
                 "top_n": 5,
                 "exclude_seen": True,
             }
@@ -127,11 +141,20 @@ def test_the_query_holds_events_in_order_of_time():
         SETTINGS,
     )
     query = instance.to_query()
-    assert query.history == [Event("a", 3.5), Event("b", 7.0)]
+    assert query.history == [Event("a", 3.5), Event("b", 7.0, "play", 4.0)]
+    assert query.context == {"device": "tv"}
     assert (query.timestamp, query.user, query.exclude_seen) == (9.0, {"age": 3.0}, True)
 
 
-@pytest.mark.parametrize("values", [{"top_n": 5}, {"timestamp": 3}, {"timestamp": 3, "top_n": -1}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"top_n": 5},
+        {"timestamp": 3},
+        {"timestamp": 3, "top_n": -1},
+        {"timestamp": 3, "top_n": 5, "task": "rank"},
+    ],
+)
 def test_the_predictor_refuses_too(values):
     with pytest.raises(InputError, match=r"instances\[0\]\."):
         parse_score_instances([values], SETTINGS)

@@ -23,6 +23,7 @@ from model.trends import snapshot_from_counts
 from serving import metrics
 from serving.kserve_api import ModelRepository
 from serving.predictor import Predictor, bundle_path
+from serving.ranking import AnswerError
 from serving.schemas import parse_instances
 from serving.scoring import PredictorError, parse_answer
 from serving.server import Plane, Rest, parse_arguments
@@ -36,11 +37,12 @@ INFER = "/v2/models/hrnn-meta/infer"
 
 
 class FakeScorer:
-    """Affinities that depend on history, time and user, so that passing them on is visible."""
+    """Answers that depend on all of a query, so that passing it on is visible."""
 
     version = "v-test"
     item_ids = ITEMS
     beta = 0.7
+    rates = True
 
     def affinities(self, queries):
         return np.stack([self._one(q) for q in queries]) if queries else np.empty((0, len(ITEMS)))
@@ -50,10 +52,21 @@ class FakeScorer:
         phi = np.random.default_rng(seed).normal(0, 2, len(ITEMS))
         phi += np.sin(query.timestamp / 86_400 + np.arange(len(ITEMS)))
         phi += float(query.user.get("age") or 0.0) * np.cos(np.arange(len(ITEMS)))
+        phi += len(query.context.get("device", "")) * np.sin(np.arange(len(ITEMS)))
+        feedback = sum((e.value or 0.0) + len(e.event_type or "") for e in query.history)
+        phi += 0.01 * feedback * np.arange(len(ITEMS))
         return phi.astype(np.float32)
 
+    def rate(self, queries, items):
+        assert queries, "not asked for nothing"
+        return [
+            [(i, float(phi_M[ITEMS.index(i)]) + 3.0) for i in ids if i in ITEMS]
+            for phi_M, ids in zip(self.affinities(queries), items, strict=True)
+        ]
+
     def check(self, query):
-        """Every query fits."""
+        if not isinstance(query.context.get("device", ""), str):
+            raise InputError("context.device: expected categorical")
 
     def allowed(self, query):
         allowed = np.ones(len(ITEMS), dtype=bool)
@@ -88,7 +101,11 @@ class FakeReader:
         if self.fail:
             raise UnavailableError("down")
         known = user_id in ("u1", "u2")
-        history = [Event("i001", 100.0), Event("i007", 200.0), Event("i009", 500.0)]
+        history = [
+            Event("i001", 100.0, "play", 4.0),
+            Event("i007", 200.0, "skip"),
+            Event("i009", 500.0, None, 1.5),
+        ]
         return SimpleNamespace(
             known=known, profile={"age": 0.5} if known else {}, history=history if known else []
         )
@@ -199,7 +216,10 @@ def test_trend_weight(service, weight):
 
 
 def test_stored_features_are_used_and_explicit_ones_win(service):
-    stored = [{"item_id": i, "timestamp": t} for i, t in (("i001", 100), ("i007", 200))]
+    stored = [
+        {"item_id": "i001", "timestamp": 100, "event_type": "play", "value": 4},
+        {"item_id": "i007", "timestamp": 200, "event_type": "skip", "value": None},
+    ]
     by_id, explicit, other_age = service.predict(
         {"user_id": "u1", "timestamp": 300},
         {"user_id": "u9", "history": stored, "user": {"age": 0.5}, "timestamp": 300},
@@ -210,6 +230,108 @@ def test_stored_features_are_used_and_explicit_ones_win(service):
     assert by_id["items"] != other_age["items"]
     replaced = service.predict({"user_id": "u1", "history": [], "timestamp": 300})[0]
     assert replaced["items"] != by_id["items"]
+
+
+def test_feedback_of_stored_events_is_passed_on(service):
+    service.predict({"user_id": "u1", "timestamp": 600})
+    ((instance,),) = service.predictors.calls
+    sent = [(e["item_id"], e["event_type"], e["value"]) for e in instance["history"]]
+    assert sent == [("i001", "play", 4.0), ("i007", "skip", None), ("i009", None, 1.5)]
+
+
+def test_context_is_passed_on_checked_and_changes_the_answer(service):
+    tv, phone = service.predict(
+        {"timestamp": 5, "context": {"device": "tv"}},
+        {"timestamp": 5, "context": {"device": "phone"}},
+    )
+    assert tv["items"] != phone["items"]
+    assert tv["items"] == brute_force({"timestamp": 5, "context": {"device": "tv"}}, 25)
+    response = service.post({}, {"context": {"device": 5}})
+    assert response.status_code == 400
+    assert response.json()["error"] == "instances[1].context.device: expected categorical"
+
+
+def expected_values(query_instance, items):
+    phi = {row["item_id"]: row["affinity"] for row in brute_force(query_instance, 300, 0.0)}
+    return [{"item_id": i, "value": phi[i] + 3.0} for i in items]
+
+
+def test_rate_gives_values_in_the_order_asked_for(service):
+    items = ["i005", "nope", "i002", "i005", "i100"]
+    history = [{"item_id": "i003", "timestamp": 1, "value": 2.5}, {"item_id": "x", "timestamp": 2}]
+    (answer,) = service.predict(
+        {"task": "rate", "items": items, "timestamp": 5, "history": history}
+    )
+    query = {"timestamp": 5, "history": history}
+    assert answer["items"] == expected_values(query, ["i005", "i002", "i100"])
+    assert answer["unknown_items"] == 2  # one to rate, one in the history
+    assert (answer["model_version"], answer["degraded"]) == ("v-test", [])
+    assert answer["trend_version"] is None  # the trend has no part in it
+
+
+def test_rate_honours_filters_and_num_results_as_rank_does(service):
+    items = ["i005", "i002", "i007", "i001", "i100"]
+    asked = {"task": "rate", "items": items, "timestamp": 5}
+    few, filtered, seen = service.predict(
+        asked | {"num_results": 2},
+        asked | {"filter": {"where": {"parity": ["even"]}, "exclude": ["i002"]}},
+        asked | {"exclude_seen": True, "history": [{"item_id": "i005", "timestamp": 1}]},
+    )
+    assert [i["item_id"] for i in few["items"]] == items[:2]
+    assert [i["item_id"] for i in filtered["items"]] == ["i100"]
+    assert [i["item_id"] for i in seen["items"]] == items[1:]
+
+
+def test_tasks_of_one_request_are_one_call(service):
+    instances = [
+        {"task": "rate", "items": ["i001"], "timestamp": 5},
+        {"timestamp": 5, "num_results": 3},
+        {"task": "rank", "items": ["i001", "i002"], "timestamp": 5},
+        {"task": "rate", "items": ["i009", "nope"], "timestamp": 90},
+    ]
+    batch = service.predict(*instances)
+    assert len(service.predictors.calls) == 1
+    for instance, answer in zip(instances, batch, strict=True):
+        (single,) = service.predict(instance)
+        assert single["items"] == answer["items"]
+        assert single.get("unknown_items") == answer.get("unknown_items")
+
+
+def test_a_model_that_cannot_rate_says_so_and_does_the_rest(service, monkeypatch):
+    monkeypatch.setattr(FakeScorer, "rates", False)
+    rate = {"task": "rate", "items": ["i001"]}
+    response = service.post({}, rate)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error.startswith("instances[1].task: this model cannot rate")
+    tensor = {"name": "instances", "shape": [1], "datatype": "BYTES", "data": [json.dumps(rate)]}
+    response = service.post(path=INFER, json={"inputs": [tensor]})
+    assert response.status_code == 400 and "cannot rate" in response.json()["error"]
+    assert service.predict({}, rate | {"task": "rank"})[1]["items"]
+
+
+def test_rate_does_not_need_a_trend(service):
+    service.reader.snapshot = None
+    rated, recommended = service.predict({"task": "rate", "items": ["i001"]}, {})
+    assert rated["degraded"] == [] and rated["items"]
+    assert recommended["degraded"] == ["trend_unavailable"]
+
+
+@pytest.mark.parametrize("values", [{"i001": None}, {"i001": "high"}, [], None, {"i001": 1e999}])
+def test_values_that_are_no_numbers_are_no_answer(values):
+    answer = {
+        "item_ids": [],
+        "affinities": [],
+        "scored": {},
+        "exhausted": False,
+        "beta": 1.0,
+        "model_version": "v",
+        "unknown_items": 0,
+        "unknown_score_items": 0,
+    }
+    assert parse_answer(answer | {"values": {"i001": 3}}).values == {"i001": 3.0}
+    with pytest.raises(AnswerError):
+        parse_answer(answer | {"values": values})
 
 
 def test_request_time_is_passed_through_and_defaults_to_now(service):
@@ -416,14 +538,16 @@ NAMES = st.sampled_from(
 )
 EVENTS = st.lists(
     st.fixed_dictionaries(
-        {"item_id": st.sampled_from(ITEMS[:5]) | JSON, "timestamp": st.integers(0, 999) | JSON}
+        {"item_id": st.sampled_from(ITEMS[:5]) | JSON, "timestamp": st.integers(0, 999) | JSON},
+        optional={"event_type": st.text(max_size=3) | JSON, "value": st.floats() | JSON},
     )
 )
 VALUES = {
     "user_id": st.sampled_from(["u1", "x"]),
     "history": EVENTS,
     "items": st.lists(st.sampled_from([*ITEMS[:5], "nope"])),
-    "task": st.sampled_from(["recommend", "rank", "rate"]),
+    "task": st.sampled_from(["recommend", "rank", "rate", "guess"]),
+    "context": st.fixed_dictionaries({"device": st.sampled_from(["tv", "x"]) | JSON}),
     "num_results": st.integers(-1, 400),
     "timestamp": st.floats(),
     "filter": st.dictionaries(st.sampled_from(["include", "exclude", "where"]), JSON),
@@ -501,18 +625,20 @@ def test_a_snapshot_that_could_not_be_refreshed_is_used_and_labelled():
 def test_predictor_down_means_trending_items(service, fault):
     service.predictors.fault = fault
     seen = [{"item_id": SNAPSHOT.item_ids[0], "timestamp": 5}]
-    plain, filtered, ranked, where = service.predict(
+    plain, filtered, ranked, where, rated = service.predict(
         {"num_results": 5},
         {"num_results": 2, "history": seen, "exclude_seen": True,
          "filter": {"exclude": [SNAPSHOT.item_ids[1]]}},
         {"task": "rank", "items": ["i001", SNAPSHOT.item_ids[3]]},
         {"filter": {"where": {"parity": ["even"]}}},
+        {"task": "rate", "items": ["i001"]},
     )  # fmt: skip
     assert [i["item_id"] for i in plain["items"]] == list(SNAPSHOT.item_ids[:5])
     assert [i["item_id"] for i in filtered["items"]] == list(SNAPSHOT.item_ids[2:4])
     assert [i["item_id"] for i in ranked["items"]] == [SNAPSHOT.item_ids[3], "i001"]
     assert where["items"] == []  # nothing is known to pass
-    for answer in (plain, filtered, ranked, where):
+    assert rated["items"] == []  # nothing is known of values
+    for answer in (plain, filtered, ranked, where, rated):
         assert answer["degraded"] == ["predictor_unavailable"]
         assert answer["model_version"] is None
     service.predictors.fault = None
@@ -561,6 +687,11 @@ def test_the_predictor_over_v1(service):
     assert set(answer["scored"]) == {"i004"}
     assert (answer["exhausted"], answer["beta"]) == (False, 0.7)
     assert answer["unknown_score_items"] == 1
+    assert answer["values"] == {}
+    rate = {"timestamp": 5, "top_n": 2, "score_items": ["i004", "nope", "i001"], "task": "rate"}
+    (answer,) = service.post(rate, model=predictor).json()["predictions"]
+    assert list(answer["values"]) == ["i004", "i001"]
+    assert (answer["item_ids"], answer["scored"], answer["unknown_score_items"]) == ([], {}, 1)
     assert service.post({"timestamp": 5}, model=predictor).status_code == 400
 
 
@@ -588,6 +719,8 @@ def test_metrics_count_requests_by_task_and_outcome(service):
     service.predict({})
     service.post({"num_results": -1})
     service.post(content=b"{")
+    service.predict({"task": "rate", "items": ["i001"]})
+    assert count("hrnn_requests_total", task="rate", outcome="ok") >= 1
     assert count("hrnn_requests_total", task="recommend", outcome="ok") == before + 1
     assert count("hrnn_requests_total", task="unknown", outcome="invalid") == invalid + 2
     assert count("hrnn_model_info", version="v-test") == 1
