@@ -26,6 +26,7 @@ from serving.settings import PREDICTOR, ServeSettings
 log = logging.getLogger("hrnn.serving")
 
 MANIFEST, CHAMPION = "manifest.json", "champion.json"
+RATED_AT_ONCE = 20_000  # items over a batch; each takes 1.5 kB or so
 
 
 class Scorer(Protocol):
@@ -128,9 +129,7 @@ class Predictor(JsonModel):
         asked = [self._asked(*one) for one in zip(instances, allowed_BM, strict=True)]
         with metrics.stage("model"):
             phi_BM = self._scorer.affinities([queries[b] for b in scored])
-            values = []
-            if rated:
-                values = self._scorer.rate([queries[b] for b in rated], [asked[b] for b in rated])
+            values = self._rate([queries[b] for b in rated], [asked[b] for b in rated])
         answers = [self._answer(*one) for one in zip(instances, queries, strict=True)]
         with metrics.stage("candidates"):
             for b, phi_M in zip(scored, phi_BM, strict=True):
@@ -144,6 +143,18 @@ class Predictor(JsonModel):
             for b, value in zip(rated, values, strict=True):
                 answers[b]["values"] = dict(value)
         return answers
+
+    def _rate(
+        self, queries: Sequence[Query], items: Sequence[Sequence[str]]
+    ) -> list[list[tuple[str, float]]]:
+        """Values of each query's items; as many queries together as fit, one at least."""
+        values: list[list[tuple[str, float]]] = []
+        while len(values) < len(queries):
+            start = len(values)
+            total = np.cumsum([len(ids) for ids in items[start:]])
+            end = start + max(1, int(np.searchsorted(total, RATED_AT_ONCE, side="right")))
+            values += self._scorer.rate(queries[start:end], items[start:end])
+        return values
 
     def _asked(self, instance: ScoreInstance, allowed_M: NDArray[np.bool_]) -> list[str]:
         """Those of `score_items` that exist and are allowed."""

@@ -297,6 +297,24 @@ def test_tasks_of_one_request_are_one_call(service):
         assert single.get("unknown_items") == answer.get("unknown_items")
 
 
+def test_many_items_are_rated_in_blocks(service, monkeypatch):
+    instances = [
+        {"task": "rate", "items": list(ITEMS[:n]), "timestamp": n + 1} for n in (3, 9, 1, 1, 2, 6)
+    ]
+    whole = [answer["items"] for answer in service.predict(*instances)]
+    monkeypatch.setattr("serving.predictor.RATED_AT_ONCE", 4)
+    blocks = []
+    rate = FakeScorer.rate
+
+    def counted(self, queries, items):
+        blocks.append([len(ids) for ids in items])
+        return rate(self, queries, items)
+
+    monkeypatch.setattr(FakeScorer, "rate", counted)
+    assert [answer["items"] for answer in service.predict(*instances)] == whole
+    assert blocks == [[3], [9], [1, 1, 2], [6]]
+
+
 def test_a_model_that_cannot_rate_says_so_and_does_the_rest(service, monkeypatch):
     monkeypatch.setattr(FakeScorer, "rates", False)
     rate = {"task": "rate", "items": ["i001"]}
