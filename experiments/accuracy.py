@@ -24,6 +24,8 @@ import yaml
 from numpy.typing import NDArray
 
 from model.baselines.factors import BayesianPersonalisedRanking
+from model.baselines.item_knn import ItemKNN
+from model.baselines.next_item_fm import NextItemFactorizationMachine
 from model.baselines.popularity import Popularity, RecentPopularity
 from model.baselines.ratings import (
     DampedBias,
@@ -211,7 +213,7 @@ def run_ranking(options: argparse.Namespace, log: Log, overrides: Row) -> None:
                 reference.update(
                     {s: per_case["nll"] for s in range(99) if name == options.models[0]}
                 )
-                break  # no seed in it
+                break  # one seed: those that have one hardly depend on it
 
 
 def _training_facts(model: NextItemModel) -> Row:
@@ -329,7 +331,11 @@ BASELINES: dict[str, Callable[[Task], NextItemModel]] = {
     "popularity": lambda task: Popularity(task.num_items).fit(task.train),
     "recent-popularity": lambda task: RecentPopularity(task.num_items).fit(task.train),
     "transition-counts": lambda task: TransitionCounts(task.num_items).fit(task.train),
+    "item-knn": lambda task: ItemKNN(task.num_items).fit(task.train),
     "bpr": lambda task: BayesianPersonalisedRanking(task.num_items).fit(task.train),
+    "factorization-machine": lambda task: NextItemFactorizationMachine(task.num_items).fit(
+        task.train
+    ),
 }
 VALUE_BASELINES: dict[str, Callable[[Task], ValueModel]] = {
     "rolling-average": lambda task: RollingAverage(task.num_items).fit(task.train),
