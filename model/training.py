@@ -31,6 +31,7 @@ from model.transitions import Transitions
 from model.trends import ResolvedTrend, TrendTable
 from model.values import item_means, item_tastes
 
+PATIENT_STEPS = 200  # an epoch of a small log is too few steps to judge by
 FOLDS = 5  # of the users, for cross-fitted transition counts
 SAMPLED_ABOVE = 100_000  # items; below, the dense softmax is no slower (§4.6)
 LAMBDA_GRID = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -55,7 +56,7 @@ class TrainSettings(SettingsBase):
     softmax: Softmax = Softmax.AUTO
     negatives: int | None = None  # draws per gradient step, sampled softmax; None: √M, 512 or more
     max_epochs: int = 60
-    patience: int = 3  # epochs without a better validation loss
+    patience: int = 3  # epochs without a better validation loss, and PATIENT_STEPS steps at least
     learning_rate: float = 0.002
     weight_decay: float = 0.0
     clip_norm: float = 1.0
@@ -99,6 +100,8 @@ def fit(
     torch.manual_seed(settings.seed)
     trainer = _Trainer(train, catalogue, settings, trend, schema or Schema())
     model = trainer.model
+    steps_per_epoch = max(1, train.num_events // settings.batch_events)
+    patience = max(settings.patience, PATIENT_STEPS // steps_per_epoch)
     best_loss, best_weights, waited = float("inf"), model.network.state_dict(), 0
     for epoch in range(1, settings.max_epochs + 1):
         started = time.perf_counter()
@@ -137,7 +140,7 @@ def fit(
             best_weights = copy.deepcopy(model.network.state_dict())
         else:
             waited += 1
-            if waited >= settings.patience:
+            if waited >= patience:
                 break
     model.network.load_state_dict(best_weights)
     model.network.eval()

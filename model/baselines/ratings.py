@@ -194,7 +194,11 @@ class ItemAutoRec(_Standardised):
 
     def fit(self, train: Histories) -> Self:
         value_E = self._fit_scale(train)
-        torch.manual_seed(self.seed)
+        with torch.random.fork_rng():  # what is trained after this must not depend on it
+            torch.manual_seed(self.seed)
+            return self._fit(train, value_E)
+
+    def _fit(self, train: Histories, value_E: Tensor) -> Self:
         item_E, user_E = torch.from_numpy(train.item_E), torch.from_numpy(train.user_E)
         known_E = ~value_E.isnan()
         residual_E = value_E - self.state["item_mean"][item_E]
