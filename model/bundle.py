@@ -71,10 +71,12 @@ def save(
     """Write a bundle; `path` appears complete or not at all.
 
     Raises:
-        BundleError: `path` already holds something.
+        BundleError: `path` already holds something, or the model is not complete.
     """
     if path.exists() and any(path.iterdir()):
         raise BundleError(f"{path} is not empty: a bundle is never written over another")
+    if (model.network.prior is None) != (model.transitions is None):
+        raise BundleError("the network's transition prior and the counts belong together")
     path.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:

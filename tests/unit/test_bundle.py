@@ -215,3 +215,19 @@ def test_user_fields_are_read_and_wrong_ones_named(recommender):
         recommender.check(_query(user={"age": "old"}))
     with pytest.raises(InputError, match=r"user\.age: expected numeric, got tuple"):
         recommender.check(_query(user={"age": ("a", "b")}))
+
+
+def test_a_model_without_its_transition_counts_is_not_saved(trained, tmp_path):
+    loaded = bundles.load(trained)
+    loaded.model.transitions = None
+    with pytest.raises(BundleError, match="belong together"):
+        bundles.save(
+            tmp_path / "bundle",
+            model=loaded.model,
+            catalogue=loaded.catalogue,
+            schema=loaded.schema,
+            settings=loaded.settings,
+            trend=loaded.trend,
+            metrics={},
+        )
+    assert not (tmp_path / "bundle").exists()
