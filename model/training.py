@@ -10,7 +10,6 @@ from enum import StrEnum
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from model.catalogue import Catalogue
@@ -27,6 +26,7 @@ from model.schema import Schema
 from model.sequences import Histories
 from model.settings import SettingsBase
 from model.splits import Cases, SplitSettings
+from model.ties import shuffled_ties, stored_order_matters
 from model.transitions import Transitions
 from model.trends import ResolvedTrend, TrendTable
 from model.values import item_means, item_tastes
@@ -56,12 +56,14 @@ class TrainSettings(SettingsBase):
     softmax: Softmax = Softmax.AUTO
     negatives: int | None = None  # draws per gradient step, sampled softmax; None: √M, 512 or more
     max_epochs: int = 60
-    patience: int = 3  # epochs without a better validation loss, and PATIENT_STEPS steps at least
+    patience: int = 2  # epochs without a better validation loss, and PATIENT_STEPS steps at least
     learning_rate: float = 0.002
+    plateaus: int = 3  # after each but the last, the learning rate falls; the last ends training
+    plateau_factor: float = 0.3  # by which it falls
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     averaging_epochs: float = 1.0  # memory of the moving average of the weights; 0: none
-    shuffle_ties: bool = True  # events of one user in the same second, in a new order each epoch
+    shuffle_ties: bool | None = None  # simultaneous events anew each epoch; None: `model.ties`
     value_weight: float = 0.1  # of the value head's squared error beside the softmax
     bptt: int = 50  # positions of one user per gradient step
     batch_events: int = 1024  # positions per gradient step
@@ -102,7 +104,8 @@ def fit(
     model = trainer.model
     steps_per_epoch = max(1, train.num_events // settings.batch_events)
     patience = max(settings.patience, PATIENT_STEPS // steps_per_epoch)
-    best_loss, best_weights, waited = float("inf"), model.network.state_dict(), 0
+    best_loss, best_weights = float("inf"), model.network.state_dict()
+    waited = plateaus = 0
     for epoch in range(1, settings.max_epochs + 1):
         started = time.perf_counter()
         train_loss = trainer.epoch()
@@ -141,7 +144,10 @@ def fit(
         else:
             waited += 1
             if waited >= patience:
-                break
+                plateaus, waited = plateaus + 1, 0
+                if plateaus == settings.plateaus:
+                    break
+                trainer.lower_learning_rate()
     model.network.load_state_dict(best_weights)
     model.network.eval()
     if model.network.items.output_tower is not None:
@@ -162,6 +168,9 @@ class _Trainer:
     ) -> None:
         self.train, self.settings = train, settings
         self.rng = np.random.default_rng(settings.seed)
+        self.shuffle_ties = settings.shuffle_ties
+        if self.shuffle_ties is None:
+            self.shuffle_ties = not stored_order_matters(train)
         num_items = len(catalogue)
         self.encodings = InputEncodings.fit(train, catalogue, schema, settings.session_gap_seconds)
         item_bags = FieldBags.encode(self.encodings.item_fields, catalogue.fields, num_items)
@@ -241,8 +250,8 @@ class _Trainer:
         """One pass over the log; the mean loss (nats; of sampled items only, when sampled)."""
         settings, log = self.settings, self.train
         positions, targets = self.positions, self.targets
-        if settings.shuffle_ties:
-            log = log.reordered(_shuffled_ties(log, self.rng))
+        if self.shuffle_ties:
+            log = log.reordered(shuffled_ties(log, self.rng))
             positions = self.network.positions(log, self.trend_table)
             targets = EventTargets.of(log, settings.feedback)
         self.network.train()
@@ -266,6 +275,11 @@ class _Trainer:
             total += float(ranking) * len(event_N)
         return total / log.num_events
 
+    def lower_learning_rate(self) -> None:
+        """The loss has stopped falling: smaller steps settle nearer to its minimum."""
+        for group in self.optimiser.param_groups:
+            group["lr"] *= self.settings.plateau_factor
+
     def choose_lambda(self, valid: Histories | Cases) -> None:
         """The λ of items with interactions that gives the lowest validation PPL."""
         network = self.model.network
@@ -279,8 +293,3 @@ class _Trainer:
     def _set_lambda(self, network: HRNNMeta, lambda_mix: float) -> None:
         lambda_M = np.where(self.count_M > 0, lambda_mix, 1.0)
         network.items.lambda_M = torch.from_numpy(lambda_M).float()
-
-
-def _shuffled_ties(histories: Histories, rng: np.random.Generator) -> NDArray[np.int64]:
-    """A new order `[E]` of the events in which only a user's simultaneous ones change places."""
-    return np.lexsort((rng.random(histories.num_events), histories.timestamp_E, histories.user_E))
