@@ -1,15 +1,19 @@
 """Entities, sources, views and services of the feature store, built from a schema."""
 
+import inspect
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from types import FunctionType
+from typing import Any, cast
 
 from feast import Entity, FeatureService, FeatureView, Field, FileSource, ValueType
+from feast.on_demand_feature_view import OnDemandFeatureView
 from feast.types import Array, FeastType, Float64, Int64, String
 
 from feature_repo.names import (
     CATALOGUE,
+    CATALOGUE_POPULARITY,
     EVENT_TIMESTAMP,
     FIELD_TAG,
     FIRST_SEEN,
@@ -17,6 +21,7 @@ from feature_repo.names import (
     ITEM,
     ITEM_METADATA,
     ITEM_POPULARITY,
+    ITEM_TREND,
     JOIN_KEY,
     KIND_TAG,
     SERVING_TREND,
@@ -30,8 +35,9 @@ from feature_repo.names import (
     ViewOptions,
     feature_names,
     item_fields,
-    source_name,
+    source_pattern,
 )
+from feature_repo.on_demand import item_log_q
 from model.schema import FieldKind, Schema
 
 OWNER = "recommendations"
@@ -51,10 +57,12 @@ class Definitions:
 
     entities: dict[str, Entity]
     views: dict[str, FeatureView]
+    on_demand: dict[str, OnDemandFeatureView]
     services: dict[str, FeatureService]
 
     def objects(self) -> list[Any]:
-        return [*self.entities.values(), *self.views.values(), *self.services.values()]
+        groups = (self.entities, self.views, self.on_demand, self.services)
+        return [thing for group in groups for thing in group.values()]
 
 
 def build(sources: Path, schema: Schema, options: ViewOptions) -> Definitions:
@@ -82,7 +90,7 @@ def build(sources: Path, schema: Schema, options: ViewOptions) -> Definitions:
             schema=[Field(name=JOIN_KEY[VIEW_ENTITY[name]], dtype=String), *fields],
             source=FileSource(
                 name=f"{name}_source",
-                path=str(sources / source_name(name)),
+                path=str(sources / source_pattern(name)),
                 timestamp_field=EVENT_TIMESTAMP,
             ),
             ttl=ttl,
@@ -126,10 +134,19 @@ def build(sources: Path, schema: Schema, options: ViewOptions) -> Definitions:
         ),
         ITEM_POPULARITY: view(
             ITEM_POPULARITY,
-            "Events of an item in the window before a period's start; no row before its first",
+            "Events of an item in the window before a period's start; a row where that changes",
+            [Field(name="count", dtype=Int64)],
+            # A count is in force until the next one; whether it is recent, the catalogue's rows
+            # tell, which come with every period.
+            NEVER,
+        ),
+        CATALOGUE_POPULARITY: view(
+            CATALOGUE_POPULARITY,
+            "Events of all items in the window before a period's start; a row for every period",
             [
-                Field(name="count", dtype=Int64),
-                Field(name="log_q", dtype=Float64, description="log share of all items' events"),
+                Field(name="total", dtype=Int64),
+                Field(name="smoothing", dtype=Float64, description="pseudo-count of every item"),
+                Field(name="num_items", dtype=Int64, description="size of the catalogue"),
             ],
             timedelta(seconds=options.popularity_ttl_seconds),
         ),
@@ -149,10 +166,26 @@ def build(sources: Path, schema: Schema, options: ViewOptions) -> Definitions:
         ),
     }
 
+    on_demand = {
+        ITEM_TREND: OnDemandFeatureView(
+            name=ITEM_TREND,
+            sources=[views[ITEM_POPULARITY], views[CATALOGUE_POPULARITY]],
+            schema=[Field(name="log_q", dtype=Float64)],
+            mode="pandas",
+            udf=cast(FunctionType, item_log_q),
+            udf_string=inspect.getsource(item_log_q),
+            owner=OWNER,
+            description="log share of an item among all items' events, smoothed",
+            tags={"domain": "recommendations"},
+        )
+    }
+
+    features: dict[str, FeatureView | OnDemandFeatureView] = {**views, **on_demand}
+
     def service(name: str, description: str, *names: str) -> FeatureService:
         return FeatureService(
             name=name,
-            features=[views[n] for n in names],
+            features=[features[n] for n in names],
             owner=OWNER,
             description=description,
             tags={"domain": "recommendations"},
@@ -166,13 +199,15 @@ def build(sources: Path, schema: Schema, options: ViewOptions) -> Definitions:
         # History is left out: it holds one row per user, training builds its own sequences.
         TRAINING: service(
             TRAINING,
-            "Point-in-time features of (user, item, moment); ask with full_feature_names=True",
+            "Point-in-time features of (user, item, moment), read by feature_repo.historical",
             USER_PROFILE,
             ITEM_METADATA,
             ITEM_POPULARITY,
+            CATALOGUE_POPULARITY,
+            ITEM_TREND,
         ),
     }
-    return Definitions(entities, views, services)
+    return Definitions(entities, views, on_demand, services)
 
 
 def _fields(fields: dict[str, FieldKind]) -> list[Field]:

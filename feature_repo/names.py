@@ -17,16 +17,22 @@ CATALOGUE_ID = "all"  # the one row of the catalogue
 
 USER_PROFILE, USER_HISTORY = "user_profile", "user_history"
 ITEM_METADATA, ITEM_POPULARITY = "item_metadata", "item_popularity"
-TREND_SNAPSHOT = "trend_snapshot"
+CATALOGUE_POPULARITY, TREND_SNAPSHOT = "catalogue_popularity", "trend_snapshot"
+ITEM_TREND = "item_trend"  # on demand, from the two popularity views
 VIEW_ENTITY = {
     USER_PROFILE: USER,
     USER_HISTORY: USER,
     ITEM_METADATA: ITEM,
     ITEM_POPULARITY: ITEM,
+    CATALOGUE_POPULARITY: CATALOGUE,
     TREND_SNAPSHOT: CATALOGUE,
 }
 
-SERVING_USER, SERVING_TREND, TRAINING = "serving_user_v1", "serving_trend_v1", "training_v1"
+# Sources of several files: each refresh of the trends adds one.
+GROWING = frozenset({ITEM_POPULARITY, CATALOGUE_POPULARITY})
+REFRESH_PREFIX = "refresh-"  # of those files
+
+SERVING_USER, SERVING_TREND, TRAINING = "serving_user_v1", "serving_trend_v1", "training_v2"
 
 EVENT_TIMESTAMP = "event_timestamp"
 FIRST_SEEN = "first_seen"  # of users and items: Unix seconds, never null
@@ -36,7 +42,8 @@ HISTORY_LENGTH_TAG = "history_length"
 # Names the views, the joins of the offline store or Feast itself already use.
 _RESERVED = frozenset(
     {*JOIN_KEY.values(), *VIEW_ENTITY, EVENT_TIMESTAMP, FIRST_SEEN, "created", "rn"}
-    | {"entity_row_id", "event_expire_timestamp", "__log_date", "count", "log_q"}
+    | {"entity_row_id", "event_expire_timestamp", "__log_date"}
+    | {"count", "total", "smoothing", "num_items", "log_q"}
 )
 
 
@@ -50,13 +57,18 @@ class ViewOptions(SettingsBase):
     history_length: int = Field(100, ge=1)
     # A user silent for longer is served without a history.
     history_ttl_seconds: int = Field(3650 * 86_400, ge=0)
-    # How long a popularity row answers for its item after the moment it was counted.
+    # How long counts answer after the moment they were made for.
     popularity_ttl_seconds: int = Field(0, ge=0)
 
 
 def source_name(view: str) -> str:
-    """File name of a view's source inside `sources/`."""
-    return f"{view}.parquet"
+    """File inside `sources/` that the pipeline writes for a view."""
+    return f"{view}/history.parquet" if view in GROWING else f"{view}.parquet"
+
+
+def source_pattern(view: str) -> str:
+    """File or files inside `sources/` that a view is read from."""
+    return f"{view}/*.parquet" if view in GROWING else source_name(view)
 
 
 def feature_names(fields: Mapping[str, FieldKind]) -> dict[str, str]:

@@ -13,7 +13,13 @@ _definitions = build(_settings.sources, *applied(_settings))
 
 # Feast collects module attributes.
 user, item, catalogue = _definitions.entities.values()
-user_profile, user_history, item_metadata, item_popularity, trend_snapshot = (
-    _definitions.views.values()
-)
-serving_user_v1, serving_trend_v1, training_v1 = _definitions.services.values()
+(
+    user_profile,
+    user_history,
+    item_metadata,
+    item_popularity,
+    catalogue_popularity,
+    trend_snapshot,
+) = _definitions.views.values()
+(item_trend,) = _definitions.on_demand.values()
+serving_user_v1, serving_trend_v1, training_v2 = _definitions.services.values()

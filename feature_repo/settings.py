@@ -8,7 +8,7 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import model_validator
 
-from feature_repo.names import PROJECT, source_name
+from feature_repo.names import PROJECT, source_name, source_pattern
 from model.errors import InputError
 from model.settings import SettingsBase
 
@@ -65,8 +65,12 @@ class FeatureStoreSettings(SettingsBase):
         return self.path / "sources"
 
     def source(self, view: str) -> Path:
-        """Parquet file a view is read from."""
+        """Parquet file the pipeline writes for a view."""
         return self.sources / source_name(view)
+
+    def pattern(self, view: str) -> Path:
+        """Parquet file or files (a glob) a view is read from."""
+        return self.sources / source_pattern(view)
 
     def repo_config(self) -> "RepoConfig":
         """Feast's configuration: duckdb offline, because dask loses rows in point-in-time joins."""

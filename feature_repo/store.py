@@ -6,7 +6,6 @@ processes at once can lose a push between its read and its write; the event log 
 """
 
 import contextlib
-import io
 import json
 import logging
 import math
@@ -14,9 +13,8 @@ import os
 import sqlite3
 import tempfile
 import threading
-import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow.parquet as pq
 
 from feature_repo import snapshot as snapshots
+from feature_repo.connection import open_existing, open_store, quiet, unavailable
 from feature_repo.names import (
     CATALOGUE_ID,
     EVENT_TIMESTAMP,
@@ -41,8 +40,9 @@ from feature_repo.names import (
     VIEW_ENTITY,
     ViewOptions,
 )
+from feature_repo.online import BATCH_ROWS, Row, batches, protos, write_rows
 from feature_repo.settings import FeatureStoreSettings
-from model.errors import HrnnError, UnavailableError
+from model.errors import UnavailableError
 from model.query import Event, FieldValue
 from model.schema import Schema
 from model.trends import TrendSnapshot
@@ -64,7 +64,6 @@ __all__ = [
 
 log = logging.getLogger("hrnn.features")
 
-BATCH_ROWS = 500  # rows written to, or users read from, the online store at a time
 HISTORY_FEATURES = ("item_ids", "timestamps", "event_types", "event_values", "log_end")
 
 
@@ -90,7 +89,7 @@ def apply(
         UnavailableError: the registry or the online store cannot be written.
     """
     options = options or ViewOptions()
-    with _unavailable("register the features"):
+    with unavailable("register the features"):
         from feature_repo.definitions import build
 
         definitions = build(settings.sources, schema, options)
@@ -101,8 +100,8 @@ def apply(
             # Readers in other processes then never wait for a writer; a property of the file.
             with contextlib.closing(sqlite3.connect(settings.online_path)) as connection:
                 connection.execute("PRAGMA journal_mode=WAL")
-        store = _open(settings)
-        with _quiet():
+        store = open_store(settings)
+        with quiet():
             store.apply(definitions.objects())
     return store
 
@@ -138,8 +137,8 @@ def materialise(
     Raises:
         UnavailableError: a source or the online store cannot be used.
     """
-    with _unavailable("materialise the features"):
-        store = _open_existing(settings)
+    with unavailable("materialise the features"):
+        store = open_existing(settings)
         rows = {}
         for view in views:
             if view == USER_HISTORY:
@@ -149,9 +148,11 @@ def materialise(
             end = datetime.fromtimestamp(as_of, UTC)
             start = end - ttl if ttl else datetime.fromtimestamp(0, UTC)
             # Not materialize_incremental: on data of past years it loads nothing, silently.
-            with _quiet():
+            with quiet():
                 store.materialize(start, end, feature_views=[view])
-            rows[view] = _count_keys(settings.source(view), JOIN_KEY[VIEW_ENTITY[view]], start, end)
+            rows[view] = _count_keys(
+                settings.pattern(view), JOIN_KEY[VIEW_ENTITY[view]], start, end
+            )
     return rows
 
 
@@ -163,10 +164,10 @@ def forget(settings: FeatureStoreSettings, keys: Mapping[str, Iterable[str]]) ->
     Raises:
         UnavailableError: the online store cannot be written.
     """
-    with _unavailable("forget rows"):
-        store = _open_existing(settings)
+    with unavailable("forget rows"):
+        store = open_existing(settings)
         for view, gone in keys.items():
-            _write(store, view, ((key, {}, 0) for key in gone))
+            write_rows(store, view, ((key, {}, 0) for key in gone))
 
 
 class FeatureReader:
@@ -183,7 +184,7 @@ class FeatureReader:
     def __init__(self, settings: FeatureStoreSettings) -> None:
         self._settings = settings
         self._lock = threading.Lock()
-        with _unavailable("open the feature store"):
+        with unavailable("open the feature store"):
             self._session = _Session.open(settings)
         self._now: int | None = None  # Unix seconds of the log; None: not read yet
 
@@ -191,7 +192,7 @@ class FeatureReader:
         """Profile and history; an unknown user is no error."""
         if self._now is None:
             self.trend()
-        with _unavailable("read a user's features"):
+        with unavailable("read a user's features"):
             session = self._session
             row = session.read_one(session.user, USER, user_id)
             history = _History.of(row)
@@ -210,7 +211,7 @@ class FeatureReader:
 
     def trend(self) -> TrendSnapshot | None:
         """The snapshot in force, exactly as written; None when there is none."""
-        with _unavailable("read the trend snapshot"):
+        with unavailable("read the trend snapshot"):
             self._follow_registry()
             session = self._session
             snapshot = snapshots.from_row(
@@ -238,7 +239,7 @@ class FeatureWriter:
     """
 
     def __init__(self, settings: FeatureStoreSettings) -> None:
-        with _unavailable("open the feature store"):
+        with unavailable("open the feature store"):
             self._session = _Session.open(settings)
         self._lock = threading.Lock()
 
@@ -252,25 +253,25 @@ class FeatureWriter:
         The newest `history_length` events are kept. Timestamps are floored to whole seconds.
         """
         users = [user for user, new in events.items() if new]
-        with self._lock, _unavailable("push events"):
+        with self._lock, unavailable("push events"):
             store, length = self._session.store, self._session.history_length
-            for batch in _batches(users):
+            for batch in batches(users):
                 stored = _read_histories(store, batch)
                 merged = (
                     (user, _History(_merge(old.events, events[user], length), old.log_end))
                     for user, old in zip(batch, stored, strict=True)
                 )
-                _write(store, USER_HISTORY, (_history_row(user, h) for user, h in merged))
+                write_rows(store, USER_HISTORY, (_history_row(user, h) for user, h in merged))
 
     def push_trend(self, snapshot: TrendSnapshot) -> bool:
         """Put a snapshot in force unless a newer one is; returns whether it was written."""
-        with self._lock, _unavailable("push a trend snapshot"):
+        with self._lock, unavailable("push a trend snapshot"):
             session = self._session
             current = session.read_one(session.trend, "catalogue", CATALOGUE_ID)
             if current["as_of"] is not None and current["as_of"] > snapshot.as_of:
                 return False
-            values = _protos(snapshots.to_row(snapshot))
-            _write(session.store, TREND_SNAPSHOT, [(CATALOGUE_ID, values, snapshot.as_of)])
+            values = protos(snapshots.to_row(snapshot))
+            write_rows(session.store, TREND_SNAPSHOT, [(CATALOGUE_ID, values, snapshot.as_of)])
             return True
 
 
@@ -289,7 +290,7 @@ class _Session:
     @classmethod
     def open(cls, settings: FeatureStoreSettings) -> "_Session":
         stamp = _stamp(settings.registry_path)  # before reading: a change meanwhile is seen later
-        store = _open_existing(settings)
+        store = open_existing(settings)
         profile = store.get_feature_view(USER_PROFILE)
         history = store.get_feature_view(USER_HISTORY)
         return cls(
@@ -365,7 +366,7 @@ def _materialise_histories(
                 live = [e for e in old.events if e.timestamp >= max(old.log_end, as_of)]
                 events = _merge(history.events, live, length)
                 merged.append(_history_row(user, _History(events, as_of)))
-            _write(store, USER_HISTORY, merged)
+            write_rows(store, USER_HISTORY, merged)
             rows += len(merged)
     return rows
 
@@ -383,10 +384,7 @@ def _read_histories(store: "FeatureStore", users: Sequence[str]) -> list[_Histor
     ]
 
 
-_Row = tuple[str, dict[str, Any], float]  # key, value protos by feature, event time (Unix seconds)
-
-
-def _history_row(user: str, history: _History) -> _Row:
+def _history_row(user: str, history: _History) -> Row:
     events = history.events
     values = {
         "item_ids": [e.item_id for e in events],
@@ -396,73 +394,7 @@ def _history_row(user: str, history: _History) -> _Row:
         "log_end": history.log_end,
     }
     # Visible one second after the last event, as in the source.
-    return user, _protos(values), (events[-1].timestamp + 1 if events else 0)
-
-
-def _protos(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Feast's wire values of plain ones, exact for int64 and float64."""
-    from feast.protos.feast.types import Value_pb2 as wire
-
-    lists = {
-        "item_ids": ("string_list_val", wire.StringList),
-        "event_types": ("string_list_val", wire.StringList),
-        "timestamps": ("int64_list_val", wire.Int64List),
-        "event_values": ("double_list_val", wire.DoubleList),
-        "log_q": ("double_list_val", wire.DoubleList),
-    }
-    protos = {}
-    for name, value in row.items():
-        if name in JOIN_KEY.values():
-            continue
-        if name in lists:
-            kind, build = lists[name]
-            protos[name] = wire.Value(**{kind: build(val=value)})
-        elif isinstance(value, int):
-            protos[name] = wire.Value(int64_val=value)
-        else:
-            protos[name] = wire.Value(double_val=value)
-    return protos
-
-
-def _write(store: "FeatureStore", view: str, rows: Iterable[_Row]) -> None:
-    """Write rows as they are; missing features become null.
-
-    One level below `write_to_online_store`, which takes pandas frames only (ten times slower for
-    one row) and refuses rows of nulls.
-    """
-    from feast.protos.feast.types.EntityKey_pb2 import EntityKey
-    from feast.protos.feast.types.Value_pb2 import Value
-
-    feature_view = store.get_feature_view(view)
-    features = [f.name for f in feature_view.features]
-    join_key = JOIN_KEY[VIEW_ENTITY[view]]
-    provider = store._get_provider()
-    for batch in _batches(rows):
-        provider.online_write_batch(
-            store.config,
-            feature_view,
-            [
-                (
-                    EntityKey(join_keys=[join_key], entity_values=[Value(string_val=key)]),
-                    {name: values.get(name, Value()) for name in features},
-                    datetime.fromtimestamp(time, UTC),
-                    None,
-                )
-                for key, values, time in batch
-            ],
-            None,
-        )
-
-
-def _batches(items: Iterable[Any]) -> Iterator[list[Any]]:
-    batch: list[Any] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == BATCH_ROWS:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+    return user, protos(values), (events[-1].timestamp + 1 if events else 0)
 
 
 def _count_keys(path: Path, key: str, start: datetime, end: datetime) -> int:
@@ -475,23 +407,6 @@ def _count_keys(path: Path, key: str, start: datetime, end: datetime) -> int:
         )
         found = connection.execute(query, [str(path), start, end]).fetchone()
     return int(found[0]) if found else 0
-
-
-def _open(settings: FeatureStoreSettings) -> "FeatureStore":
-    from feast import FeatureStore
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return FeatureStore(config=settings.repo_config())
-
-
-def _open_existing(settings: FeatureStoreSettings) -> "FeatureStore":
-    """Open without creating anything: Feast would make an empty registry where there is none."""
-    if not settings.registry_path.exists():
-        raise UnavailableError(
-            f"no feature store in {settings.path}; run the pipeline (or its features step) first"
-        )
-    return _open(settings)
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -511,28 +426,3 @@ def _write_atomically(path: Path, text: str) -> None:
     with os.fdopen(handle, "w") as file:
         file.write(text)
     Path(temporary).replace(path)
-
-
-@contextlib.contextmanager
-def _unavailable(action: str) -> Iterator[None]:
-    """Turn what Feast and its stores raise into one error that says what could not be done."""
-    try:
-        yield
-    except HrnnError:
-        raise
-    except Exception as error:
-        # Only the type: messages of stores can hold addresses, keys and passwords.
-        raise UnavailableError(f"cannot {action}: {type(error).__name__}") from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Feast prints colours and progress bars; the step has its own lines."""
-    sink = io.StringIO()
-    with (
-        contextlib.redirect_stdout(sink),
-        contextlib.redirect_stderr(sink),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")
-        yield

@@ -1,15 +1,9 @@
-"""Clean tables → the Parquet files the feature views read, with Ibis on DuckDB.
-
-Moments: q is refreshed at the start of every period, and once more at the log's end (`as_of`).
-Moments are numbered: number k ≤ `last_period` is second k·period, the number after it is `as_of`.
-An event at second t is counted at moment m when m − window ≤ t < m.
-"""
+"""Clean tables → the Parquet files the feature views read, with Ibis on DuckDB."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import ibis
-import ibis.expr.datatypes as dt
 import ibis.expr.types as ir
 import numpy as np
 import pyarrow as pa
@@ -17,12 +11,13 @@ import pyarrow.parquet as pq
 from ibis.backends.duckdb import Backend
 from numpy.typing import NDArray
 
+from components.engines import write_parquet
+from components.features.popularity import event_timestamp, window_counts
 from components.tables import INTERACTIONS, ITEMS, USERS, table_path
 from feature_repo.names import (
     EVENT_TIMESTAMP,
     FIRST_SEEN,
     ITEM_METADATA,
-    ITEM_POPULARITY,
     JOIN_KEY,
     TREND_SNAPSHOT,
     USER_HISTORY,
@@ -31,13 +26,12 @@ from feature_repo.names import (
     feature_names,
     item_fields,
     source_name,
+    source_pattern,
 )
 from feature_repo.snapshot import to_row
 from model.errors import InputError
 from model.schema import FieldKind, Schema
 from model.trends import ResolvedTrend, TrendSnapshot, snapshot_from_counts
-
-TIMESTAMP = dt.Timestamp(timezone="UTC", scale=6)  # microseconds: what DuckDB and Feast agree on
 
 
 @dataclass(frozen=True)
@@ -88,8 +82,7 @@ class Log:
 
     def write(self, expression: ir.Table, path: Path) -> int:
         """Write to Parquet, compressed; returns the rows."""
-        self.backend.to_parquet(expression, path, compression="zstd")
-        return pq.read_metadata(path).num_rows
+        return write_parquet(self.backend, expression, path)
 
     def arrays(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Item position (in any fixed order) and timestamp of every event."""
@@ -138,7 +131,7 @@ def write_entities(log: Log, table: str, folder: Path) -> int:
         ibis.least(ibis.coalesce(ibis.least(*seen) if len(seen) > 1 else seen[0], log.start),
                    log.as_of), 0
     ).cast("int64")  # fmt: skip
-    rows = rows.select(rows[key], _moment(first), first.name(FIRST_SEEN), **columns)
+    rows = rows.select(rows[key], event_timestamp(first), first.name(FIRST_SEEN), **columns)
     return log.write(rows, folder / source_name(view))
 
 
@@ -183,7 +176,7 @@ def write_history(log: Log, length: int, folder: Path) -> int:
     rows = rows.select(
         "user_id",
         # A moment sees only what is strictly before it.
-        _moment(rows["last"] + 1),
+        event_timestamp(rows["last"] + 1),
         "item_ids",
         "timestamps",
         "event_types",
@@ -194,93 +187,10 @@ def write_history(log: Log, length: int, folder: Path) -> int:
     return log.write(rows, folder / source_name(USER_HISTORY))
 
 
-def write_popularity(log: Log, trend: ResolvedTrend, max_rows: int, folder: Path) -> int:
-    """`item_popularity`: count and log q of every item at every moment since its first event.
-
-    Items an event away from being known have no row, those out of the window count 0. When there
-    would be more than `max_rows`, the earliest moments are left out.
-    """
-    period, window, as_of = trend.period_seconds, trend.window_seconds, log.as_of
-    last_period = as_of // period
-    last = last_period + bool(as_of % period)
-    events = log.read(INTERACTIONS)
-    t = events.timestamp.cast("int64")
-    entered = events.select("item_id", moment=(t // period).cast("int64") + 1, change=1)
-    changes = entered
-    if window:
-        leave = ((t + window) // period).cast("int64") + 1
-        at_the_end = (t < as_of - window) & (last > last_period)
-        leave = ibis.cases(
-            (leave <= last_period, leave), (at_the_end, last), else_=ibis.null("int64")
-        )
-        left = events.select("item_id", moment=leave.cast("int64"), change=-1)
-        changes = entered.union(left.filter(left.moment.notnull()))
-    changes = changes.group_by("item_id", "moment").agg(change=changes.change.sum().cast("int64"))
-    # Written out: it is read three times below.
-    log.write(changes, log.scratch / "changes.parquet")
-    changes = log.backend.read_parquet(log.scratch / "changes.parquet")
-
-    first = _first_moment(log, changes, last, max_rows)
-    totals = changes.group_by("moment").agg(change=changes.change.sum().cast("int64"))
-    totals = _at_every_moment(_running(totals, None, last), first).rename({"total": "count"})
-    counts = _at_every_moment(_running(changes, "item_id", last), first)
-    rows = counts.join(totals, "moment")
-    denominator = rows.total + trend.smoothing * log.num_items
-    second = (rows.moment <= last_period).ifelse(rows.moment * period, as_of)
-    rows = rows.select(
-        "item_id",
-        _moment(second),
-        count=rows["count"],
-        log_q=((rows["count"] + trend.smoothing) / denominator).ln(),
-    )
-    return log.write(rows, folder / source_name(ITEM_POPULARITY))
-
-
-def _running(changes: ir.Table, key: str | None, last: int) -> ir.Table:
-    """Changes per moment → intervals [moment, until) with the count in force."""
-    over = ibis.window(group_by=key, order_by="moment")
-    running = ibis.cumulative_window(group_by=key, order_by="moment")
-    return changes.mutate(
-        count=changes.change.sum().over(running).cast("int64"),
-        until=ibis.coalesce(changes.moment.lead().over(over), last + 1).cast("int64"),
-    ).drop("change")
-
-
-def _at_every_moment(intervals: ir.Table, first: int) -> ir.Table:
-    start = ibis.greatest(intervals.moment, first).cast("int64")
-    return intervals.mutate(moment=ibis.range(start, intervals.until).unnest().cast("int64")).drop(
-        "until"
-    )
-
-
-def _first_moment(log: Log, changes: ir.Table, last: int, max_rows: int) -> int:
-    """The earliest moment from which on the rows of all moments fit `max_rows`."""
-    items = changes.group_by("item_id").agg(moment=changes.moment.min())
-    found = log.backend.to_pyarrow(
-        items.group_by("moment").agg(items=items.count()).order_by("moment")
-    )
-    started, new = found["moment"].to_pylist(), found["items"].to_pylist()
-    rows, until = 0, last + 1
-    known = sum(new)
-    for moment, items_new in zip(reversed(started), reversed(new), strict=True):
-        if rows + known * (until - moment) > max_rows:
-            first = min(last, until - (max_rows - rows) // known)  # the last one always stays
-            print(
-                f"{ITEM_POPULARITY}: rows before moment {first} of {last} are left out"
-                f" (popularity_max_rows={max_rows:,})"
-            )
-            return first
-        rows, until = rows + known * (until - moment), moment
-        known -= items_new
-    return started[0]
-
-
 def count_snapshot(log: Log, trend: ResolvedTrend) -> TrendSnapshot:
     """The trend at the log's end: events in [as_of − window, as_of)."""
     events = log.read(INTERACTIONS)
-    if trend.window_seconds:
-        events = events.filter(events.timestamp >= log.as_of - trend.window_seconds)
-    counts = log.backend.to_pyarrow(events.group_by("item_id").agg(n=events.count()))
+    counts = log.backend.to_pyarrow(window_counts(events, log.as_of, trend.window_seconds))
     return snapshot_from_counts(
         counts["item_id"].to_pylist(),
         counts["n"].to_numpy(),
@@ -310,16 +220,12 @@ def vanished(backend: Backend, old: Path, new: Path) -> dict[str, list[str]]:
         key = JOIN_KEY[entity]
         if not (old / source_name(view)).exists():
             continue
-        before = backend.read_parquet(old / source_name(view)).select(key).distinct()
+        before = backend.read_parquet(old / source_pattern(view)).select(key).distinct()
         after = backend.read_parquet(new / source_name(view)).select(key).distinct()
         keys = backend.to_pyarrow(before.anti_join(after, key))[key].to_pylist()
         if keys:
             gone[view] = keys
     return gone
-
-
-def _moment(second: ir.Value) -> ir.Value:
-    return second.cast("int64").as_timestamp("s").cast(TIMESTAMP).name(EVENT_TIMESTAMP)
 
 
 def _row(backend: Backend, expression: ir.Table) -> dict[str, int]:

@@ -7,15 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pyarrow.parquet import read_metadata
 from pydantic import Field
 
+from components.engines import EngineName, open_engine
 from components.features import sources
+from components.features.popularity import write_popularity
 from components.features.sources import Log
-from components.tables import ITEMS, USERS, connect
+from components.tables import INTERACTIONS, ITEMS, USERS, connect, table_path
 from feature_repo import store
 from feature_repo.names import (
+    CATALOGUE_POPULARITY,
+    GROWING,
     ITEM_METADATA,
     ITEM_POPULARITY,
+    REFRESH_PREFIX,
     TREND_SNAPSHOT,
     USER_HISTORY,
     USER_PROFILE,
@@ -39,8 +45,10 @@ class FeaturesSettings(SettingsBase):
     history_length: int = Field(100, ge=1)  # newest events of a user that serving reads
     history_ttl_days: int = Field(3650, ge=0)  # silence after which a history is dropped; 0: never
     trend_top_items: int = Field(10_000, ge=1)  # in the snapshot; all others share its floor
-    popularity_max_rows: int = Field(20_000_000, ge=1)  # newest (item, period) pairs kept
+    popularity_max_rows: int = Field(20_000_000, ge=1)  # newest changes of counts kept
     memory_limit: str = "2GB"  # of DuckDB; beyond it spills to disk
+    engine: EngineName = "duckdb"  # what counts the popularity
+    spark_master: str = "local[*]"
 
 
 def run(
@@ -95,10 +103,10 @@ def run(
             timed(USER_PROFILE, lambda: sources.write_entities(log, USERS, new))
             timed(USER_HISTORY, lambda: sources.write_history(log, config.history_length, new))
             timed(ITEM_METADATA, lambda: sources.write_entities(log, ITEMS, new))
-            timed(
-                ITEM_POPULARITY,
-                lambda: sources.write_popularity(log, resolved, config.popularity_max_rows, new),
-            )
+            timed(ITEM_POPULARITY, lambda: _popularity(config, log, resolved, Path(scratch), new))
+            rows[CATALOGUE_POPULARITY] = read_metadata(
+                new / source_name(CATALOGUE_POPULARITY)
+            ).num_rows
             timed(TREND_SNAPSHOT, lambda: sources.write_snapshot(snapshot, new))
             vanished = sources.vanished(backend, where.sources, new)
         finally:
@@ -110,7 +118,12 @@ def run(
             print(f"no longer in the log, blanked online: {gone}", flush=True)
         where.sources.mkdir(exist_ok=True)
         for view in VIEW_ENTITY:
+            where.source(view).parent.mkdir(exist_ok=True)
             (new / source_name(view)).replace(where.source(view))
+        # What refreshes of the trends have added is counted anew in these files.
+        for view in GROWING:
+            for path in where.source(view).parent.glob(f"{REFRESH_PREFIX}*.parquet"):
+                path.unlink()
     options = ViewOptions(
         history_length=config.history_length,
         history_ttl_seconds=config.history_ttl_days * DAY,
@@ -139,6 +152,28 @@ def run(
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     (output_dir / "trend.json").write_text(json.dumps(snapshot.to_json()) + "\n")
     return summary
+
+
+def _popularity(
+    config: FeaturesSettings, log: Log, trend: ResolvedTrend, scratch: Path, folder: Path
+) -> int:
+    """Both popularity views, on the engine that is set; returns the rows of the items' one."""
+    engine = open_engine(config.engine, scratch, config.memory_limit, config.spark_master)
+    try:
+        events = engine.read_parquet(str(table_path(log.clean, INTERACTIONS)))
+        rows = write_popularity(
+            engine,
+            events,
+            log.num_items,
+            trend,
+            log.as_of,
+            config.popularity_max_rows,
+            scratch,
+            folder,
+        )
+    finally:
+        engine.disconnect()
+    return rows[ITEM_POPULARITY]
 
 
 def _resolve(log: Log, settings: TrendSettings) -> ResolvedTrend:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickletools
 import shutil
 import socket
 import subprocess
@@ -104,7 +105,16 @@ def write_sources(settings, users=("u1", "u2"), history=None, trend=None, as_of=
     }
     pq.write_table(pa.table(items), settings.source("item_metadata"))
     popularity = {"item_id": ["i0"], "event_timestamp": moments(as_of), "count": [7]}
-    pq.write_table(pa.table({**popularity, "log_q": [-1.5]}), settings.source("item_popularity"))
+    totals = {
+        "catalogue_id": ["all"],
+        "event_timestamp": moments(as_of),
+        "total": [9],
+        "smoothing": [0.5],
+        "num_items": [3],
+    }
+    for view, table in {"item_popularity": popularity, "catalogue_popularity": totals}.items():
+        settings.source(view).parent.mkdir(exist_ok=True)
+        pq.write_table(pa.table(table), settings.source(view))
     row = (trend or snapshot(as_of=as_of)).to_json()
     table = pa.Table.from_pylist([{"catalogue_id": "all", **row}])
     pq.write_table(
@@ -380,7 +390,23 @@ def test_views_have_ttl_owner_and_description_and_services_are_versioned(tmp_pat
         assert view.description
         assert view.ttl is not None
         assert view.features  # also without any field in the schema
-    assert all(name.endswith("_v1") for name in definitions.services)
+    assert list(definitions.services) == ["serving_user_v1", "serving_trend_v1", "training_v2"]
+
+
+def test_on_demand_features_put_a_name_into_the_registry_and_serving_never_loads_it(
+    store, monkeypatch
+):
+    """Feast would unpickle code from the registry; ours is only the path of a function."""
+    import dill
+
+    from feature_repo.on_demand import item_log_q
+
+    operations = [op.name for op, _, _ in pickletools.genops(dill.dumps(item_log_q, recurse=True))]
+    assert "REDUCE" not in operations and "BUILD" not in operations  # nothing but a look-up
+    monkeypatch.setattr("dill.loads", lambda *_: pytest.fail("unpickled"))
+    reader = FeatureReader(store)
+    assert reader.user("u1").known
+    assert reader.trend() is not None
 
 
 class TestSettings:

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from components.features.steps import FeaturesSettings, run
+from feature_repo.historical import training_features
 from feature_repo.names import feature_names
 from feature_repo.store import FeatureReader, FeatureStoreSettings, FeatureWriter
 from model.errors import InputError
@@ -95,24 +96,6 @@ def execute(tmp_path, rows, window=0, settings=None, **clean):
     return summary, FeatureStoreSettings(root=str(tmp_path / "store"))
 
 
-def historical(settings, rows):
-    """Point-in-time features by row number; rows are (user, item, second)."""
-    from feast import FeatureStore
-
-    store = FeatureStore(config=settings.repo_config())
-    frame = pd.DataFrame(
-        {
-            "row": range(len(rows)),
-            "user_id": [r[0] for r in rows],
-            "item_id": [r[1] for r in rows],
-            "event_timestamp": [datetime.fromtimestamp(r[2], UTC) for r in rows],
-        }
-    )
-    service = store.get_feature_service("training_v1")
-    job = store.get_historical_features(frame, service, full_feature_names=True)
-    return job.to_df().sort_values("row").reset_index(drop=True)
-
-
 @pytest.mark.parametrize("window", [0, PERIOD, 3 * PERIOD, 2 * PERIOD + 123, 100])
 def test_popularity_at_any_moment_equals_a_naive_loop(tmp_path, window):
     rows = make_log()
@@ -124,16 +107,34 @@ def test_popularity_at_any_moment_equals_a_naive_loop(tmp_path, window):
     boundary = (START // PERIOD + 5) * PERIOD
     asked += [("u0", "i1", boundary + d) for d in (-1, 0, 1)] + [("nobody", "i1", boundary)]
     asked += [("u1", "i1", as_of), ("u1", "never seen", as_of), ("u1", "cold", as_of)]
-    found = historical(settings, asked)
-    assert found["row"].tolist() == list(range(len(asked)))  # no entity row is lost
+    found = training_features(settings, asked)
+    rows_start = min(r[2] for r in rows)
+    assert len(found) == len(asked)  # no entity row is lost
     for (_, item, second), row in zip(asked, found.itertuples(), strict=True):
         moment = as_of if second == as_of else second // PERIOD * PERIOD
+        count, log_q = naive_q(rows, item, moment, window, 0.5, num_items)
         if naive_count(rows, item, moment, 0) == 0:  # not seen before the period: no row
             assert np.isnan(row.item_popularity__count)
-            continue
-        count, log_q = naive_q(rows, item, moment, window, 0.5, num_items)
-        assert row.item_popularity__count == count
-        assert row.item_popularity__log_q == pytest.approx(log_q, rel=1e-14)
+        else:
+            assert row.item_popularity__count == count
+        if second // PERIOD == rows_start // PERIOD:  # before the first count there is no share
+            assert np.isnan(row.item_trend__log_q)
+        else:
+            assert row.item_trend__log_q == pytest.approx(log_q, rel=1e-14)
+
+
+@pytest.mark.parametrize("window", [0, 3 * PERIOD])
+def test_popularity_rows_grow_with_events_not_with_periods(tmp_path, window):
+    rows = [("u1", f"i{j % 3}", START + j * 500 * PERIOD) for j in range(12)]
+    summary, settings = execute(tmp_path, [(*r, None, None) for r in rows], window, users=False)
+    assert summary["rows"]["item_popularity"] <= (2 if window else 1) * len(rows)
+    assert summary["rows"]["catalogue_popularity"] > 11 * 500
+    asked = [("u1", item, START + k * 250 * PERIOD) for k in range(1, 22) for item in ("i0", "i2")]
+    found = training_features(settings, asked)["item_trend__log_q"]
+    for (_, item, second), log_q in zip(asked, found, strict=True):
+        moment = second // PERIOD * PERIOD
+        expected = naive_q(rows, item, moment, window, 0.5, summary["num_items"])[1]
+        assert log_q == pytest.approx(expected, rel=1e-14)
 
 
 def test_events_at_or_after_a_periods_start_change_nothing_before(tmp_path):
@@ -144,8 +145,8 @@ def test_events_at_or_after_a_periods_start_change_nothing_before(tmp_path):
     # Everything from the period's start on is another item's, still in the same log.
     other = [(r[0], "i0" if r[2] >= cut else r[1], *r[2:]) for r in rows]
     _, changed = execute(tmp_path / "changed", other, 3 * PERIOD, extra_items=[r[1] for r in rows])
-    columns = ["item_popularity__count", "item_popularity__log_q"]
-    a, b = historical(whole, asked)[columns], historical(changed, asked)[columns]
+    columns = ["item_popularity__count", "item_trend__log_q"]
+    a, b = training_features(whole, asked)[columns], training_features(changed, asked)[columns]
     pd.testing.assert_frame_equal(a, b)
 
 
@@ -156,15 +157,15 @@ def test_training_and_serving_agree_at_the_same_moment(tmp_path, window):
     rows = make_log()
     summary, settings = execute(tmp_path, rows, window)
     items = sorted({r[1] for r in rows})
-    trained = historical(settings, [("u1", item, summary["as_of"]) for item in items])
+    trained = training_features(settings, [("u1", item, summary["as_of"]) for item in items])
     store = FeatureStore(config=settings.repo_config())
     served = store.get_online_features(
-        features=store.get_feature_service("training_v1"),
-        entity_rows=[{"user_id": "u1", "item_id": item} for item in items],
+        features=store.get_feature_service("training_v2"),
+        entity_rows=[{"user_id": "u1", "item_id": item, "catalogue_id": "all"} for item in items],
         full_feature_names=True,
     ).to_dict()
     features = [name for name in served if "__" in name]
-    assert len(features) == 8
+    assert len(features) == 11
     for name in features:
         for offline, online in zip(trained[name], served[name], strict=True):
             if isinstance(offline, np.ndarray):
@@ -173,7 +174,7 @@ def test_training_and_serving_agree_at_the_same_moment(tmp_path, window):
                 assert offline == online or (pd.isna(offline) and online is None)
     snapshot = FeatureReader(settings).trend()
     np.testing.assert_allclose(
-        snapshot.dense(items), served["item_popularity__log_q"], rtol=1e-14, atol=0
+        snapshot.dense(items), served["item_trend__log_q"], rtol=1e-14, atol=0
     )
     for item in [*items, "cold"]:
         expected = naive_q(rows, item, summary["as_of"], window, 0.5, summary["num_items"])[1]
