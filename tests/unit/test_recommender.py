@@ -138,6 +138,9 @@ def test_nothing_asked_is_nothing_answered(recommender):
     assert recommender.rate([QUERIES[1]], [[]]) == recommender.rank([QUERIES[1]], [[]]) == [[]]
 
 
+ROUNDING = 1e-6  # of equal queries in different rows of one matrix product
+
+
 def changed(recommender, one, other):
     phi = recommender.affinities([one, other])
     return np.abs(phi[0] - phi[1]).max()
@@ -154,7 +157,9 @@ def test_feedback_in_the_history_changes_the_answer(recommender):
     assert high > low
     # A type the log did not have is no type.
     unheard = Query(events("i003", kind="unheard of"), START + 9000.0)
-    assert changed(recommender, unheard, Query(events("i003", kind=None), START + 9000.0)) == 0
+    assert (
+        changed(recommender, unheard, Query(events("i003", kind=None), START + 9000.0)) < ROUNDING
+    )
 
 
 def test_context_changes_the_answer(recommender):
@@ -163,9 +168,9 @@ def test_context_changes_the_answer(recommender):
     assert changed(recommender, tv, phone) > 1e-4
     assert changed(recommender, tv, loud) > 1e-4
     unread = query("i003", context={"device": "tv", "moon": "full", "volume": None})
-    assert changed(recommender, tv, unread) == 0
+    assert changed(recommender, tv, unread) < ROUNDING
     unheard = query("i003", context={"device": "fridge"})
-    assert changed(recommender, unheard, query("i003")) == 0
+    assert changed(recommender, unheard, query("i003")) < ROUNDING
 
 
 @pytest.mark.parametrize(
@@ -239,7 +244,7 @@ def test_unknown_ids_are_skipped(recommender):
     known = events("i003", "i008")
     odd = [known[0], Event("gone", START + 300.0, "buy", 1.0), known[1]]
     odd += [Event("lost", START + 900.0, "skip", 5.0)]
-    assert changed(recommender, Query(known, START + 9e3), Query(odd, START + 9e3)) == 0
+    assert changed(recommender, Query(known, START + 9e3), Query(odd, START + 9e3)) < ROUNDING
     [ranked] = recommender.rank([query()], [["gone", "i004", "lost"]])
     assert [r.item_id for r in ranked] == ["i004"]
     [rated] = recommender.rate([query()], [["i009", "gone", "i004", "lost", "i009"]])
@@ -250,7 +255,9 @@ def test_unknown_ids_are_skipped(recommender):
 def test_histories_are_read_in_order_of_time(recommender):
     history = long_history(20)
     shuffled = [history[n] for n in np.random.default_rng(0).permutation(20)]
-    assert changed(recommender, Query(history, START + 1e6), Query(shuffled, START + 1e6)) == 0
+    assert (
+        changed(recommender, Query(history, START + 1e6), Query(shuffled, START + 1e6)) < ROUNDING
+    )
 
 
 def test_values_are_predicted_on_the_scale_of_the_log(recommender):
