@@ -2,6 +2,7 @@
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(if $(shell command -v $(p)),$(p))))
 VENV := .venv
 STAMP := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo serve test check compile golden clean
@@ -23,16 +24,21 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
+$(DEV): $(STAMP) requirements-dev.lock
+	@echo "  installing $$(grep -c == requirements-dev.lock) pinned packages for the tests"
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.lock
+	@touch $@
+
 demo: $(STAMP) ## the whole main job on MovieLens-100K, from log to recommendations over HTTP
 	@$(VENV)/bin/hrnn demo
 
 serve: $(STAMP) ## serve the deployed model on port 8080 until Ctrl-C
 	@$(VENV)/bin/hrnn serve
 
-test: $(STAMP) ## run the tests
+test: $(DEV) ## run the tests
 	$(VENV)/bin/python -m pytest
 
-check: $(STAMP) ## style and types
+check: $(DEV) ## style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
