@@ -1,10 +1,9 @@
-"""Feature store: round trips through a real SQLite online store (and Redis where there is one)."""
+"""Feature store: round trips through a real SQLite online store and a real Redis server."""
 
 import json
 import math
 import os
 import pickletools
-import shutil
 import socket
 import subprocess
 import sys
@@ -48,13 +47,6 @@ SCHEMA = Schema.parse(
         "item_title": "title",
     }
 )
-STORES = [
-    "sqlite",
-    pytest.param(
-        "redis",
-        marks=pytest.mark.skipif(not shutil.which("redis-server"), reason="no redis-server"),
-    ),
-]
 
 
 def moments(*seconds):
@@ -123,30 +115,11 @@ def write_sources(settings, users=("u1", "u2"), history=None, trend=None, as_of=
     )
 
 
-@pytest.fixture
-def redis_port(tmp_path):
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    process = subprocess.Popen(
-        ["redis-server", "--port", str(port), "--save", "", "--dir", str(tmp_path)],
-        stdout=subprocess.DEVNULL,
-    )
-    for _ in range(100):
-        with socket.socket() as sock:
-            if sock.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        time.sleep(0.05)
-    yield port
-    process.terminate()
-    process.wait()
-
-
-@pytest.fixture(params=STORES)
+@pytest.fixture(params=["sqlite", "redis"])
 def settings(request, tmp_path):
     if request.param == "sqlite":
         return FeatureStoreSettings(root=str(tmp_path / "features"))
-    url = f"redis://127.0.0.1:{request.getfixturevalue('redis_port')}/0"
+    url = request.getfixturevalue("redis_server").database()
     return FeatureStoreSettings(root=str(tmp_path / "features"), online="redis", redis_url=url)
 
 

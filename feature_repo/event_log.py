@@ -1,0 +1,350 @@
+"""The event log: durable appends, each event once, and what its followers read.
+
+`feature_repo.event_tables` has the tables and the order they promise.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Self
+
+import sqlalchemy as sa
+
+from feature_repo.event_tables import (
+    WRITES,
+    cause,
+    deleted_users,
+    events,
+    items,
+    log_head,
+    open_engine,
+    users,
+)
+from feature_repo.online import batches
+from model.errors import UnavailableError
+from model.query import Event, FieldValue
+
+Fields = Mapping[str, FieldValue]
+
+
+class StorageFullError(UnavailableError):
+    """The log's disk is full; nothing of the refused write was kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewEvent:
+    """One event to append; `timestamp` in whole Unix seconds."""
+
+    event_id: str
+    user_id: str
+    item_id: str
+    timestamp: int
+    event_type: str | None = None
+    event_value: float | None = None
+    impression: tuple[str, ...] | None = None  # items shown
+    context: Fields | None = None  # fields of the request
+
+
+class Outcome(StrEnum):
+    """What became of an event."""
+
+    STORED = "stored"
+    DUPLICATE = "duplicate"  # this event_id is in the log already
+    USER_DELETED = "user_deleted"  # from before the deletion of the user's data
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """An item as last written to the log; `created_at` in Unix seconds."""
+
+    item_id: str
+    fields: Fields
+    created_at: int | None
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What changed in (after, upto]: ids of users whose events, fields or deletion did."""
+
+    users: tuple[str, ...]
+    upto: int
+
+
+@dataclass(frozen=True, slots=True)
+class UserState:
+    """All that online features need to know of a user; a function of the log's state alone."""
+
+    history: tuple[Event, ...] = ()  # the newest ones, oldest first; ties in the log's order
+    fields: Fields = field(default_factory=dict)
+    deleted_at: int | None = None  # Unix seconds: what happened until then is gone
+
+
+class Transaction:
+    """Writes that become durable together; see `EventLog.write`."""
+
+    def __init__(self, connection: sa.Connection, now: float) -> None:
+        self._connection = connection
+        self._now = now
+        # Also the lock that other writers wait for, until this transaction ends.
+        self.seq: int = connection.execute(
+            sa.update(log_head).values(seq=log_head.c.seq).returning(log_head.c.seq)
+        ).scalar_one()
+
+    def append(self, new: Sequence[NewEvent]) -> list[Outcome]:
+        """Add events; the first one with an `event_id` counts."""
+        known = self._known("event_id", (e.event_id for e in new))
+        deleted = self._deleted({e.user_id for e in new})
+        outcomes, rows = [], []
+        for event in new:
+            if event.event_id in known:
+                outcomes.append(Outcome.DUPLICATE)
+                continue
+            if event.timestamp <= deleted.get(event.user_id, -1):
+                outcomes.append(Outcome.USER_DELETED)
+                continue
+            known.add(event.event_id)
+            outcomes.append(Outcome.STORED)
+            rows.append(
+                {
+                    "seq": self._next(),
+                    "event_id": event.event_id,
+                    "user_id": event.user_id,
+                    "item_id": event.item_id,
+                    "timestamp": event.timestamp,
+                    "event_type": event.event_type,
+                    "event_value": event.event_value,
+                    "impression": None if event.impression is None else list(event.impression),
+                    "context": None if event.context is None else dict(event.context),
+                    "received_at": self._now,
+                }
+            )
+        if rows:
+            self._connection.execute(events.insert(), rows)
+        return outcomes
+
+    def put_user(self, user_id: str, fields: Fields) -> None:
+        """Set all fields of a user."""
+        self._put(users, user_id=user_id, fields=dict(fields), received_at=self._now)
+
+    def put_item(self, item_id: str, fields: Fields, created_at: int | None = None) -> None:
+        """Set all fields of an item."""
+        self._put(
+            items,
+            item_id=item_id,
+            fields=dict(fields),
+            created_at=created_at,
+            received_at=self._now,
+        )
+
+    def delete_user(self, user_id: str) -> int:
+        """Remove a user's events and fields; returns the number of events removed.
+
+        The id stays in `deleted_users`, so that features, copies and late events of the past can
+        be recognised and removed too.
+        """
+        gone = self._connection.execute(events.delete().where(events.c.user_id == user_id))
+        self._connection.execute(users.delete().where(users.c.user_id == user_id))
+        self._put(deleted_users, user_id=user_id, deleted_at=int(self._now))
+        return gone.rowcount
+
+    def _next(self) -> int:
+        self.seq += 1
+        return self.seq
+
+    def _finish(self) -> None:
+        self._connection.execute(sa.update(log_head).values(seq=self.seq))
+
+    def _put(self, table: sa.Table, **row: Any) -> None:
+        (key,) = table.primary_key.columns
+        # A plain delete and insert, the same on both databases; the lock makes it one step.
+        self._connection.execute(table.delete().where(key == row[key.name]))
+        self._connection.execute(table.insert(), {**row, "seq": self._next()})
+
+    def _known(self, column: str, values: Iterable[str]) -> set[str]:
+        found: set[str] = set()
+        for batch in batches(values):
+            query = sa.select(events.c[column]).where(events.c[column].in_(batch))
+            found.update(self._connection.scalars(query))
+        return found
+
+    def _deleted(self, user_ids: Iterable[str]) -> dict[str, int]:
+        return _deleted(self._connection, user_ids)
+
+
+class EventLog:
+    """One log; thread-safe.
+
+    Raises:
+        UnavailableError: here and in every method, when the database cannot be used.
+        StorageFullError: when its disk is full.
+    """
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self.engine = engine
+
+    @classmethod
+    def open(cls, url: str, *, create: bool = False) -> Self:
+        """Open the log at a URL; see `open_engine`."""
+        return cls(open_engine(url, create=create))
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+    @contextmanager
+    def write(self) -> Iterator[Transaction]:
+        """One transaction: durable when the block has ended, or nothing of it happened."""
+        with _errors("write to"), self.engine.connect() as connection:
+            connection = connection.execution_options(**{WRITES: True})
+            with connection.begin():
+                transaction = Transaction(connection, time.time())
+                yield transaction
+                transaction._finish()
+
+    def head(self) -> int:
+        """Number of the newest change."""
+        with self._read() as connection:
+            return connection.execute(sa.select(log_head.c.seq)).scalar_one()
+
+    def oldest_after(self, seq: int) -> float | None:
+        """When the first event after `seq` was received, Unix seconds; None: there is none."""
+        query = (
+            sa.select(events.c.received_at)
+            .where(events.c.seq > seq)
+            .order_by(events.c.seq)
+            .limit(1)
+        )
+        with self._read() as connection:
+            return connection.scalar(query)
+
+    def changes(self, after: int, limit: int = 2000) -> Changes:
+        """The users of the next changes after a number, at most `limit` of each kind."""
+        found: dict[str, None] = {}
+        with self._read() as connection:
+            upto = connection.execute(sa.select(log_head.c.seq)).scalar_one()
+            for table in (events, users, deleted_users):
+                query = (
+                    sa.select(table.c.seq, table.c.user_id)
+                    .where(table.c.seq > after, table.c.seq <= upto)
+                    .order_by(table.c.seq)
+                    .limit(limit)
+                )
+                rows = connection.execute(query).all()
+                if len(rows) == limit:
+                    # Further ones may follow: come back for them.
+                    upto = rows[-1].seq
+                found.update(dict.fromkeys(row.user_id for row in rows))
+        return Changes(tuple(found), max(upto, after))
+
+    def states(self, user_ids: Sequence[str], length: int) -> dict[str, UserState]:
+        """The newest `length` events, the fields and the deletion of users."""
+        histories: dict[str, tuple[Event, ...]] = {}
+        fields: dict[str, Fields] = {}
+        deleted: dict[str, int] = {}
+        with self._read() as connection:
+            for batch in batches(dict.fromkeys(user_ids)):
+                histories.update(_newest(connection, batch, length))
+                query = sa.select(users.c.user_id, users.c.fields).where(users.c.user_id.in_(batch))
+                fields.update({row.user_id: row.fields for row in connection.execute(query)})
+                deleted.update(_deleted(connection, batch))
+        return {
+            user: UserState(histories.get(user, ()), fields.get(user, {}), deleted.get(user))
+            for user in user_ids
+        }
+
+    def items(self, after: int = 0, limit: int = 1000) -> list[Item]:
+        """Items written after a number, in the order of their newest writes."""
+        query = (
+            sa.select(items.c.item_id, items.c.fields, items.c.created_at, items.c.seq)
+            .where(items.c.seq > after)
+            .order_by(items.c.seq)
+            .limit(limit)
+        )
+        with self._read() as connection:
+            return [Item(*row) for row in connection.execute(query)]
+
+    def erase_traces(self) -> None:
+        """Let the database give up the bytes of deleted rows that it still holds.
+
+        SQLite has overwritten them in the table, but its write-ahead log still has the old pages;
+        PostgreSQL's own VACUUM does it there, on its schedule.
+        """
+        if self.engine.dialect.name == "sqlite":
+            with _errors("write to"), self.engine.connect() as connection:
+                connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    @contextmanager
+    def _read(self) -> Iterator[sa.Connection]:
+        """One state of the log: all queries in the block see the same."""
+        with _errors("read"), self.engine.connect() as connection:
+            if connection.dialect.name == "postgresql":
+                connection = connection.execution_options(isolation_level="REPEATABLE READ")
+            with connection.begin():
+                yield connection
+
+
+def _newest(
+    connection: sa.Connection, user_ids: Sequence[str], length: int
+) -> dict[str, tuple[Event, ...]]:
+    def newest(of: Any) -> sa.Select[Any]:
+        """The index gives them in this order: only `length` rows are read, however many exist."""
+        return (
+            sa.select(
+                events.c.user_id,
+                events.c.item_id,
+                events.c.timestamp,
+                events.c.event_type,
+                events.c.event_value,
+            )
+            .where(events.c.user_id == of)
+            .order_by(events.c.timestamp.desc(), events.c.seq.desc())
+            .limit(length)
+        )
+
+    found: dict[str, list[Event]] = defaultdict(list)
+    if connection.dialect.name == "postgresql":
+        array = sa.cast(list(user_ids), sa.ARRAY(sa.Text))
+        asked = sa.func.unnest(array).table_valued("user_id").render_derived("asked")
+        each = newest(asked.c.user_id).lateral()
+        rows: Iterable[Any] = connection.execute(
+            sa.select(each).select_from(asked.join(each, sa.true()))
+        )
+        for user, *event in rows:
+            found[user].append(Event(*event))
+    else:
+        query = newest(sa.bindparam("asked"))
+        for user in user_ids:
+            for _, *event in connection.execute(query, {"asked": user}):
+                found[user].append(Event(*event))
+    return {user: tuple(reversed(newest_first)) for user, newest_first in found.items()}
+
+
+def _deleted(connection: sa.Connection, user_ids: Iterable[str]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for batch in batches(user_ids):
+        query = sa.select(deleted_users.c.user_id, deleted_users.c.deleted_at).where(
+            deleted_users.c.user_id.in_(batch)
+        )
+        found.update(tuple(row) for row in connection.execute(query))
+    return found
+
+
+@contextmanager
+def _errors(action: str) -> Iterator[None]:
+    try:
+        yield
+    except sa.exc.SQLAlchemyError as error:
+        # Only the type: messages hold rows, addresses and sometimes passwords.
+        message = f"cannot {action} the event log: {cause(error)}"
+        if _is_full(error):
+            raise StorageFullError(f"{message}: its disk is full") from error
+        raise UnavailableError(message) from error
+
+
+def _is_full(error: sa.exc.SQLAlchemyError) -> bool:
+    original = getattr(error, "orig", None)
+    names = (getattr(original, "sqlite_errorname", ""), getattr(original, "sqlstate", "") or "")
+    return names[0] == "SQLITE_FULL" or names[1] == "53100"

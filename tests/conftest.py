@@ -1,0 +1,40 @@
+"""Real Redis and PostgreSQL for all tests, started when first needed, one of each a test run."""
+
+import pytest
+
+from tests.servers import PostgresServer, RedisServer
+
+
+@pytest.fixture(scope="session")
+def redis_server():
+    server = RedisServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def postgres_server():
+    # What it must survive here is the death of its clients, not of the machine.
+    server = PostgresServer("fsync=off", "max_connections=200")
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def redis_url(redis_server):
+    """A database shared by the test run; `redis_server.database()` gives further ones."""
+    return redis_server.database()
+
+
+@pytest.fixture(scope="session")
+def postgres_url(postgres_server):
+    """A database shared by the test run; `postgres_server.database()` gives further ones."""
+    return postgres_server.database()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def log_url(request, tmp_path):
+    """Address of an event log that does not exist yet, on both databases."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/events.db"
+    return request.getfixturevalue("postgres_server").database()
