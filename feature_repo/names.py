@@ -9,6 +9,7 @@ from pydantic import Field
 from model.errors import InputError
 from model.schema import FieldKind, Schema
 from model.settings import SettingsBase
+from model.trends import TrendSettings
 
 PROJECT = "hrnn"
 USER, ITEM, CATALOGUE = "user", "item", "catalogue"  # entities
@@ -59,6 +60,10 @@ class ViewOptions(SettingsBase):
     history_ttl_seconds: int = Field(3650 * 86_400, ge=0)
     # How long counts answer after the moment they were made for.
     popularity_ttl_seconds: int = Field(0, ge=0)
+    # How the pipeline counted the trend; a refresh goes on in the same way. Without a window: not
+    # counted yet.
+    trend: TrendSettings = TrendSettings()
+    trend_top_items: int = Field(10_000, ge=1)  # listed in a snapshot; all others share its floor
 
 
 def source_name(view: str) -> str:

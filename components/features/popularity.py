@@ -55,12 +55,20 @@ def event_timestamp(second: ir.IntegerValue) -> ir.TimestampValue:
     return second.cast("int64").as_timestamp("s").cast(TIMESTAMP).name(EVENT_TIMESTAMP)
 
 
-def window_counts(events: ir.Table, as_of: int, window: int) -> ir.Table:
-    """Events per item (`item_id`, `n`) at one moment: those in [as_of − window, as_of)."""
+def window_counts(events: ir.Table, as_of: int, window: int, since: int | None = None) -> ir.Table:
+    """Events per item (`item_id`, `n`) at one moment: those in [as_of − window, as_of).
+
+    Args:
+        since: items whose events are all before the window are listed too, with 0, when one of
+            them is from this second or later.
+    """
     counted = events.filter(events.timestamp < as_of)
-    if window:
-        counted = counted.filter(counted.timestamp >= as_of - window)
-    return counted.group_by("item_id").agg(n=counted.count())
+    if not window:
+        return counted.group_by("item_id").agg(n=counted.count())
+    start = as_of - window
+    counted = counted.filter(counted.timestamp >= (start if since is None else min(start, since)))
+    inside = (counted.timestamp >= start).ifelse(1, 0).sum().cast("int64")
+    return counted.group_by("item_id").agg(n=inside)
 
 
 def count_changes(events: ir.Table, moments: Moments) -> ir.Table:

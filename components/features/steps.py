@@ -128,6 +128,8 @@ def run(
         history_length=config.history_length,
         history_ttl_seconds=config.history_ttl_days * DAY,
         popularity_ttl_seconds=resolved.period_seconds,
+        trend=resolved.settings(),
+        trend_top_items=config.trend_top_items,
     )
     store.apply(where, log.schema, options)
     begun = time.perf_counter()
