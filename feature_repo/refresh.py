@@ -73,7 +73,7 @@ def publish_trend(
     counts: pa.Table,
     smoothing: float,
 ) -> Published:
-    """Write counts (`item_id`, `n` ≥ 0) and the snapshot made from them, unless a newer one is there.
+    """Write counts (`item_id`, `n` ≥ 0) and the snapshot of them, unless a newer one is there.
 
     Safe to repeat. One refresh or pipeline run at a time per store.
 

@@ -115,6 +115,31 @@ def save(
     return manifest
 
 
+def parse_manifest(content: bytes, where: str) -> Manifest:
+    """Read a manifest's text and check format, version and file names.
+
+    Raises:
+        BundleError: says which check failed; `where` is the bundle it is of.
+    """
+    try:
+        manifest = Manifest(**json.loads(content))
+    except (ValueError, TypeError) as error:
+        raise BundleError(f"{where}/{MANIFEST} is not a bundle manifest: {error}") from None
+    if manifest.format != FORMAT:
+        raise BundleError(f"{where} holds a {manifest.format!r}, not a {FORMAT}")
+    if manifest.format_version != FORMAT_VERSION:
+        raise BundleError(
+            f"{where} has bundle format {manifest.format_version}; this release reads "
+            f"{FORMAT_VERSION}: retrain, or serve it with the release that wrote it"
+        )
+    if not isinstance(manifest.files, dict):
+        raise BundleError(f"{where}/{MANIFEST}: 'files' is not an object")
+    for name in manifest.files:
+        if Path(name).name != name:
+            raise BundleError(f"{where}/{MANIFEST} names a file outside the bundle: {name!r}")
+    return manifest
+
+
 def verify(path: Path) -> Manifest:
     """Check format, version, file list and every digest, reading no file's contents otherwise.
 
@@ -122,24 +147,11 @@ def verify(path: Path) -> Manifest:
         BundleError: says which check failed.
     """
     try:
-        raw = json.loads((path / MANIFEST).read_text())
-        manifest = Manifest(**raw)
+        content = (path / MANIFEST).read_bytes()
     except FileNotFoundError:
         raise BundleError(f"{path} is not a model bundle: it has no {MANIFEST}") from None
-    except (ValueError, TypeError) as error:
-        raise BundleError(f"{path / MANIFEST} is not a bundle manifest: {error}") from None
-    if manifest.format != FORMAT:
-        raise BundleError(f"{path} holds a {manifest.format!r}, not a {FORMAT}")
-    if manifest.format_version != FORMAT_VERSION:
-        raise BundleError(
-            f"{path} has bundle format {manifest.format_version}; this release reads "
-            f"{FORMAT_VERSION}: retrain, or serve it with the release that wrote it"
-        )
-    if not isinstance(manifest.files, dict):
-        raise BundleError(f"{path / MANIFEST}: 'files' is not an object")
+    manifest = parse_manifest(content, str(path))
     for name, digest in manifest.files.items():
-        if Path(name).name != name:
-            raise BundleError(f"{path / MANIFEST} names a file outside the bundle: {name!r}")
         if not (path / name).is_file():
             raise BundleError(f"{path} is incomplete: {name} is missing")
         if _digest(path / name) != digest:

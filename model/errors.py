@@ -15,3 +15,7 @@ class BundleError(HrnnError):
 
 class UnavailableError(HrnnError):
     """Something this process depends on (a store, a server, a port) cannot be reached or used."""
+
+
+class ConflictError(HrnnError):
+    """Somebody else changed the same thing meanwhile; nothing was changed by the caller."""

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from model.errors import HrnnError, InputError
+from pipelines import cli_models
 
 DEFAULT_DATASET = "movielens-100k"
 REFUSED, BAD_INPUT, FAILED, INTERRUPTED = 3, 2, 1, 130  # exit codes; 0 = done
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(cli_models.app, name="models")
 
 Workspace = Annotated[Path, typer.Option(help="Folder for data, runs, features and models.")]
 Assignments = Annotated[

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from components.deploy.steps import champion
 from model import bundle as bundles
 from model.catalogue import Catalogue
 from model.errors import InputError
 from model.schema import Schema
+from model.store import ModelStore
 from serving.launcher import LocalServing
 from serving.settings import ServeSettings
 
@@ -18,10 +18,10 @@ def champion_bundle(workspace: Path) -> Path:
         InputError: nothing is deployed in this workspace.
     """
     store = workspace / "models"
-    record = champion(store)
-    if record is None:
+    champion = ModelStore(str(store)).champion()
+    if champion is None:
         raise InputError(f"no model is deployed in {workspace}: start with `hrnn run`")
-    return store / str(record["path"])
+    return store / champion.path
 
 
 def champion_catalogue(workspace: Path) -> Catalogue:

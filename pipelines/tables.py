@@ -1,12 +1,13 @@
 """What a run and an answer look like in a terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
 from rich.table import Table
 
+from model.store import Version
 from serving.client import Prediction
 
 NAMES = {"hrnn": "HRNN", "popularity": "Popularity"}
@@ -93,4 +94,30 @@ def side_by_side(columns: Mapping[str, list[str]], title: str, stream: IO[str]) 
     for i in range(longest):
         cells = (values[i] if i < len(values) else "" for values in columns.values())
         table.add_row(str(i + 1), *cells)
+    console(stream).print(table)
+
+
+def versions_table(versions: Sequence[Version], stream: IO[str]) -> None:
+    """The model store's versions; what each was measured to be, as far as it is recorded."""
+    if not versions:
+        print("the store holds no model", file=stream)
+        return
+    table = Table()
+    for name in ("version", "", "created", "MB", "perplexity ↓", "ndcg@10 ↑", "gate"):
+        table.add_column(name, justify="right" if name in ("MB",) or "↓" in name else "left")
+    for v in versions:
+        every = v.lineage.metrics.get("hrnn", {}).get("every", {}) if v.lineage else {}
+        passed = v.lineage.verdict.get("passed") if v.lineage else None
+        gate = {True: "passed", False: "refused", None: ""}[passed]
+        if v.lineage and v.lineage.override:
+            gate = "overridden"
+        table.add_row(
+            v.version,
+            v.role,
+            v.created[:16].replace("T", " "),
+            f"{v.bytes / 1e6:.1f}",
+            f"{every['ppl']:.1f}" if "ppl" in every else "",
+            f"{every['ndcg@10']:.4f}" if "ndcg@10" in every else "",
+            v.problem or gate,
+        )
     console(stream).print(table)

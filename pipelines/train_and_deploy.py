@@ -4,7 +4,7 @@ The same object runs on a laptop (`pipelines.local_runner`) and compiles for a c
 (`pipelines.compile`).
 """
 
-from kfp import dsl, kubernetes
+from kfp import dsl
 
 from components.deploy.component import deploy
 from components.evaluate.component import evaluate
@@ -13,38 +13,7 @@ from components.gate.component import gate
 from components.ingest.component import ingest
 from components.train.component import train
 from components.validate.component import validate
-
-CONFIG_MAP = "hrnn-config"  # k8s/base: where the stores are
-STORE_VARIABLES = {
-    name: name for name in ("HRNN_FEATURE_ROOT", "HRNN_ONLINE_STORE", "HRNN_REDIS_URL")
-}
-
-
-def _resources(task: dsl.PipelineTask, *, cpu: str, memory: str) -> None:
-    task.set_cpu_request(cpu).set_memory_request(memory).set_memory_limit(memory)
-    task.set_caching_options(False)
-    kubernetes.set_timeout(task, seconds=6 * 3600)
-
-
-def _gpu(task: dsl.PipelineTask) -> None:
-    """Training runs on one GPU; only this step occupies a GPU node."""
-    _resources(task, cpu="4", memory="16Gi")
-    task.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(1)
-    kubernetes.add_toleration(task, key="nvidia.com/gpu", operator="Exists", effect="NoSchedule")
-    kubernetes.empty_dir_mount(
-        task,
-        volume_name="shm",
-        mount_path="/dev/shm",  # noqa: S108 - the pod's own
-        medium="Memory",
-        size_limit="1Gi",
-    )
-
-
-def _stores(task: dsl.PipelineTask) -> None:
-    kubernetes.use_config_map_as_env(
-        task, config_map_name=CONFIG_MAP, config_map_key_to_env=STORE_VARIABLES
-    )
-    kubernetes.mount_pvc(task, pvc_name="hrnn-stores", mount_path="/stores")
+from pipelines.cluster import gpu, resources, stores
 
 
 @dsl.pipeline(name="train-and-deploy", description=__doc__.splitlines()[0])
@@ -97,11 +66,13 @@ def train_and_deploy(
             model_store=model_store,
             settings=deploy_settings,
         )
-        _resources(deployed, cpu="500m", memory="1Gi")
-        _stores(deployed)
+        resources(deployed, cpu="500m", memory="1Gi")
+        stores(deployed)
     for task in (tables, checked, measured):
-        _resources(task, cpu="1", memory="4Gi")
-    _resources(judged, cpu="100m", memory="512Mi")
-    _resources(stored, cpu="1", memory="4Gi")
-    _stores(stored)
-    _gpu(trained)
+        resources(task, cpu="1", memory="4Gi")
+    resources(judged, cpu="100m", memory="512Mi")
+    resources(stored, cpu="1", memory="4Gi")
+    for task in (tables, stored):
+        stores(task)
+    resources(trained, cpu="4", memory="16Gi")
+    gpu(trained)

@@ -9,9 +9,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from components.deploy.steps import champion
 from model.errors import InputError
 from model.query import Event
+from model.store import ModelStore
 from tests import synthetic
 from tests.planted import FAST, HRNN_RUN, ITEMS, hrnn_run, interruptible, write_log
 
@@ -108,7 +108,8 @@ def test_metrics_are_exported_by_both_processes(service):
 
 def test_a_worse_model_is_refused_and_the_first_keeps_serving(deployed):
     workspace, result, _, path = deployed
-    before = champion(workspace / "models")
+    store = ModelStore(str(workspace / "models"))
+    before = store.champion()
     settings = FAST | {
         "train.max_epochs": 1,
         "train.learning_rate": 1e-9,
@@ -120,8 +121,8 @@ def test_a_worse_model_is_refused_and_the_first_keeps_serving(deployed):
     refused = json.loads(done.stdout)
     assert refused["verdict"] == "refused"
     assert any("hrnn.every.ppl" in reason for reason in refused["reasons"])
-    assert champion(workspace / "models") == before
-    assert before["version"] == result["model_version"]
+    assert store.champion() == before
+    assert before.version == result["model_version"]
 
 
 def test_ctrl_c_stops_everything(tmp_path):

@@ -14,7 +14,7 @@ from components.features import steps as features
 from components.refresh_trends import steps as refresh
 from feature_repo.event_log import EventLog, NewEvent
 from feature_repo.historical import training_features
-from feature_repo.store import FeatureReader, FeatureStoreSettings, apply, applied
+from feature_repo.store import FeatureReader, FeatureStoreSettings, applied, apply
 from model.errors import InputError, UnavailableError
 from model.schema import Schema
 from model.trends import TrendSnapshot
@@ -119,7 +119,7 @@ def test_a_refresh_equals_the_pipelines_own_count(tmp_path, rows):
 
 
 def test_training_reads_what_was_in_force_and_serving_reads_the_same(tmp_path, rows):
-    """After each of several refreshes: offline = online = naive, for every item, at every moment."""
+    """After each of several refreshes: offline = online = naive, for every item."""
     from feast import FeatureStore
 
     store = store_of_the_past(tmp_path, rows)

@@ -1,0 +1,65 @@
+"""`hrnn models`: what the store holds, promoted and rolled back from the command line."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from model.errors import InputError
+from model.store import Lineage, ModelStore
+from pipelines.cli import app
+from tests.unit.test_store import make_bundle
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = ModelStore(str(tmp_path / "models"))
+    for n in (1, 2, 3):
+        bundle = make_bundle(tmp_path / f"b{n}", f"v{n}", created=f"2026-01-0{n}T10:00:00+00:00")
+        metrics = {"hrnn": {"every": {"ppl": 100.0 * n, "ndcg@10": 0.1}}}
+        store.publish(bundle, Lineage(metrics=metrics, verdict={"passed": True}))
+    store.promote("v1")
+    store.promote("v3")
+    return store
+
+
+def hrnn(*arguments):
+    return CliRunner().invoke(app, ["models", *map(str, arguments)], catch_exceptions=False)
+
+
+def test_list_shows_roles_and_figures(store, tmp_path):
+    shown = hrnn("list", "--workspace", tmp_path).stdout
+    lines = {
+        name: line for line in shown.splitlines() for name in ("v1", "v2", "v3") if name in line
+    }
+    assert "champion" in lines["v3"]
+    assert "300.0" in lines["v3"]
+    assert "previous" in lines["v1"]
+    assert "passed" in lines["v2"]
+    listed = json.loads(hrnn("list", "--store", store.uri, "--json").stdout)
+    assert [v["version"] for v in listed] == ["v3", "v2", "v1"]
+    assert "holds no model" in hrnn("list", "--workspace", tmp_path / "none").stdout
+
+
+def test_show_promote_and_roll_back(store, tmp_path):
+    assert json.loads(hrnn("show", "--workspace", tmp_path).stdout)["version"] == "v3"
+    shown = json.loads(hrnn("show", "previous", "--workspace", tmp_path).stdout)
+    assert shown["lineage"]["metrics"]["hrnn"]["every"]["ppl"] == 100.0
+    assert "champion is v2, before it v3" in hrnn("promote", "v2", "--workspace", tmp_path).stdout
+    assert "champion is v3, before it v2" in hrnn("rollback", "--workspace", tmp_path).stdout
+    assert store.champion().version == "v3"
+
+
+def test_the_store_is_the_option_else_the_environment_else_the_workspace(
+    store, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HRNN_MODEL_DIR", store.uri)
+    assert json.loads(hrnn("show").stdout)["version"] == "v3"
+    with pytest.raises(InputError, match="no champion yet"):
+        hrnn("show", "--store", tmp_path / "other")
+
+
+def test_what_is_not_there_is_said(store, tmp_path):
+    with pytest.raises(InputError, match="no version 'v9'"):
+        hrnn("promote", "v9", "--workspace", tmp_path)
+    assert store.champion().version == "v3"
