@@ -101,6 +101,39 @@ def _source(dataset: str, interactions: str, users: str, items: str) -> Any:
     return Source(dataset=dataset or DEFAULT_DATASET)
 
 
+@app.command("refresh-trends")
+def refresh_trends(
+    interactions: Annotated[
+        str,
+        typer.Option(
+            help="The event log (sqlite:///PATH, postgresql://…), clean tables of a run, or a "
+            "Parquet file of item_id and timestamp; default: HRNN_EVENT_LOG.",
+            metavar="SOURCE",
+        ),
+    ] = "",
+    workspace: Workspace = Path("workspace"),
+    assignments: Assignments = None,
+    settings_file: SettingsFile = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="End with one JSON object on stdout.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the whole log.")] = False,
+) -> None:
+    """Count what is popular now and serve it: the pipeline refresh_trends, on this machine.
+
+    Running servers take the new trend within seconds; models are not touched.
+    """
+    from pipelines import local_runner
+    from pipelines.settings import load
+
+    settings = load(settings_file, assignments or [])
+    result = local_runner.refresh_trends(
+        interactions, workspace, settings, say=_say, verbose=verbose
+    )
+    if as_json:
+        print(json.dumps(result))
+
+
 @app.command("settings")
 def show_settings(assignments: Assignments = None, settings_file: SettingsFile = None) -> None:
     """Print every setting with the value in force, as JSON."""

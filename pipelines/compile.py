@@ -7,9 +7,12 @@ def compile_all(folder: Path) -> list[Path]:
     """Write one YAML per pipeline into `folder` and return the paths."""
     from kfp import compiler
 
+    from pipelines.refresh_trends import refresh_trends
     from pipelines.train_and_deploy import train_and_deploy
 
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "train_and_deploy.yaml"
-    compiler.Compiler().compile(train_and_deploy, str(path))
-    return [path]
+    paths = []
+    for pipeline in (train_and_deploy, refresh_trends):
+        paths.append(folder / f"{pipeline.name.replace('-', '_')}.yaml")
+        compiler.Compiler().compile(pipeline, str(paths[-1]))
+    return paths

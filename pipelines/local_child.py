@@ -7,18 +7,21 @@ process neither matters.
 import json
 import sys
 import warnings
+from importlib import import_module
 from pathlib import Path
 
 
 def main() -> int:
-    """Read {"arguments", "root"} from the file named on the command line and run it."""
+    """Read {"pipeline", "arguments", "root"} from the file named on the command line; run it.
+
+    `pipeline` is the name of a module in this package and of the pipeline in it.
+    """
     spec = json.loads(Path(sys.argv[1]).read_text())
     # Accelerators, retries' waits and the like have no meaning on a laptop; kfp warns of each.
     warnings.simplefilter("ignore")
     from kfp import local
 
-    from pipelines.train_and_deploy import train_and_deploy
-
+    pipeline = getattr(import_module(f"pipelines.{spec['pipeline']}"), spec["pipeline"])
     local.init(
         local.SubprocessRunner(use_venv=False),
         pipeline_root=spec["root"],
@@ -26,7 +29,7 @@ def main() -> int:
         enable_caching=False,
     )
     try:
-        train_and_deploy(**spec["arguments"])
+        pipeline(**spec["arguments"])
     except RuntimeError as error:  # how kfp.local reports a failed step
         print(error)
         return 1

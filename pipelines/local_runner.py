@@ -11,14 +11,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from model.errors import HrnnError, InputError, UnavailableError
-from pipelines.settings import Settings
+from pipelines.settings import REFRESH, Settings
 
 STEPS = ("ingest", "validate", "features", "train", "evaluate", "gate", "deploy")
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -64,13 +64,6 @@ def run(
         UnavailableError: something a step needs cannot be reached, or the deadline passed.
         StepError: a step failed otherwise.
     """
-    run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
-    folder = workspace.absolute() / "runs" / run_id
-    try:
-        (folder / "tmp").mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"--workspace {workspace}: {error.strerror}") from None
-    (folder / "settings.json").write_text(json.dumps(settings.to_json(), indent=1) + "\n")
     arguments = {
         "dataset": source.dataset,
         "interactions": _absolute(source.interactions),
@@ -81,18 +74,85 @@ def run(
         "model_store": str(workspace.absolute() / "models"),
         **settings.to_arguments(),
     }
+    folder = _run("train_and_deploy", arguments, workspace, settings, say, verbose, deadline)
+    result = _result(folder.name, folder, workspace.absolute() / "models")
+    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def refresh_trends(
+    interactions: str,
+    workspace: Path,
+    settings: Settings,
+    *,
+    say: Callable[[str], None],
+    verbose: bool = False,
+    deadline: float = DEADLINE_SECONDS,
+) -> dict[str, Any]:
+    """Run `refresh_trends` and return the step's summary, with `run_id` and `log`.
+
+    Args:
+        interactions: where the events are; see `components.refresh_trends.steps.run`.
+        say, verbose, deadline: as for `run`.
+
+    Raises:
+        InputError, UnavailableError, StepError: as for `run`.
+    """
+    # An address may hold a password, and a pipeline's parameters are written to its log.
+    in_database = "://" in interactions
+    arguments = {
+        "interactions": "" if in_database else _absolute(interactions),
+        "feature_store": str(workspace.absolute() / "features"),
+        **settings.to_arguments(REFRESH),
+    }
+    variables = {"HRNN_EVENT_LOG": interactions} if in_database else {}
+    folder = _run(
+        "refresh_trends", arguments, workspace, settings, say, verbose, deadline, variables
+    )
+    (summary,) = folder.glob("refresh-trends-*/refresh-trends/trend/summary.json")
+    result = {
+        "run_id": folder.name,
+        **json.loads(summary.read_text()),
+        "log": str(folder / "run.log"),
+    }
+    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _run(
+    pipeline: str,
+    arguments: dict[str, Any],
+    workspace: Path,
+    settings: Settings,
+    say: Callable[[str], None],
+    verbose: bool,
+    deadline: float,
+    variables: Mapping[str, str] | None = None,
+) -> Path:
+    """Run a pipeline to its end; returns the run's folder, whose name is the run's id.
+
+    Args:
+        variables: further environment variables of its steps.
+    """
+    run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
+    folder = workspace.absolute() / "runs" / run_id
+    try:
+        (folder / "tmp").mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"--workspace {workspace}: {error.strerror}") from None
+    (folder / "settings.json").write_text(json.dumps(settings.to_json(), indent=1) + "\n")
     specification = folder / "run.json"
-    specification.write_text(json.dumps({"arguments": arguments, "root": str(folder)}))
+    document = {"pipeline": pipeline, "arguments": arguments, "root": str(folder)}
+    specification.write_text(json.dumps(document))
     log = folder / "run.log"
     say(f"run {run_id}, log {log}")
     reader = _LogReader(say, verbose)
-    code = _run_child(specification, folder, log, reader, deadline)
+    environment = {**_environment(folder), **(variables or {})}
+    code = _run_child(specification, environment, log, reader, deadline)
     if code != 0:
         raise reader.error(log)
     shutil.rmtree(folder / "tmp", ignore_errors=True)  # kfp leaves one folder per step
-    result = _result(run_id, folder, workspace.absolute() / "models")
-    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    return result
+    return folder
 
 
 def _absolute(path: str) -> str:
@@ -100,7 +160,11 @@ def _absolute(path: str) -> str:
 
 
 def _run_child(
-    specification: Path, folder: Path, log: Path, reader: "_LogReader", deadline: float
+    specification: Path,
+    environment: Mapping[str, str],
+    log: Path,
+    reader: "_LogReader",
+    deadline: float,
 ) -> int:
     """Run the child to its end; whatever happens here, its whole process group is gone after."""
     child = subprocess.Popen(
@@ -108,7 +172,7 @@ def _run_child(
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env=_environment(folder),
+        env=environment,
         start_new_session=True,
         text=True,
         errors="replace",

@@ -13,6 +13,7 @@ from components.evaluate.steps import EvaluateSettings
 from components.features.steps import FeaturesSettings
 from components.gate.steps import GateSettings
 from components.ingest.steps import IngestSettings
+from components.refresh_trends.steps import RefreshTrendsSettings
 from components.validate.steps import ValidateSettings
 from model.errors import InputError
 from model.settings import SettingsBase
@@ -28,7 +29,10 @@ SECTIONS: dict[str, type[SettingsBase]] = {
     "evaluate": EvaluateSettings,
     "gate": GateSettings,
     "deploy": DeploySettings,
+    "refresh_trends": RefreshTrendsSettings,
 }
+REFRESH = ("refresh_trends",)  # sections of the pipeline of that name
+TRAINING = tuple(name for name in SECTIONS if name not in REFRESH)  # of train_and_deploy
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,11 @@ class Settings:
         """Every setting with its value in force."""
         return {name: section.model_dump(mode="json") for name, section in self.sections.items()}
 
-    def to_arguments(self) -> dict[str, dict[str, Any]]:
-        """The same as pipeline parameters: kfp.local takes no null, and null is the default."""
+    def to_arguments(self, names: Iterable[str] = TRAINING) -> dict[str, dict[str, Any]]:
+        """Sections as pipeline parameters: kfp.local takes no null, and null is the default."""
         return {
-            f"{name}_settings": section.model_dump(mode="json", exclude_none=True)
-            for name, section in self.sections.items()
+            f"{name}_settings": self.sections[name].model_dump(mode="json", exclude_none=True)
+            for name in names
         }
 
 

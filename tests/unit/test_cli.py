@@ -33,7 +33,7 @@ def refused(*arguments, code=2):
 def test_help_names_every_command_and_loads_nothing_heavy():
     done = hrnn("--help")
     assert done.returncode == 0
-    for command in ("run", "compile", "serve", "recommend", "settings", "demo"):
+    for command in ("run", "refresh-trends", "compile", "serve", "recommend", "settings", "demo"):
         assert command in done.stdout
     loaded = subprocess.run(
         [sys.executable, "-c", "import pipelines.cli, sys; print(' '.join(sys.modules))"],

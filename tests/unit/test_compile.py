@@ -19,7 +19,7 @@ def test_compiled_pipelines_equal_the_golden_files(tmp_path):
 
 
 def test_training_asks_for_a_gpu_and_tolerates_its_node(tmp_path):
-    (path,) = compile_all(tmp_path)
+    path = compile_all(tmp_path)[0]
     pipeline, platform = _documents(path)
     executors = pipeline["deploymentSpec"]["executors"]
     resources = executors["exec-train"]["container"]["resources"]
@@ -37,10 +37,23 @@ def test_training_asks_for_a_gpu_and_tolerates_its_node(tmp_path):
 
 
 def test_deployment_hangs_on_the_gate(tmp_path):
-    (path,) = compile_all(tmp_path)
+    path = compile_all(tmp_path)[0]
     pipeline = _documents(path)[0]
     tasks = pipeline["root"]["dag"]["tasks"]
     (condition,) = [t for t in tasks.values() if "triggerPolicy" in t]
     assert "gate" in condition["dependentTasks"]
     assert "true" in condition["triggerPolicy"]["condition"]
     assert "deploy" not in tasks
+
+
+def test_a_refresh_is_never_cached_and_reaches_the_stores(tmp_path):
+    path = compile_all(tmp_path)[1]
+    pipeline, platform = _documents(path)
+    assert path.name == "refresh_trends.yaml"
+    (task,) = pipeline["root"]["dag"]["tasks"].values()
+    assert not task["cachingOptions"].get("enableCache")
+    assert task["retryPolicy"]["maxRetryCount"] == 2
+    (options,) = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values()
+    variables = {v["envVar"] for m in options["configMapAsEnv"] for v in m["keyToEnv"]}
+    assert {"HRNN_EVENT_LOG", "HRNN_FEATURE_ROOT", "HRNN_REDIS_URL"} <= variables
+    assert options["pvcMount"]
