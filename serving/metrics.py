@@ -67,6 +67,14 @@ MODEL_INFO = Gauge("hrnn_model_info", "1 for the model version that answers", ["
 BUNDLE_LOAD_SECONDS = Gauge(
     "hrnn_bundle_load_seconds", "Time to verify, load and warm up the model bundle"
 )
+MODEL_REFRESHES = Counter(
+    "hrnn_model_refreshes_total",
+    "Attempts to use another champion, by outcome (swapped, refused, unreadable)",
+    ["outcome"],
+)
+MODEL_IS_CHAMPION = Gauge(
+    "hrnn_model_is_champion", "Whether the model in use is the model store's champion"
+)
 TREND_AS_OF = Gauge(
     "hrnn_trend_as_of_timestamp_seconds", "The moment the trend snapshot in use was counted for"
 )

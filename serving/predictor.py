@@ -4,9 +4,9 @@ Shapes: B instances, M items, C candidates.
 """
 
 import asyncio
-import json
+import contextlib
+import gc
 import logging
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from model.errors import BundleError, InputError
 from model.query import Event, Query
 from serving import metrics
+from serving.champions import Champions, bundle_path
 from serving.schemas import ScoreInstance, parse_score_instances
-from serving.server import JsonModel, main
+from serving.server import JsonModel, leave, main
 from serving.settings import PREDICTOR, ServeSettings
 
 log = logging.getLogger("hrnn.serving")
 
-MANIFEST, CHAMPION = "manifest.json", "champion.json"
 RATED_AT_ONCE = 20_000  # items over a batch; each takes 1.5 kB or so
 
 
@@ -46,48 +46,17 @@ class Scorer(Protocol):
     ) -> list[list[tuple[str, float]]]: ...
 
 
-class Predictor(JsonModel):
-    """Answers candidate questions of the transformer with one model bundle."""
+class LoadedModel:
+    """One model version, ready to answer; never changes, so that threads can share it."""
 
-    def __init__(self, settings: ServeSettings, scorer: Scorer | None = None) -> None:
-        super().__init__(settings)
-        # One thread: PyTorch gains nothing from two requests at once, and the event loop
-        # stays free for health checks.
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
-        if scorer is not None:
-            self._use(scorer)
-
-    def load(self) -> bool:
-        """Load and warm up the bundle that the settings name.
-
-        Raises:
-            InputError: no model directory is set.
-            BundleError: there is none, or it cannot be used.
-        """
-        if self.settings.model_dir is None:
-            raise InputError("no model: give --model-dir, a bundle or a model store")
-        import torch
-
-        from model.recommender import Recommender
-
-        torch.set_num_threads(self.settings.model_threads)
-        start = time.perf_counter()
-        path = bundle_path(Path(self.settings.model_dir))
-        self._use(Recommender.load(path))
-        seconds = time.perf_counter() - start
-        metrics.BUNDLE_LOAD_SECONDS.set(seconds)
-        log.info("loaded model %s in %.2f s", self._scorer.version, seconds)
-        return True
-
-    def _use(self, scorer: Scorer) -> None:
+    def __init__(self, scorer: Scorer) -> None:
+        self.version = scorer.version
         self._scorer = scorer
         self._index = {item: j for j, item in enumerate(scorer.item_ids)}
         order = sorted(range(len(scorer.item_ids)), key=scorer.item_ids.__getitem__)
         self._id_rank_M = np.empty(len(order), dtype=np.int64)
         self._id_rank_M[order] = np.arange(len(order))
         self._warm_up()
-        metrics.set_model_version(scorer.version)
-        self.ready = True
 
     def _warm_up(self) -> None:
         """Run every path once, so that the first request finds no cold one."""
@@ -104,13 +73,12 @@ class Predictor(JsonModel):
             if self._scorer.rates:
                 self._scorer.rate(batch, [items[:10]] * len(batch))
 
-    async def answer(self, instances: list[Any], record: metrics.RequestRecord) -> list[Any]:
-        record.task, record.version = "score", self._scorer.version
-        parsed = parse_score_instances(instances, self.settings)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, self._score, parsed)
+    def score(self, instances: Sequence[ScoreInstance]) -> list[dict[str, Any]]:
+        """One answer per instance.
 
-    def _score(self, instances: Sequence[ScoreInstance]) -> list[dict[str, Any]]:
+        Raises:
+            InputError: the model cannot read an instance, or cannot do what it asks for.
+        """
         queries = [instance.to_query() for instance in instances]
         allowed_BM = []
         for i, (instance, query) in enumerate(zip(instances, queries, strict=True)):
@@ -190,32 +158,116 @@ class Predictor(JsonModel):
         order = np.lexsort((self._id_rank_M[allowed_C], -phi_M[allowed_C]))
         return allowed_C[order][:top_n], exhausted
 
+
+class Predictor(JsonModel):
+    """Answers candidate questions of the transformer with one model version per answer.
+
+    It follows the model store: a new champion is loaded, verified and warmed up in the background
+    and then swapped in. One that cannot be used is refused, and the model in use stays.
+    """
+
+    def __init__(self, settings: ServeSettings, scorer: Scorer | None = None) -> None:
+        super().__init__(settings)
+        # One thread: PyTorch gains nothing from two requests at once, and the event loop
+        # stays free for health checks.
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
+        self._follower: asyncio.Task[None] | None = None
+        self._models: tuple[LoadedModel, ...] = ()  # the one in use, then the one before it
+        if scorer is not None:
+            self._use(LoadedModel(scorer))
+
+    @property
+    def version(self) -> str:
+        """Of the model in use."""
+        return self._models[0].version
+
+    def load(self) -> bool:
+        """Load and warm up the bundle that the settings name.
+
+        Raises:
+            InputError: no model directory is set.
+            BundleError: there is none, or it cannot be used.
+        """
+        if self.settings.model_dir is None:
+            raise InputError("no model: give --model-dir, a bundle or a model store")
+        import torch
+
+        import model.recommender  # noqa: F401 - slow to import, and to be frozen
+
+        torch.set_num_threads(self.settings.model_threads)
+        # Collecting what imports made takes a tenth of a second, in the middle of a request.
+        gc.collect()
+        gc.freeze()
+        self._use(load_model(bundle_path(Path(self.settings.model_dir))))
+        return True
+
+    def _use(self, model: LoadedModel) -> None:
+        self._models = (model, *self._models[:1])
+        metrics.set_model_version(model.version)
+        self.ready = True
+
+    async def open(self) -> None:
+        """Follow the model store from now on."""
+        if self.settings.model_dir is None:
+            return
+        champions = Champions(Path(self.settings.model_dir), load_model)
+        self._follower = asyncio.create_task(self._follow(champions))
+
     async def close(self) -> None:
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        if self._follower is not None:
+            self._follower.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._follower
+        for executor in (self._executor, self._loader):
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    async def _follow(self, champions: Champions[LoadedModel]) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(self.settings.model_refresh_seconds)
+            model = await loop.run_in_executor(self._loader, champions.next, self.version)
+            if model is None:
+                continue
+            before = self.version
+            self._use(model)
+            log.info("model %s replaces %s", model.version, before)
+            # Searches of several rounds end with the version that they began with.
+            await asyncio.sleep(2 * self.settings.predictor_deadline_seconds)
+            self._models = self._models[:1]
+
+    async def answer(self, instances: list[Any], record: metrics.RequestRecord) -> list[Any]:
+        record.task = "score"
+        parsed = parse_score_instances(instances, self.settings)
+        loop = asyncio.get_running_loop()
+        model = self._model(parsed)
+        record.version = model.version
+        return await loop.run_in_executor(self._executor, model.score, parsed)
+
+    def _model(self, instances: Sequence[ScoreInstance]) -> LoadedModel:
+        """The version that the instances began with if it is still there, else the newest."""
+        wanted = {instance.model_version for instance in instances}
+        return next((m for m in self._models if wanted == {m.version}), self._models[0])
 
 
-def bundle_path(path: Path) -> Path:
-    """The bundle to serve: `path` itself, or the champion of a model store.
+def load_model(path: Path) -> LoadedModel:
+    """Verify, load and warm up a bundle.
 
     Raises:
-        BundleError: there is neither, or champion.json cannot be used.
+        BundleError: it is missing, corrupt, foreign, or fails in the warm-up.
     """
-    if (path / MANIFEST).exists():
-        return path
-    champion = path / CHAMPION
+    from model.recommender import Recommender
+
+    start = time.perf_counter()
+    recommender = Recommender.load(path)
     try:
-        relative = json.loads(champion.read_text())["path"]
-        target = (path / relative).resolve()
-    except FileNotFoundError:
-        raise BundleError(
-            f"{path} holds no model: neither {MANIFEST} (a bundle) nor {CHAMPION} (a model store); "
-            "train one with `hrnn run`"
-        ) from None
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise BundleError(f"{champion} does not name a bundle: {error!r}") from None
-    if not target.is_relative_to(path.resolve()):
-        raise BundleError(f"{champion} names a bundle outside of the model store: {relative}")
-    return target
+        loaded = LoadedModel(recommender)
+    except (InputError, RuntimeError, ValueError, LookupError) as error:
+        raise BundleError(f"{path} fails when it is used: {error}") from error
+    seconds = time.perf_counter() - start
+    metrics.BUNDLE_LOAD_SECONDS.set(seconds)
+    log.info("loaded model %s in %.2f s", loaded.version, seconds)
+    return loaded
 
 
 def build(settings: ServeSettings) -> Predictor:
@@ -226,4 +278,4 @@ def build(settings: ServeSettings) -> Predictor:
 
 
 if __name__ == "__main__":
-    sys.exit(main(PREDICTOR, build))
+    leave(main(PREDICTOR, build))

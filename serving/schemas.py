@@ -142,6 +142,7 @@ class ScoreInstance(Request):
     exclude_seen: bool = False
     top_n: Annotated[int, Field(ge=0)]
     score_items: list[Id] = []
+    model_version: str | None = None  # the one that this search began with, if it began
 
     def to_query(self) -> Query:
         return Query(

@@ -35,6 +35,7 @@ class ServeSettings(SettingsBase):
     model_name: str = "hrnn-meta"
 
     model_dir: str | None = None  # a bundle, or a model store with champion.json
+    model_refresh_seconds: PositiveFloat = 5.0  # how often the store is asked for its champion
     model_threads: PositiveInt = 1  # PyTorch threads; more than one pays off above ~100k items
 
     # The feature store; the same names as feature_repo.store.FeatureStoreSettings.from_env.

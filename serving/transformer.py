@@ -6,7 +6,6 @@ Every request is answered within its deadlines. What was missing is named in the
 
 import asyncio
 import logging
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -19,7 +18,7 @@ from serving.features import Features, Reader, UserFeatures
 from serving.ranking import AnswerError, Question, Search, Trend, ranked
 from serving.schemas import Filter, Instance, parse_instances, to_events
 from serving.scoring import PredictorClient, PredictorError, Scored
-from serving.server import JsonModel, main
+from serving.server import JsonModel, leave, main
 from serving.settings import TRANSFORMER, ServeSettings
 
 log = logging.getLogger("hrnn.serving")
@@ -111,6 +110,7 @@ class Work:
             "exclude_seen": instance.exclude_seen,
             "top_n": question.top_n,
             "score_items": question.score_items,
+            "model_version": self.version,
         }
 
     def tell(self, scored: Scored) -> None:
@@ -316,4 +316,4 @@ def build(settings: ServeSettings) -> Transformer:
 
 
 if __name__ == "__main__":
-    sys.exit(main(TRANSFORMER, build))
+    leave(main(TRANSFORMER, build))

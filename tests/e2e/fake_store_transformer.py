@@ -6,14 +6,13 @@
 
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 from model.query import Event
 from model.trends import TrendSnapshot
-from serving.server import main
+from serving.server import leave, main
 from serving.settings import TRANSFORMER
 from serving.transformer import Transformer
 
@@ -42,4 +41,4 @@ def build(settings):
 
 
 if __name__ == "__main__":
-    sys.exit(main(TRANSFORMER, build))
+    leave(main(TRANSFORMER, build))

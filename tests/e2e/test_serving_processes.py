@@ -10,7 +10,6 @@ import sys
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 import grpc
@@ -18,124 +17,37 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-import torch
 
-from model import bundle
-from model.catalogue import Catalogue
 from model.errors import InputError, UnavailableError
-from model.fields import FieldBags, FieldEncoding
-from model.inputs import InputEncodings
-from model.network import HRNNMeta
 from model.query import Event, ItemFilter, Query
 from model.recommender import Recommender
-from model.schema import FieldKind, Schema
-from model.training import TrainedHRNN, TrainSettings
-from model.transitions import Transitions
-from model.trends import ResolvedTrend, snapshot_from_counts
+from model.trends import snapshot_from_counts
 from serving.client import Client
-from serving.launcher import LocalServing
 from serving.settings import ServeSettings
-from tests import synthetic
+from tests.e2e.processes import (
+    HISTORY,
+    ITEMS,
+    NOW,
+    RATED,
+    USERS,
+    Serving,
+    is_ready,
+    random_bundle,
+    started,
+    until,
+)
 from tests.planted import interruptible
-
-ITEMS = tuple(f"i{j:03}" for j in range(500))
-NOW = 1_000_000
-HISTORY = [(f"i{7 * k % 500:03}", 900_000 + 3000 * k) for k in range(20)]
-RATED = [  # the same with what the user made of it
-    (item, timestamp, ("play", "skip", None)[k % 3], (5.0, None, 1.5, 4.0)[k % 4])
-    for k, (item, timestamp) in enumerate(HISTORY)
-]
 
 
 @pytest.fixture(scope="module")
 def bundle_dir(tmp_path_factory):
-    """A bundle with random weights: serving is about passing things on, not about accuracy."""
-    torch.manual_seed(0)
-    settings = TrainSettings()
-    categorical, numeric = FieldKind.CATEGORICAL, FieldKind.NUMERIC
-    encodings = InputEncodings(
-        num_items=len(ITEMS),
-        session_gap=3600,
-        context_fields=(
-            FieldEncoding(name="device", kind=categorical, vocabulary=("tv", "phone", "7")),
-            FieldEncoding(name="volume", kind=numeric, knots=(0.0, 5.0, 10.0)),
-        ),
-        event_type=FieldEncoding(name="event_type", kind=categorical, vocabulary=("play", "skip")),
-        value_mean=3.0,
-        value_std=1.2,
-    )
-    no_fields = FieldBags.encode((), {}, len(ITEMS))
-    network = HRNNMeta(settings.network, encodings, no_fields, with_trend=True)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(3.0)
-        network.values.user.weight.normal_(std=0.1)
-        network.values.mean_M.normal_(std=0.3)
-        network.values.taste_MY.normal_(std=0.3)
-    past = synthetic.successor(100, 20, len(ITEMS), seed=0)
-    counts = [(j * 37) % 101 for j in range(400)]
-    trend = snapshot_from_counts(
-        ITEMS[:400], counts, num_items=500, smoothing=1.0, as_of=NOW, window_seconds=0
-    )
-    path = tmp_path_factory.mktemp("model") / "bundle"
-    bundle.save(
-        path,
-        model=TrainedHRNN(
-            network,
-            encodings,
-            ResolvedTrend(86_400, 0, 1.0),
-            Transitions.count(past, len(ITEMS)),
-        ),
-        catalogue=Catalogue(ITEMS, {"parity": [["even", "odd"][j % 2] for j in range(500)]}),
-        schema=Schema(
-            items={"parity": categorical}, context={"device": categorical, "volume": numeric}
-        ),
-        settings=settings,
-        trend=trend,
-        metrics={},
-    )
-    return path
-
-
-USERS = {"u1": {"history": HISTORY}, "rater": {"history": RATED}}
-
-
-class Store:
-    """The file behind fake_store_transformer.py."""
-
-    def __init__(self, path, trend):
-        self.path = path
-        self.values = {"users": USERS, "trend": trend.to_json()}
-        self.write()
-
-    def write(self, **changes):
-        self.values |= changes
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.values))
-        temporary.replace(self.path)
-
-
-class Serving(LocalServing):
-    """Both processes, the transformer on the file store."""
-
-    def command(self, role):
-        if role == "predictor":
-            return super().command(role)
-        return [sys.executable, str(Path(__file__).with_name("fake_store_transformer.py"))]
+    return random_bundle(tmp_path_factory.mktemp("model") / "bundle")
 
 
 @pytest.fixture(scope="module")
 def serving(bundle_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("serving")
-    store = Store(folder / "store.json", Recommender.load(bundle_dir).trend)
-    settings = ServeSettings(trend_refresh_seconds=0.2, grace_seconds=3).with_free_ports()
-    features = SimpleNamespace(root=str(folder), online="sqlite", redis_url=None)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FAKE_STORE", str(store.path))
-        with Serving(bundle_dir, features, settings, folder / "logs") as serving:
-            serving.store = store
-            yield serving
+    with started(bundle_dir, bundle_dir, tmp_path_factory.mktemp("serving")) as serving:
+        yield serving
 
 
 @pytest.fixture(scope="module")
@@ -455,7 +367,7 @@ def test_a_slow_feature_store_is_cut_off_and_labelled(serving, client):
         serving.store.write(delay=0)
     assert answer.degraded == ("features_unavailable",)
     assert len(answer.items) == 25
-    _until(lambda: client.recommend("u1").degraded == ())
+    until(lambda: client.recommend("u1").degraded == ())
 
 
 def test_a_new_trend_snapshot_is_picked_up_without_a_restart(serving, client, recommender):
@@ -464,7 +376,7 @@ def test_a_new_trend_snapshot_is_picked_up_without_a_restart(serving, client, re
     )
     serving.store.write(trend=boosted.to_json())
     try:
-        _until(lambda: client.recommend("u1").trend_version == boosted.version)
+        until(lambda: client.recommend("u1").trend_version == boosted.version)
         answer = client.recommend("u1", timestamp=NOW, num_results=20)
         (expected,) = recommender.recommend([Query(events(HISTORY), NOW)], 20, trend=boosted)
         assert plain(answer.items) == approx(expected)
@@ -472,7 +384,7 @@ def test_a_new_trend_snapshot_is_picked_up_without_a_restart(serving, client, re
         assert strong.items[0].item_id == "i499"
     finally:
         serving.store.write(trend=recommender.trend.to_json())
-    _until(lambda: client.recommend("u1").trend_version == recommender.trend.version)
+    until(lambda: client.recommend("u1").trend_version == recommender.trend.version)
 
 
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
@@ -499,7 +411,7 @@ def test_predictor_killed_or_paused_then_back(serving, client, recommender, faul
             serving.wait_ready("predictor", 60)
         else:
             process.send_signal(signal.SIGCONT)
-    _until(lambda: client.recommend("u1", timestamp=NOW).degraded == ())
+    until(lambda: client.recommend("u1", timestamp=NOW).degraded == ())
 
 
 def test_logs_are_structured_and_hold_no_ids(serving, client):
@@ -569,7 +481,7 @@ def test_sigterm_finishes_and_leaves_nothing(bundle_dir, tmp_path):
         env={**os.environ, **settings.to_env(), "HRNN_MODEL_DIR": ""},
         stderr=subprocess.PIPE,
     )
-    _until(lambda: _ready(settings.predictor_url), 60)
+    until(lambda: is_ready(settings.predictor_url), 60)
     children = psutil.Process(process.pid).children(recursive=True)
     process.terminate()
     assert process.wait(15) == 0
@@ -614,18 +526,4 @@ def test_processes_end_with_the_one_that_started_them(bundle_dir, tmp_path, numb
     finally:
         parent.kill()
         parent.stdout.close()
-    _until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, 15)
-
-
-def _ready(url):
-    try:
-        return httpx.get(f"{url}/v2/health/ready", trust_env=False).status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
-def _until(condition, timeout=10.0):
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.1)
+    until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, 15)

@@ -21,8 +21,9 @@ from model.errors import BundleError, InputError, UnavailableError
 from model.query import Event
 from model.trends import snapshot_from_counts
 from serving import metrics
+from serving.champions import bundle_path
 from serving.kserve_api import ModelRepository
-from serving.predictor import Predictor, bundle_path
+from serving.predictor import Predictor
 from serving.ranking import AnswerError
 from serving.schemas import parse_instances
 from serving.scoring import PredictorError, parse_answer
