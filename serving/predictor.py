@@ -229,12 +229,14 @@ class Predictor(JsonModel):
             model = await loop.run_in_executor(self._loader, champions.next, self.version)
             if model is None:
                 continue
-            before = self.version
+            before = self._models[0]
             self._use(model)
-            log.info("model %s replaces %s", model.version, before)
+            log.info("model %s replaces %s", model.version, before.version)
             # Searches of several rounds end with the version that they began with.
-            await asyncio.sleep(2 * self.settings.predictor_deadline_seconds)
-            self._models = self._models[:1]
+            loop.call_later(2 * self.settings.predictor_deadline_seconds, self._forget, before)
+
+    def _forget(self, model: LoadedModel) -> None:
+        self._models = tuple(m for i, m in enumerate(self._models) if i == 0 or m is not model)
 
     async def answer(self, instances: list[Any], record: metrics.RequestRecord) -> list[Any]:
         record.task = "score"
