@@ -46,13 +46,14 @@ class LocalServing:
     ) -> None:
         """
         Args:
-            model_dir: a bundle, or a model store with champion.json.
+            model_dir: a bundle, or a model store: a folder or an address such as s3://….
             settings: addresses and limits; see `ServeSettings.with_free_ports`.
             log_dir: where predictor.log and transformer.log go; None: a temporary folder.
         """
+        where = str(model_dir)
         self.settings = (settings or ServeSettings()).model_copy(
             update={
-                "model_dir": str(Path(model_dir).absolute()),
+                "model_dir": where if "://" in where else str(Path(where).absolute()),
                 "feature_root": str(Path(feature_store.root).absolute()),
                 "online_store": feature_store.online,
                 "redis_url": feature_store.redis_url,

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from model.errors import BundleError, InputError
 from model.query import Event, Query
 from serving import metrics
-from serving.champions import Champions, bundle_path
+from serving.champions import Champions
 from serving.schemas import ScoreInstance, parse_score_instances
 from serving.server import JsonModel, leave, main
 from serving.settings import PREDICTOR, ServeSettings
@@ -172,6 +172,7 @@ class Predictor(JsonModel):
         # stays free for health checks.
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
+        self._champions: Champions[LoadedModel] | None = None
         self._follower: asyncio.Task[None] | None = None
         self._models: tuple[LoadedModel, ...] = ()  # the one in use, then the one before it
         if scorer is not None:
@@ -188,6 +189,7 @@ class Predictor(JsonModel):
         Raises:
             InputError: no model directory is set.
             BundleError: there is none, or it cannot be used.
+            UnavailableError: the model store cannot be read.
         """
         if self.settings.model_dir is None:
             raise InputError("no model: give --model-dir, a bundle or a model store")
@@ -199,7 +201,8 @@ class Predictor(JsonModel):
         # Collecting what imports made takes a tenth of a second, in the middle of a request.
         gc.collect()
         gc.freeze()
-        self._use(load_model(bundle_path(Path(self.settings.model_dir))))
+        self._champions = Champions(self.settings.model_dir, load_model)
+        self._use(self._champions.first())
         return True
 
     def _use(self, model: LoadedModel) -> None:
@@ -209,10 +212,8 @@ class Predictor(JsonModel):
 
     async def open(self) -> None:
         """Follow the model store from now on."""
-        if self.settings.model_dir is None:
-            return
-        champions = Champions(Path(self.settings.model_dir), load_model)
-        self._follower = asyncio.create_task(self._follow(champions))
+        if self._champions is not None:
+            self._follower = asyncio.create_task(self._follow(self._champions))
 
     async def close(self) -> None:
         if self._follower is not None:
@@ -221,6 +222,8 @@ class Predictor(JsonModel):
                 await self._follower
         for executor in (self._executor, self._loader):
             executor.shutdown(wait=False, cancel_futures=True)
+        if self._champions is not None:
+            self._champions.close()
 
     async def _follow(self, champions: Champions[LoadedModel]) -> None:
         loop = asyncio.get_running_loop()

@@ -34,7 +34,7 @@ class ServeSettings(SettingsBase):
     predictor_host: str | None = None  # host[:port] of the predictor's gRPC; None: same host
     model_name: str = "hrnn-meta"
 
-    model_dir: str | None = None  # a bundle, or a model store with champion.json
+    model_dir: str | None = None  # a bundle, or a model store: folder or s3://…
     model_refresh_seconds: PositiveFloat = 5.0  # how often the store is asked for its champion
     model_threads: PositiveInt = 1  # PyTorch threads; more than one pays off above ~100k items
 

@@ -140,6 +140,15 @@ ROWS: dict[str, list[Plot]] = {
             {"{{version}}": f"count by (version) (hrnn_model_info{{{P}}} == 1)"},
         ),
         Plot(
+            "Model changes",
+            "New champions by what became of them; refused or unreadable ones leave the model "
+            "before in use.",
+            "short",
+            {
+                "{{outcome}}": f"sum by (outcome) (increase(hrnn_model_refreshes_total{{{P}}}{RATE}))"
+            },
+        ),
+        Plot(
             "Bundle load",
             "Time to verify, load and warm up.",
             "s",

@@ -39,7 +39,7 @@ class Store:
 
     def point_at(self, folder):
         """As a deploy gone wrong would."""
-        champion = {"version": folder.name, "path": f"versions/{folder.name}"}
+        champion = {"version": folder.name, "path": f"versions/{folder.name}", "previous": None}
         work = self.path / "champion.new"
         work.write_text(json.dumps(champion))
         work.replace(self.path / "champion.json")
@@ -155,7 +155,7 @@ def be_foreign(folder):
 
 def be_no_bundle(folder):
     (folder / "manifest.json").write_text('{"weights": ')
-    return "manifest.json cannot be read"
+    return "is not a bundle manifest"
 
 
 class Bomb:
@@ -168,13 +168,18 @@ def be_pickled(folder):
     weights = folder / "weights.safetensors"
     weights.write_bytes(pickle.dumps(Bomb()))
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["model_version"] = "pickled"
+    manifest["model_version"] = folder.name
     manifest["files"][weights.name] = hashlib.sha256(weights.read_bytes()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return "cannot be loaded"
 
 
+def be_under_a_wrong_name(folder):
+    return "says that it is"
+
+
 FAULTS = [flip_a_byte, truncate, lose_a_file, be_foreign, be_no_bundle, be_pickled]
+FAULTS += [be_under_a_wrong_name]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)

@@ -21,6 +21,7 @@ QUIET = {
     "Predictor calls that fail",
     "Degraded answers",
     "Failing share",
+    "Model changes",
 }
 
 

@@ -1,9 +1,11 @@
 """Both processes' models in this process: contract, exactness, bad input, degradation."""
 
 import asyncio
+import gc
 import json
 import re
 import time
+import weakref
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
-from model.errors import BundleError, InputError, UnavailableError
+from model.errors import InputError, UnavailableError
 from model.query import Event
 from model.trends import snapshot_from_counts
 from serving import metrics
-from serving.champions import bundle_path
 from serving.kserve_api import ModelRepository
 from serving.predictor import Predictor
 from serving.ranking import AnswerError
@@ -732,6 +733,31 @@ def test_a_model_change_between_rounds_starts_the_search_again(service, monkeypa
     assert answer["items"] == brute_force({"timestamp": 5}, 3)
 
 
+def test_a_search_ends_with_the_model_it_began_with_and_then_that_is_let_go(service):
+    predictor = Predictor(SETTINGS, FakeScorer())
+    newer = FakeScorer()
+    newer.version = "v-newer"
+
+    def version(**pinned):
+        (answer,) = service.post({"timestamp": 5, "top_n": 1, **pinned}, model=predictor).json()[
+            "predictions"
+        ]
+        return answer["model_version"]
+
+    before = predictor._models[0]
+    predictor._use(LoadedModel(newer))
+    assert version() == version(model_version="v-unheard-of") == "v-newer"
+    assert version(model_version="v-test") == "v-test"
+    predictor._forget(before)
+    assert version(model_version="v-test") == "v-newer"
+    gone = weakref.ref(before)
+    del before
+    gc.collect()
+    assert gone() is None, "the memory of a model that was replaced"
+    predictor._forget(predictor._models[0])  # a model that came back is in use
+    assert version() == "v-newer"
+
+
 def test_metrics_count_requests_by_task_and_outcome(service):
     before = count("hrnn_requests_total", task="recommend", outcome="ok")
     invalid = count("hrnn_requests_total", task="unknown", outcome="invalid")
@@ -752,21 +778,6 @@ def test_logs_hold_no_ids(service, caplog):
     service.reader.fail = True
     service.predict({"user_id": "secret-user"})
     assert "secret-user" not in caplog.text
-
-
-def test_bundle_path(tmp_path):
-    with pytest.raises(BundleError, match="holds no model"):
-        bundle_path(tmp_path)
-    bundle = tmp_path / "versions" / "v1"
-    bundle.mkdir(parents=True)
-    (bundle / "manifest.json").write_text("{}")
-    assert bundle_path(bundle) == bundle
-    (tmp_path / "champion.json").write_text('{"version": "v1", "path": "versions/v1"}')
-    assert bundle_path(tmp_path) == bundle.resolve()
-    for broken in ('{"path": "../elsewhere"}', "{", "[]", '{"version": "v1"}', '{"path": 5}'):
-        (tmp_path / "champion.json").write_text(broken)
-        with pytest.raises(BundleError, match=r"champion\.json"):
-            bundle_path(tmp_path)
 
 
 def test_flags_override_the_environment(monkeypatch):

@@ -1,0 +1,92 @@
+"""Following a model store: what is loaded, refused, tried again, and never held for long."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from model.errors import BundleError, InputError
+from model.store import Lineage, ModelStore
+from serving import champions
+from serving.champions import Champions
+from tests.e2e.processes import random_bundle
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bundles")
+    return [random_bundle(folder / str(seed), seed) for seed in range(2)]
+
+
+def load(path):
+    return SimpleNamespace(
+        version=json.loads((path / "manifest.json").read_text())["model_version"]
+    )
+
+
+@pytest.mark.parametrize("scheme", ["folder", "memory"])
+def test_every_new_champion_is_handed_over_once(bundles, tmp_path, scheme):
+    where = str(tmp_path) if scheme == "folder" else f"memory://champions-{tmp_path.name}"
+    store = ModelStore(where)
+    first, second = (store.publish(bundle, Lineage()) for bundle in bundles)
+    following = Champions(where, load)
+    with pytest.raises(BundleError, match="holds no model"):
+        following.first()
+    store.promote(first)
+    assert following.first().version == first
+    assert following.next(first) is None
+    store.promote(second)
+    assert following.next(first).version == second
+    assert following.next(second) is None
+    store.rollback()
+    assert following.next(second).version == first
+    following.close()
+
+
+def test_a_bundle_is_served_as_it_is(bundles):
+    following = Champions(str(bundles[0]), load)
+    version = following.first().version
+    assert following.next(version) is None
+    with pytest.raises(InputError, match="nonsense"):
+        Champions("nonsense://x", load)
+
+
+def test_a_refused_champion_is_tried_again_later_and_the_one_after_it_at_once(
+    bundles, tmp_path, caplog
+):
+    store = ModelStore(str(tmp_path))
+    first, second = (store.publish(bundle, Lineage()) for bundle in bundles)
+    store.promote(first)
+    now, tried = [0.0], []
+
+    def refusing(path):
+        tried.append(path.name)
+        if path.name == second and now[0] < 100:
+            raise MemoryError("secret")
+        return load(path)
+
+    following = Champions(str(tmp_path), refusing, clock=lambda: now[0])
+    following.first()
+    store.promote(second)
+    for now[0] in (1.0, 2.0, champions.RETRY_SECONDS - 1):
+        assert following.next(first) is None
+    assert tried == [first, second]
+    assert f"champion {second} is refused, {first} stays in use: MemoryError" in caplog.text
+    assert "secret" not in caplog.text
+    now[0] = 101.0
+    assert following.next(first).version == second
+
+
+def test_an_unreadable_store_is_reported_once(bundles, tmp_path, caplog):
+    store = ModelStore(str(tmp_path))
+    first = store.publish(bundles[0], Lineage())
+    store.promote(first)
+    following = Champions(str(tmp_path), load)
+    caplog.set_level("INFO")
+    text = (tmp_path / "champion.json").read_text()
+    (tmp_path / "champion.json").write_text("{")
+    assert [following.next(first) for _ in range(3)] == [None] * 3
+    assert caplog.text.count("stays in use") == 1
+    (tmp_path / "champion.json").write_text(text)
+    assert following.next(first) is None
+    assert "readable again" in caplog.text
