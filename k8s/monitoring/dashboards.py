@@ -145,7 +145,8 @@ ROWS: dict[str, list[Plot]] = {
             "before in use.",
             "short",
             {
-                "{{outcome}}": f"sum by (outcome) (increase(hrnn_model_refreshes_total{{{P}}}{RATE}))"
+                "{{outcome}}": "sum by (outcome) "
+                f"(increase(hrnn_model_refreshes_total{{{P}}}{RATE}))"
             },
         ),
         Plot(

@@ -24,7 +24,7 @@ from model.query import Event
 from model.trends import snapshot_from_counts
 from serving import metrics
 from serving.kserve_api import ModelRepository
-from serving.predictor import Predictor
+from serving.predictor import LoadedModel, Predictor
 from serving.ranking import AnswerError
 from serving.schemas import parse_instances
 from serving.scoring import PredictorError, parse_answer
