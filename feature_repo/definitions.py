@@ -24,12 +24,15 @@ from feature_repo.names import (
     ITEM_TREND,
     JOIN_KEY,
     KIND_TAG,
+    LIVE_CHECKPOINT,
     SERVING_TREND,
     SERVING_USER,
+    SERVING_USER_V1,
     TRAINING,
     TREND_SNAPSHOT,
     USER,
     USER_HISTORY,
+    USER_LIVE,
     USER_PROFILE,
     VIEW_ENTITY,
     ViewOptions,
@@ -100,6 +103,12 @@ def build(sources: Path, schema: Schema, options: ViewOptions) -> Definitions:
             tags={"domain": "recommendations", **tags},
         )
 
+    events = [
+        Field(name="item_ids", dtype=Array(String)),
+        Field(name="timestamps", dtype=Array(Int64), description="Unix seconds"),
+        Field(name="event_types", dtype=Array(String), description="empty: none"),
+        Field(name="event_values", dtype=Array(Float64), description="NaN: none"),
+    ]
     first_seen = Field(name=FIRST_SEEN, dtype=Int64, description="First event, Unix seconds")
     views = {
         USER_PROFILE: view(
@@ -110,19 +119,9 @@ def build(sources: Path, schema: Schema, options: ViewOptions) -> Definitions:
         ),
         USER_HISTORY: view(
             USER_HISTORY,
-            "The newest events of a user, oldest first; visible one second after the last",
-            [
-                Field(name="item_ids", dtype=Array(String)),
-                Field(name="timestamps", dtype=Array(Int64), description="Unix seconds"),
-                Field(name="event_types", dtype=Array(String), description="empty: none"),
-                Field(name="event_values", dtype=Array(Float64), description="NaN: none"),
-                Field(
-                    name="log_end",
-                    dtype=Int64,
-                    description="The log these events came from holds everything before this"
-                    " Unix second; events from then on were pushed",
-                ),
-            ],
+            "The newest events of a user in the pipeline's tables, oldest first; visible one second"
+            " after the last",
+            events,
             timedelta(seconds=options.history_ttl_seconds),
             **{HISTORY_LENGTH_TAG: str(options.history_length)},
         ),
@@ -164,6 +163,27 @@ def build(sources: Path, schema: Schema, options: ViewOptions) -> Definitions:
             # An old snapshot beats none: serving labels answers that use one.
             NEVER,
         ),
+        USER_LIVE: view(
+            USER_LIVE,
+            "All that the event log says of a user, written by its followers: newest events,"
+            " fields, deletion",
+            [
+                *events,
+                Field(name="fields", dtype=String, description="JSON; over those of the profile"),
+                Field(
+                    name="deleted_at",
+                    dtype=Int64,
+                    description="Unix seconds; the profile and earlier events count no more",
+                ),
+            ],
+            NEVER,
+        ),
+        LIVE_CHECKPOINT: view(
+            LIVE_CHECKPOINT,
+            "How far this store has followed the event log",
+            [Field(name="log_id", dtype=String), Field(name="seq", dtype=Int64)],
+            NEVER,
+        ),
     }
 
     on_demand = {
@@ -193,7 +213,14 @@ def build(sources: Path, schema: Schema, options: ViewOptions) -> Definitions:
 
     services = {
         SERVING_USER: service(
-            SERVING_USER, "A user's profile and history, for a request", USER_PROFILE, USER_HISTORY
+            SERVING_USER,
+            "A user's profile, history and what has happened since, for a request",
+            USER_PROFILE,
+            USER_HISTORY,
+            USER_LIVE,
+        ),
+        SERVING_USER_V1: service(
+            SERVING_USER_V1, "A user at the end of the last run", USER_PROFILE, USER_HISTORY
         ),
         SERVING_TREND: service(SERVING_TREND, "The trend snapshot in force", TREND_SNAPSHOT),
         # History is left out: it holds one row per user, training builds its own sequences.

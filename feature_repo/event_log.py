@@ -3,16 +3,19 @@
 `feature_repo.event_tables` has the tables and the order they promise.
 """
 
+import fcntl
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Self
 
 import sqlalchemy as sa
 
+from feature_repo import event_tables
 from feature_repo.event_tables import (
     WRITES,
     cause,
@@ -28,6 +31,9 @@ from model.errors import UnavailableError
 from model.query import Event, FieldValue
 
 Fields = Mapping[str, FieldValue]
+
+_FOLLOWERS = 0x68726E6F  # advisory lock of PostgreSQL
+FROZEN_SECONDS = 15  # without a sign of life, a follower loses its lock
 
 
 class StorageFullError(UnavailableError):
@@ -67,10 +73,19 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
+class Position:
+    """Number of the newest change of a log, and which log it is."""
+
+    log_id: str
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
 class Changes:
     """What changed in (after, upto]: ids of users whose events, fields or deletion did."""
 
     users: tuple[str, ...]
+    deleted: tuple[str, ...]
     upto: int
 
 
@@ -204,10 +219,10 @@ class EventLog:
                 yield transaction
                 transaction._finish()
 
-    def head(self) -> int:
-        """Number of the newest change."""
+    def position(self) -> Position:
+        """How far the log goes."""
         with self._read() as connection:
-            return connection.execute(sa.select(log_head.c.seq)).scalar_one()
+            return Position(*connection.execute(sa.select(log_head.c.log_id, log_head.c.seq)).one())
 
     def oldest_after(self, seq: int) -> float | None:
         """When the first event after `seq` was received, Unix seconds; None: there is none."""
@@ -223,6 +238,7 @@ class EventLog:
     def changes(self, after: int, limit: int = 2000) -> Changes:
         """The users of the next changes after a number, at most `limit` of each kind."""
         found: dict[str, None] = {}
+        deleted: tuple[str, ...] = ()
         with self._read() as connection:
             upto = connection.execute(sa.select(log_head.c.seq)).scalar_one()
             for table in (events, users, deleted_users):
@@ -237,7 +253,42 @@ class EventLog:
                     # Further ones may follow: come back for them.
                     upto = rows[-1].seq
                 found.update(dict.fromkeys(row.user_id for row in rows))
-        return Changes(tuple(found), max(upto, after))
+                if table is deleted_users:
+                    deleted = tuple(row.user_id for row in rows)
+        return Changes(tuple(found), deleted, max(upto, after))
+
+    def user_ids(self, after: str = "", limit: int = 2000) -> list[str]:
+        """All users of the log in the database's order, `limit` at a time."""
+        of_each = [
+            sa.select(table.c.user_id)
+            .distinct()
+            .where(table.c.user_id > after)
+            .order_by(table.c.user_id)
+            .limit(limit)
+            .subquery()
+            for table in (events, users, deleted_users)
+        ]
+        query = sa.union(*(sa.select(each.c.user_id) for each in of_each))
+        with self._read() as connection:
+            return list(connection.scalars(query.order_by("user_id").limit(limit)))
+
+    @contextmanager
+    def follower_lock(self) -> Iterator[None]:
+        """Held by one follower at a time; freed when its process ends, however it does.
+
+        Raises:
+            UnavailableError: another one has held it for `LOCK_SECONDS`.
+        """
+        if self.engine.dialect.name == "sqlite":
+            with _file_lock(Path(f"{self.engine.url.database}.follower")):
+                yield
+            return
+        with _errors("follow"), self.engine.connect() as connection, connection.begin():
+            connection.exec_driver_sql(
+                f"SET LOCAL idle_in_transaction_session_timeout = '{FROZEN_SECONDS}s'"
+            )
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_FOLLOWERS)))
+            yield
 
     def states(self, user_ids: Sequence[str], length: int) -> dict[str, UserState]:
         """The newest `length` events, the fields and the deletion of users."""
@@ -330,6 +381,21 @@ def _deleted(connection: sa.Connection, user_ids: Iterable[str]) -> dict[str, in
         )
         found.update(tuple(row) for row in connection.execute(query))
     return found
+
+
+@contextmanager
+def _file_lock(path: Path) -> Iterator[None]:
+    deadline = time.monotonic() + event_tables.LOCK_SECONDS
+    with path.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UnavailableError("another process follows the event log") from None
+                time.sleep(0.005)
+        yield
 
 
 @contextmanager

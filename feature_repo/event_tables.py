@@ -10,12 +10,13 @@ writers, and a reader that has seen everything up to `log_head.seq` misses nothi
 - `users`, `items`: the newest fields of each, a JSON object; a new write replaces the row.
 - `deleted_users`: users whose rows were removed on request. Rows of such a user with a higher
   `seq` are from after they came back.
-- `checkpoints`: how far each follower of the log has come. A follower holds its row locked while
-  it works, so two processes never write the same online store at once.
 """
 
+import sqlite3
+import time
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, make_url
@@ -34,6 +35,7 @@ log_head = sa.Table(
     sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),  # the one row: 1
     sa.Column("seq", sa.BigInteger, nullable=False),  # of the newest change, 0 in an empty log
     sa.Column("format", sa.Integer, nullable=False),
+    sa.Column("log_id", sa.Text, nullable=False),  # random: tells a new log from an emptied one
 )
 
 events = sa.Table(
@@ -78,13 +80,6 @@ deleted_users = sa.Table(
     sa.Column("user_id", sa.Text, primary_key=True),
     sa.Column("seq", sa.BigInteger, nullable=False, unique=True),
     sa.Column("deleted_at", sa.BigInteger, nullable=False),  # Unix seconds
-)
-
-checkpoints = sa.Table(
-    "checkpoints",
-    metadata,
-    sa.Column("follower", sa.Text, primary_key=True),
-    sa.Column("seq", sa.BigInteger, nullable=False),  # everything up to here is applied
 )
 
 FORMAT = 1  # of these tables
@@ -183,8 +178,8 @@ def _sqlite(url: URL, create: bool) -> sa.Engine:
     @sa.event.listens_for(engine, "connect")
     def _(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # BEGIN is ours, below
+        _use_wal(connection)
         for pragma in (
-            "journal_mode=WAL",
             "synchronous=FULL",  # in WAL mode NORMAL loses acknowledged commits with the power
             "secure_delete=ON",  # a deleted user's bytes are overwritten
         ):
@@ -198,6 +193,20 @@ def _sqlite(url: URL, create: bool) -> sa.Engine:
     return engine
 
 
+def _use_wal(connection: Any) -> None:
+    """Where two do this to a new file at once, SQLite refuses one of them without waiting."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            busy = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY
+            if not busy or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
 def _create(engine: sa.Engine) -> None:
     with engine.connect().execution_options(**{WRITES: True}) as connection, connection.begin():
         if connection.dialect.name == "postgresql":
@@ -205,4 +214,5 @@ def _create(engine: sa.Engine) -> None:
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(0x68726E6E)))
         metadata.create_all(connection)
         if connection.execute(sa.select(log_head.c.seq)).first() is None:
-            connection.execute(log_head.insert().values(id=1, seq=0, format=FORMAT))
+            row = {"id": 1, "seq": 0, "format": FORMAT, "log_id": uuid4().hex}
+            connection.execute(log_head.insert(), row)

@@ -19,6 +19,7 @@ CATALOGUE_ID = "all"  # the one row of the catalogue
 USER_PROFILE, USER_HISTORY = "user_profile", "user_history"
 ITEM_METADATA, ITEM_POPULARITY = "item_metadata", "item_popularity"
 CATALOGUE_POPULARITY, TREND_SNAPSHOT = "catalogue_popularity", "trend_snapshot"
+USER_LIVE, LIVE_CHECKPOINT = "user_live", "live_checkpoint"
 ITEM_TREND = "item_trend"  # on demand, from the two popularity views
 VIEW_ENTITY = {
     USER_PROFILE: USER,
@@ -27,13 +28,20 @@ VIEW_ENTITY = {
     ITEM_POPULARITY: ITEM,
     CATALOGUE_POPULARITY: CATALOGUE,
     TREND_SNAPSHOT: CATALOGUE,
+    USER_LIVE: USER,
+    LIVE_CHECKPOINT: CATALOGUE,
 }
+# Written from the event log by its followers; all others are materialised from the pipeline's
+# tables. No view has both for writers, so neither can undo what the other wrote.
+LIVE_VIEWS = frozenset({USER_LIVE, LIVE_CHECKPOINT})
+MATERIALISED = tuple(view for view in VIEW_ENTITY if view not in LIVE_VIEWS)
 
 # Sources of several files: each refresh of the trends adds one.
 GROWING = frozenset({ITEM_POPULARITY, CATALOGUE_POPULARITY})
 REFRESH_PREFIX = "refresh-"  # of those files
 
-SERVING_USER, SERVING_TREND, TRAINING = "serving_user_v1", "serving_trend_v1", "training_v2"
+SERVING_USER, SERVING_TREND, TRAINING = "serving_user_v2", "serving_trend_v1", "training_v2"
+SERVING_USER_V1 = "serving_user_v1"  # without what is live
 
 EVENT_TIMESTAMP = "event_timestamp"
 FIRST_SEEN = "first_seen"  # of users and items: Unix seconds, never null

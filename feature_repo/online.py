@@ -27,11 +27,13 @@ def protos(row: Mapping[str, Any]) -> dict[str, Any]:
     }
     values = {}
     for name, value in row.items():
-        if name in JOIN_KEY.values():
+        if name in JOIN_KEY.values() or value is None:
             continue
         if name in lists:
             kind, build = lists[name]
             values[name] = wire.Value(**{kind: build(val=value)})
+        elif isinstance(value, str):
+            values[name] = wire.Value(string_val=value)
         elif isinstance(value, int):
             values[name] = wire.Value(int64_val=value)
         else:

@@ -20,6 +20,13 @@ user, item, catalogue = _definitions.entities.values()
     item_popularity,
     catalogue_popularity,
     trend_snapshot,
+    user_live,
+    live_checkpoint,
 ) = _definitions.views.values()
 (item_trend,) = _definitions.on_demand.values()
-serving_user_v1, serving_trend_v1, training_v2 = _definitions.services.values()
+(
+    serving_user_v2,
+    serving_user_v1,
+    serving_trend_v1,
+    training_v2,
+) = _definitions.services.values()

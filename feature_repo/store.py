@@ -1,50 +1,54 @@
-"""Using the feature store: register, fill, read and push. Feast is imported when first used.
+"""Using the feature store: register, fill and read. Feast is imported when first used.
 
-Both online stores are last-write-wins here (Redis with `skip_dedup`), so whatever must not go
-back in time is merged or compared before it is written. Reads and writes of one user by several
-processes at once can lose a push between its read and its write; the event log repairs that.
+Both online stores are last-write-wins here (Redis with `skip_dedup`). So that no writer can undo
+another's work, the pipeline and the followers of the event log (`feature_repo.live`) write
+different views, and a reader puts a user together from both.
 """
 
 import contextlib
 import json
 import logging
-import math
 import os
 import sqlite3
 import tempfile
 import threading
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
 from feature_repo import snapshot as snapshots
 from feature_repo.connection import open_existing, open_store, quiet, unavailable
+from feature_repo.histories import events_of, merge, values_of
 from feature_repo.names import (
+    CATALOGUE,
     CATALOGUE_ID,
     EVENT_TIMESTAMP,
     FIELD_TAG,
     FIRST_SEEN,
     HISTORY_LENGTH_TAG,
     JOIN_KEY,
+    KIND_TAG,
+    MATERIALISED,
     SERVING_TREND,
     SERVING_USER,
+    SERVING_USER_V1,
     TREND_SNAPSHOT,
     USER,
     USER_HISTORY,
+    USER_LIVE,
     USER_PROFILE,
     VIEW_ENTITY,
     ViewOptions,
 )
-from feature_repo.online import BATCH_ROWS, Row, batches, protos, write_rows
+from feature_repo.online import BATCH_ROWS, Row, protos, write_rows
 from feature_repo.settings import FeatureStoreSettings
 from model.errors import UnavailableError
 from model.query import Event, FieldValue
-from model.schema import Schema
+from model.schema import FieldKind, Schema, fits
 from model.trends import TrendSnapshot
 
 if TYPE_CHECKING:
@@ -63,8 +67,6 @@ __all__ = [
 ]
 
 log = logging.getLogger("hrnn.features")
-
-HISTORY_FEATURES = ("item_ids", "timestamps", "event_types", "event_values", "log_end")
 
 
 @dataclass(frozen=True)
@@ -125,11 +127,9 @@ def applied(settings: FeatureStoreSettings) -> tuple[Schema, ViewOptions]:
 
 
 def materialise(
-    settings: FeatureStoreSettings, as_of: int, views: Sequence[str] = tuple(VIEW_ENTITY)
+    settings: FeatureStoreSettings, as_of: int, views: Sequence[str] = MATERIALISED
 ) -> dict[str, int]:
     """Load the sources into the online store; returns the rows written by view.
-
-    Pushed events at or after `as_of` stay in a history; everything before it comes from the log.
 
     Args:
         as_of: Unix seconds; rows that became visible later are left out.
@@ -142,7 +142,7 @@ def materialise(
         rows = {}
         for view in views:
             if view == USER_HISTORY:
-                rows[view] = _materialise_histories(store, settings, as_of)
+                rows[view] = _materialise_histories(store, settings)
                 continue
             ttl = store.get_feature_view(view).ttl
             end = datetime.fromtimestamp(as_of, UTC)
@@ -185,7 +185,7 @@ class FeatureReader:
         self._settings = settings
         self._lock = threading.Lock()
         with unavailable("open the feature store"):
-            self._session = _Session.open(settings)
+            self._session = Session.open(settings)
         self._now: int | None = None  # Unix seconds of the log; None: not read yet
 
     def user(self, user_id: str) -> UserFeatures:
@@ -195,40 +195,45 @@ class FeatureReader:
         with unavailable("read a user's features"):
             session = self._session
             row = session.read_one(session.user, USER, user_id)
-            history = _History.of(row)
-            if row[FIRST_SEEN] is None and not history.events:
-                return UNKNOWN
-            events = history.events
-            if self._now and session.history_ttl and events:
-                age = self._now - events[-1].timestamp
-                events = [] if age > session.history_ttl else events
-            profile = {
-                name: value
-                for feature, name in session.profile_fields.items()
-                if (value := row[feature]) is not None
-            }
-            return UserFeatures(known=True, profile=profile, history=events)
+        return self._user(session, row)
+
+    def _user(self, session: "Session", row: Mapping[str, Any]) -> UserFeatures:
+        events = events_of(row, f"{USER_HISTORY}__")
+        known = row[f"{USER_PROFILE}__{FIRST_SEEN}"] is not None
+        profile = {
+            name: value
+            for feature, (name, _) in session.profile_fields.items()
+            if (value := row[f"{USER_PROFILE}__{feature}"]) is not None
+        }
+        if session.live:
+            deleted_at = row[f"{USER_LIVE}__deleted_at"]
+            if deleted_at is not None:
+                known, profile = False, {}
+                events = [e for e in events if e.timestamp > deleted_at]
+            events = merge(events, events_of(row, f"{USER_LIVE}__"), session.history_length)
+            if text := row[f"{USER_LIVE}__fields"]:
+                known = True
+                profile = session.with_fields(profile, json.loads(text))
+        if not known and not events:
+            return UNKNOWN
+        if self._now and session.history_ttl and events:
+            age = self._now - events[-1].timestamp
+            events = [] if age > session.history_ttl else events
+        return UserFeatures(known=True, profile=profile, history=events)
 
     def trend(self) -> TrendSnapshot | None:
         """The snapshot in force, exactly as written; None when there is none."""
         with unavailable("read the trend snapshot"):
             self._follow_registry()
             session = self._session
-            snapshot = snapshots.from_row(
-                session.read_one(session.trend, "catalogue", CATALOGUE_ID)
-            )
+            snapshot = snapshots.from_row(session.read_trend())
             self._now = snapshot.as_of if snapshot else 0
             return snapshot
 
     def _follow_registry(self) -> None:
-        if _stamp(self._settings.registry_path) == self._session.stamp:
-            return
-        with self._lock:
-            try:
-                self._session = _Session.open(self._settings)
-            except Exception:
-                # Half written by an apply that is under way; the next call tries again.
-                log.warning("the feature registry has changed but cannot be read yet")
+        if _stamp(self._settings.registry_path) != self._session.stamp:
+            with self._lock:
+                self._session = self._session.current(self._settings)
 
 
 class FeatureWriter:
@@ -240,34 +245,14 @@ class FeatureWriter:
 
     def __init__(self, settings: FeatureStoreSettings) -> None:
         with unavailable("open the feature store"):
-            self._session = _Session.open(settings)
+            self._session = Session.open(settings)
         self._lock = threading.Lock()
-
-    def push_history(self, user_id: str, events: Sequence[Event]) -> None:
-        """Add one user's events; see `push_histories`."""
-        self.push_histories({user_id: events})
-
-    def push_histories(self, events: Mapping[str, Sequence[Event]]) -> None:
-        """Add events to histories, in any order: late ones are sorted in, repeats count once.
-
-        The newest `history_length` events are kept. Timestamps are floored to whole seconds.
-        """
-        users = [user for user, new in events.items() if new]
-        with self._lock, unavailable("push events"):
-            store, length = self._session.store, self._session.history_length
-            for batch in batches(users):
-                stored = _read_histories(store, batch)
-                merged = (
-                    (user, _History(_merge(old.events, events[user], length), old.log_end))
-                    for user, old in zip(batch, stored, strict=True)
-                )
-                write_rows(store, USER_HISTORY, (_history_row(user, h) for user, h in merged))
 
     def push_trend(self, snapshot: TrendSnapshot) -> bool:
         """Put a snapshot in force unless a newer one is; returns whether it was written."""
         with self._lock, unavailable("push a trend snapshot"):
             session = self._session
-            current = session.read_one(session.trend, "catalogue", CATALOGUE_ID)
+            current = session.read_trend()
             if current["as_of"] is not None and current["as_of"] > snapshot.as_of:
                 return False
             values = protos(snapshots.to_row(snapshot))
@@ -276,125 +261,91 @@ class FeatureWriter:
 
 
 @dataclass(frozen=True)
-class _Session:
+class Session:
     """An opened store with the services looked up once (each look-up costs ~0.7 ms)."""
 
     store: "FeatureStore"
     user: "FeatureService"
     trend: "FeatureService"
-    profile_fields: dict[str, str]  # feature → the user's name for it
+    profile_fields: dict[str, tuple[str, FieldKind]]  # feature → the user's name for it, its kind
     history_ttl: float  # seconds, 0 = for ever
     history_length: int
+    live: bool  # false: an older registry, without the views that follow the event log
     stamp: tuple[int, int]
 
     @classmethod
-    def open(cls, settings: FeatureStoreSettings) -> "_Session":
+    def open(cls, settings: FeatureStoreSettings) -> "Session":
         stamp = _stamp(settings.registry_path)  # before reading: a change meanwhile is seen later
         store = open_existing(settings)
         profile = store.get_feature_view(USER_PROFILE)
         history = store.get_feature_view(USER_HISTORY)
+        live = SERVING_USER in {service.name for service in store.list_feature_services()}
         return cls(
             store=store,
-            user=store.get_feature_service(SERVING_USER),
+            user=store.get_feature_service(SERVING_USER if live else SERVING_USER_V1),
             trend=store.get_feature_service(SERVING_TREND),
             profile_fields={
-                f.name: f.tags[FIELD_TAG] for f in profile.features if FIELD_TAG in f.tags
+                f.name: (f.tags[FIELD_TAG], FieldKind(f.tags[KIND_TAG]))
+                for f in profile.features
+                if FIELD_TAG in f.tags
             },
             history_ttl=history.ttl.total_seconds() if history.ttl else 0.0,
             history_length=int(history.tags[HISTORY_LENGTH_TAG]),
+            live=live,
             stamp=stamp,
         )
 
-    def read_one(self, service: "FeatureService", entity: str, key: str) -> dict[str, Any]:
+    def current(self, settings: FeatureStoreSettings) -> "Session":
+        """This one, or one of the registry as it is now."""
+        if _stamp(settings.registry_path) == self.stamp:
+            return self
+        try:
+            return Session.open(settings)
+        except Exception:
+            # Half written by an apply that is under way; the next call tries again.
+            log.warning("the feature registry has changed but cannot be read yet")
+            return self
+
+    def read_one(
+        self, features: "FeatureService | list[str]", entity: str, key: str
+    ) -> dict[str, Any]:
+        """Values by `view__feature`."""
         answer = self.store.get_online_features(
-            features=service, entity_rows=[{JOIN_KEY[entity]: key}]
+            features=features, entity_rows=[{JOIN_KEY[entity]: key}], full_feature_names=True
         )
         return {name: values[0] for name, values in answer.to_dict().items()}
 
+    def read_trend(self) -> dict[str, Any]:
+        """The row of the trend snapshot, by feature."""
+        row = self.read_one(self.trend, CATALOGUE, CATALOGUE_ID)
+        return {name.partition("__")[2]: value for name, value in row.items()}
 
-class _History(NamedTuple):
-    """The newest events, oldest first; those before `log_end` (Unix seconds) are from the log."""
+    def with_fields(
+        self, profile: dict[str, FieldValue], live: Mapping[str, Any]
+    ) -> dict[str, FieldValue]:
+        """A profile with newer fields over it; null takes a field away.
 
-    events: list[Event]
-    log_end: int
-
-    @classmethod
-    def of(cls, row: Mapping[str, Any]) -> "_History":
-        events = [
-            Event(item, time, kind or None, None if math.isnan(value) else value)
-            for item, time, kind, value in zip(
-                row["item_ids"] or (),
-                row["timestamps"] or (),
-                row["event_types"] or (),
-                row["event_values"] or (),
-                strict=True,
-            )
-        ]
-        return cls(events, row["log_end"] or 0)
+        What the schema does not know, or what does not fit a field's kind, is left out: the model
+        could not read it.
+        """
+        kinds = dict(self.profile_fields.values())
+        fitting = {n: v for n, v in live.items() if n in kinds and (v is None or fits(kinds[n], v))}
+        return {name: v for name, v in {**profile, **fitting}.items() if v is not None}
 
 
-def _merge(old: Sequence[Event], new: Sequence[Event], length: int) -> list[Event]:
-    """Union by event time, old before new in one second, newest `length` kept.
-
-    An event present n times on one side and m times on the other ends up max(n, m) times: a
-    repeated push changes nothing, yet two plays of one song in a second remain two.
-    """
-    held = Counter(old)
-    merged = list(old)
-    for event in new:
-        event = Event(event.item_id, math.floor(event.timestamp), event.event_type, event.value)
-        if held[event] > 0:
-            held[event] -= 1
-        else:
-            merged.append(event)
-    merged.sort(key=lambda e: e.timestamp)
-    return merged[-length:]
-
-
-def _materialise_histories(
-    store: "FeatureStore", settings: FeatureStoreSettings, as_of: int
-) -> int:
-    length = int(store.get_feature_view(USER_HISTORY).tags[HISTORY_LENGTH_TAG])
+def _materialise_histories(store: "FeatureStore", settings: FeatureStoreSettings) -> int:
     rows = 0
     with pq.ParquetFile(settings.source(USER_HISTORY)) as file:
         for batch in file.iter_batches(batch_size=BATCH_ROWS):
-            new = {r[JOIN_KEY[USER]]: _History.of(r) for r in batch.to_pylist()}
-            stored = _read_histories(store, [*new])
-            merged = []
-            for (user, history), old in zip(new.items(), stored, strict=True):
-                # Older events of the store are the log's business: it may have been corrected.
-                live = [e for e in old.events if e.timestamp >= max(old.log_end, as_of)]
-                events = _merge(history.events, live, length)
-                merged.append(_history_row(user, _History(events, as_of)))
-            write_rows(store, USER_HISTORY, merged)
-            rows += len(merged)
+            written: list[Row] = []
+            for row in batch.to_pylist():
+                events = events_of(row)
+                # Visible one second after the last event, as in the source.
+                seen = events[-1].timestamp + 1 if events else 0
+                written.append((row[JOIN_KEY[USER]], protos(values_of(events)), seen))
+            write_rows(store, USER_HISTORY, written)
+            rows += len(written)
     return rows
-
-
-def _read_histories(store: "FeatureStore", users: Sequence[str]) -> list[_History]:
-    if not users:
-        return []
-    columns = store.get_online_features(
-        features=[f"{USER_HISTORY}:{name}" for name in HISTORY_FEATURES],
-        entity_rows=[{JOIN_KEY[USER]: user} for user in users],
-    ).to_dict()
-    return [
-        _History.of({name: columns[name][i] for name in HISTORY_FEATURES})
-        for i in range(len(users))
-    ]
-
-
-def _history_row(user: str, history: _History) -> Row:
-    events = history.events
-    values = {
-        "item_ids": [e.item_id for e in events],
-        "timestamps": [int(e.timestamp) for e in events],
-        "event_types": [e.event_type or "" for e in events],
-        "event_values": [math.nan if e.value is None else float(e.value) for e in events],
-        "log_end": history.log_end,
-    }
-    # Visible one second after the last event, as in the source.
-    return user, protos(values), (events[-1].timestamp + 1 if events else 0)
 
 
 def _count_keys(path: Path, key: str, start: datetime, end: datetime) -> int:

@@ -3,6 +3,7 @@
 import json
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from model.settings import SettingsBase
 
@@ -14,6 +15,15 @@ class FieldKind(StrEnum):
     MULTI_CATEGORICAL = "multi_categorical"  # list of strings per entity
     NUMERIC = "numeric"  # float64 per entity
     TEXT = "text"  # free text, bag of words
+
+
+def fits(kind: FieldKind, value: Any) -> bool:
+    """Whether a value out of JSON, not null, can be one of a field of this kind."""
+    if kind is FieldKind.MULTI_CATEGORICAL:
+        return isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return False
+    return kind is not FieldKind.NUMERIC or not isinstance(value, str)
 
 
 class Schema(SettingsBase):

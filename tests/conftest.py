@@ -2,6 +2,7 @@
 
 import pytest
 
+from feature_repo.settings import FeatureStoreSettings
 from tests.servers import PostgresServer, RedisServer
 
 
@@ -38,3 +39,12 @@ def log_url(request, tmp_path):
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/events.db"
     return request.getfixturevalue("postgres_server").database()
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def settings(request, tmp_path):
+    """A feature store that does not exist yet, on both online stores."""
+    if request.param == "sqlite":
+        return FeatureStoreSettings(root=str(tmp_path / "features"))
+    url = request.getfixturevalue("redis_server").database()
+    return FeatureStoreSettings(root=str(tmp_path / "features"), online="redis", redis_url=url)

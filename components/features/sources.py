@@ -19,6 +19,7 @@ from feature_repo.names import (
     FIRST_SEEN,
     ITEM_METADATA,
     JOIN_KEY,
+    MATERIALISED,
     TREND_SNAPSHOT,
     USER_HISTORY,
     USER_PROFILE,
@@ -181,8 +182,6 @@ def write_history(log: Log, length: int, folder: Path) -> int:
         "timestamps",
         "event_types",
         "event_values",
-        # as_of, by an expression of a column: DuckDB would write the literal as int32.
-        log_end=ibis.greatest(rows["last"] + 1, log.as_of).cast("int64"),
     )
     return log.write(rows, folder / source_name(USER_HISTORY))
 
@@ -216,8 +215,8 @@ def write_snapshot(snapshot: TrendSnapshot, folder: Path) -> int:
 def vanished(backend: Backend, old: Path, new: Path) -> dict[str, list[str]]:
     """Keys that the sources in `old` hold and those in `new` do not, by view."""
     gone = {}
-    for view, entity in VIEW_ENTITY.items():
-        key = JOIN_KEY[entity]
+    for view in MATERIALISED:
+        key = JOIN_KEY[VIEW_ENTITY[view]]
         if not (old / source_name(view)).exists():
             continue
         before = backend.read_parquet(old / source_pattern(view)).select(key).distinct()

@@ -21,11 +21,11 @@ from feature_repo.names import (
     GROWING,
     ITEM_METADATA,
     ITEM_POPULARITY,
+    MATERIALISED,
     REFRESH_PREFIX,
     TREND_SNAPSHOT,
     USER_HISTORY,
     USER_PROFILE,
-    VIEW_ENTITY,
     ViewOptions,
     source_name,
 )
@@ -117,7 +117,7 @@ def run(
             gone = ", ".join(f"{len(keys):,} of {view}" for view, keys in vanished.items())
             print(f"no longer in the log, blanked online: {gone}", flush=True)
         where.sources.mkdir(exist_ok=True)
-        for view in VIEW_ENTITY:
+        for view in MATERIALISED:
             where.source(view).parent.mkdir(exist_ok=True)
             (new / source_name(view)).replace(where.source(view))
         # What refreshes of the trends have added is counted anew in these files.

@@ -9,15 +9,10 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from feature_repo.names import VIEW_ENTITY, feature_names
 from feature_repo.settings import FeatureStoreSettings, redis_connection
@@ -27,7 +22,6 @@ from feature_repo.store import (
     FeatureWriter,
     UserFeatures,
     ViewOptions,
-    _merge,
     apply,
     forget,
     materialise,
@@ -35,92 +29,10 @@ from feature_repo.store import (
 from model.errors import InputError, UnavailableError
 from model.query import Event
 from model.schema import FieldKind, Schema
-from model.trends import TrendSnapshot, snapshot_from_counts
+from model.trends import TrendSnapshot
+from tests.feature_sources import AS_OF, HARSH, SCHEMA, snapshot, write_sources
 
 REPO = Path(__file__).resolve().parents[2]
-AS_OF = 893_286_639  # April 1998
-HARSH = ['say "hi"', "it's", "☃🎬 é", "line\nbreak", "a|b,c;d", "", " ", "\\", "NULL", "[1, 2]"]
-SCHEMA = Schema.parse(
-    {
-        "users": {"age": "numeric", "Lieblings-Farbe": "categorical", "tags": "multi_categorical"},
-        "items": {"genres": "multi_categorical", "age": "numeric"},
-        "item_title": "title",
-    }
-)
-
-
-def moments(*seconds):
-    return pa.array([s * 1_000_000 for s in seconds], pa.timestamp("us", "UTC"))
-
-
-def snapshot(counts=(7, 7, 1), as_of=AS_OF):
-    ids = [f"i{j}" for j in range(len(counts))]
-    return snapshot_from_counts(
-        ids, counts, num_items=len(ids) + 2, smoothing=0.3, as_of=as_of, window_seconds=3600
-    )
-
-
-def write_sources(settings, users=("u1", "u2"), history=None, trend=None, as_of=AS_OF):
-    settings.sources.mkdir(parents=True, exist_ok=True)
-    colour = feature_names(SCHEMA.users)["Lieblings-Farbe"]
-    n = len(users)
-    profile = {
-        "user_id": pa.array(users, pa.string()),
-        "event_timestamp": moments(*[100] * n),
-        "first_seen": pa.array([100] * n, pa.int64()),
-        "age": pa.array([30.5, *[None] * (n - 1)], pa.float64()),
-        colour: pa.array([HARSH[0], *[None] * (n - 1)], pa.string()),
-        "tags": pa.array([HARSH, *[[]] * (n - 1)], pa.list_(pa.string())),
-    }
-    pq.write_table(pa.table(profile), settings.source("user_profile"))
-    history = history or {user: [(HARSH[1], AS_OF - 10), ("i1", AS_OF - 5)] for user in users}
-    rows = [
-        {
-            "user_id": user,
-            "event_timestamp": datetime.fromtimestamp(events[-1][1] + 1, UTC),
-            "item_ids": [e[0] for e in events],
-            "timestamps": [e[1] for e in events],
-            "event_types": ["play"] + [""] * (len(events) - 1),
-            "event_values": [math.nan] * (len(events) - 1) + [4.5],
-            "log_end": as_of,
-        }
-        for user, events in history.items()
-    ]
-    pq.write_table(pa.Table.from_pylist(rows), settings.source("user_history"))
-    items = {
-        "item_id": ["i0"],
-        "event_timestamp": moments(100),
-        "first_seen": [100],
-        "title": ["Toy Story"],
-        "genres": [["a", "b"]],
-        "age": [3.0],
-    }
-    pq.write_table(pa.table(items), settings.source("item_metadata"))
-    popularity = {"item_id": ["i0"], "event_timestamp": moments(as_of), "count": [7]}
-    totals = {
-        "catalogue_id": ["all"],
-        "event_timestamp": moments(as_of),
-        "total": [9],
-        "smoothing": [0.5],
-        "num_items": [3],
-    }
-    for view, table in {"item_popularity": popularity, "catalogue_popularity": totals}.items():
-        settings.source(view).parent.mkdir(exist_ok=True)
-        pq.write_table(pa.table(table), settings.source(view))
-    row = (trend or snapshot(as_of=as_of)).to_json()
-    table = pa.Table.from_pylist([{"catalogue_id": "all", **row}])
-    pq.write_table(
-        table.append_column("event_timestamp", moments(row["as_of"])),
-        settings.source("trend_snapshot"),
-    )
-
-
-@pytest.fixture(params=["sqlite", "redis"])
-def settings(request, tmp_path):
-    if request.param == "sqlite":
-        return FeatureStoreSettings(root=str(tmp_path / "features"))
-    url = request.getfixturevalue("redis_server").database()
-    return FeatureStoreSettings(root=str(tmp_path / "features"), online="redis", redis_url=url)
 
 
 @pytest.fixture
@@ -218,71 +130,15 @@ def test_a_history_silent_for_longer_than_the_ttl_is_not_served(store):
     assert len(FeatureReader(store).user("u1").history) == 2
 
 
-class TestPush:
-    def test_late_events_are_sorted_in_and_nothing_newer_is_lost(self, store):
-        writer, reader = FeatureWriter(store), FeatureReader(store)
-        writer.push_history("u1", [Event("new", AS_OF + 50.9, "buy", 2.0)])
-        writer.push_history("u1", [Event("late", AS_OF - 7)])
-        assert [(e.item_id, e.timestamp) for e in reader.user("u1").history] == [
-            (HARSH[1], AS_OF - 10),
-            ("late", AS_OF - 7),
-            ("i1", AS_OF - 5),
-            ("new", AS_OF + 50),
-        ]
-        assert reader.user("u1").history[-1] == Event("new", AS_OF + 50, "buy", 2.0)
-
-    def test_a_new_user_becomes_known(self, store):
-        FeatureWriter(store).push_history("🙂 new", [Event("i0", AS_OF)])
-        assert FeatureReader(store).user("🙂 new") == UserFeatures(True, {}, [Event("i0", AS_OF)])
-
-    def test_capped_at_history_length(self, store):
-        apply(store, SCHEMA, ViewOptions(history_length=3))
-        FeatureWriter(store).push_history("u1", [Event(f"p{i}", AS_OF + i) for i in range(9)])
-        history = FeatureReader(store).user("u1").history
-        assert [e.item_id for e in history] == ["p6", "p7", "p8"]
-
-    def test_a_repeated_push_changes_nothing(self, store):
-        events = {"u1": [Event("song", AS_OF)] * 2, "u2": [Event("i0", AS_OF, None, 1.0)]}
-        for _ in range(2):
-            FeatureWriter(store).push_histories(events)
-        assert [e.item_id for e in FeatureReader(store).user("u1").history[-3:]] == [
-            "i1",
-            "song",
-            "song",
-        ]
-
-    def test_many_users_at_once(self, store):
-        users = {f"n{i}": [Event("i0", AS_OF + i)] for i in range(1201)}
-        FeatureWriter(store).push_histories(users)
-        reader = FeatureReader(store)
-        for i in (0, 499, 500, 1200):
-            assert reader.user(f"n{i}").history == [Event("i0", AS_OF + i)]
-
-    def test_an_older_trend_does_not_replace_a_newer_one(self, store):
-        writer, reader = FeatureWriter(store), FeatureReader(store)
-        newer = snapshot((1, 2, 3), as_of=AS_OF + 60)
-        assert writer.push_trend(newer)
-        assert not writer.push_trend(snapshot((9, 9, 9), as_of=AS_OF + 30))
-        assert reader.trend().version == newer.version
+def test_an_older_trend_does_not_replace_a_newer_one(store):
+    writer, reader = FeatureWriter(store), FeatureReader(store)
+    newer = snapshot((1, 2, 3), as_of=AS_OF + 60)
+    assert writer.push_trend(newer)
+    assert not writer.push_trend(snapshot((9, 9, 9), as_of=AS_OF + 30))
+    assert reader.trend().version == newer.version
 
 
 class TestMaterialiseAgain:
-    def test_pushed_events_after_the_log_stay_and_the_log_decides_before(self, store):
-        writer = FeatureWriter(store)
-        writer.push_history("u1", [Event("not in the log", AS_OF - 1), Event("live", AS_OF + 3)])
-        write_sources(store, history={"u1": [("corrected", AS_OF - 5)]})
-        materialise(store, AS_OF)
-        history = FeatureReader(store).user("u1").history
-        assert [e.item_id for e in history] == ["corrected", "live"]
-
-    def test_a_longer_log_takes_over_what_was_pushed(self, store):
-        FeatureWriter(store).push_history("u1", [Event("live", AS_OF + 3)])
-        history = {"u1": [("i1", AS_OF - 5), ("live", AS_OF + 3), ("other", AS_OF + 4)]}
-        write_sources(store, history=history, as_of=AS_OF + 10)
-        materialise(store, AS_OF + 10)
-        events = FeatureReader(store).user("u1").history
-        assert [e.item_id for e in events] == ["i1", "live", "other"]
-
     def test_another_older_dataset_leaves_nothing_of_the_first(self, store):
         write_sources(store, history={"u1": [("old", 1000)]}, as_of=2000)
         materialise(store, 2000)
@@ -302,16 +158,6 @@ class TestMaterialiseAgain:
         assert reader.user("u2").known
         materialise(store, AS_OF)
         assert reader.user("u1").known
-
-
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 5)), max_size=30), st.data())
-def test_merging_in_any_order_and_repeatedly_ends_in_one_history(pairs, data):
-    events = [Event(item, time) for item, time in pairs]
-    split = data.draw(st.integers(0, len(events)))
-    merged = _merge(_merge([], events[:split], 100), events, 100)
-    assert merged == _merge(merged, data.draw(st.permutations(events)), 100)
-    assert [e.timestamp for e in merged] == sorted(e.timestamp for e in events)
-    assert sorted(map(repr, merged)) == sorted(map(repr, events))
 
 
 @pytest.mark.parametrize("top", [1, 2, 3, 10])
@@ -363,7 +209,12 @@ def test_views_have_ttl_owner_and_description_and_services_are_versioned(tmp_pat
         assert view.description
         assert view.ttl is not None
         assert view.features  # also without any field in the schema
-    assert list(definitions.services) == ["serving_user_v1", "serving_trend_v1", "training_v2"]
+    assert list(definitions.services) == [
+        "serving_user_v2",
+        "serving_user_v1",
+        "serving_trend_v1",
+        "training_v2",
+    ]
 
 
 def test_on_demand_features_put_a_name_into_the_registry_and_serving_never_loads_it(

@@ -1,6 +1,7 @@
 """Features step: sources against naive loops, point-in-time joins, online = offline, re-runs."""
 
 import json
+from contextlib import closing
 from datetime import UTC, datetime
 
 import numpy as np
@@ -10,9 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from components.features.steps import FeaturesSettings, run
+from feature_repo.event_log import EventLog, NewEvent
 from feature_repo.historical import training_features
+from feature_repo.live import LiveFeatures
 from feature_repo.names import feature_names
-from feature_repo.store import FeatureReader, FeatureStoreSettings, FeatureWriter
+from feature_repo.store import FeatureReader, FeatureStoreSettings
 from model.errors import InputError
 from model.query import Event
 from model.trends import TrendSnapshot
@@ -186,7 +189,10 @@ def test_outputs_describe_what_was_stored(tmp_path, capsys):
 def test_a_rerun_changes_nothing_and_a_smaller_log_forgets(tmp_path):
     rows = make_log()
     first, settings = execute(tmp_path, rows)
-    FeatureWriter(settings).push_history("live only", [Event("i1", first["as_of"])])
+    with closing(EventLog.open(f"sqlite:///{tmp_path}/events.db", create=True)) as log:
+        with log.write() as transaction:
+            transaction.append([NewEvent("e1", "live only", "i1", first["as_of"])])
+        LiveFeatures(settings, log).follow()
     before = {v: _content(settings.source(v)) for v in first["rows"]}
     again, _ = execute(tmp_path, rows)
     assert again["trend_version"] == first["trend_version"]

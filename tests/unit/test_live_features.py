@@ -1,0 +1,329 @@
+"""Online features that follow the event log: both logs, both online stores, real servers."""
+
+import random
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from feature_repo import live as live_module
+from feature_repo.event_log import EventLog, NewEvent
+from feature_repo.histories import events_of, merge, values_of
+from feature_repo.live import LiveFeatures
+from feature_repo.names import LIVE_CHECKPOINT, LIVE_VIEWS
+from feature_repo.store import FeatureReader, UserFeatures, ViewOptions, apply, forget, materialise
+from model.errors import UnavailableError
+from model.query import Event
+from tests.feature_sources import AS_OF, HARSH, SCHEMA, write_sources
+
+
+@pytest.fixture
+def store(settings):
+    write_sources(settings)
+    apply(settings, SCHEMA)
+    materialise(settings, AS_OF)
+    return settings
+
+
+@pytest.fixture
+def log(log_url):
+    with closing(EventLog.open(log_url, create=True)) as log:
+        yield log
+
+
+@pytest.fixture
+def follower(store, log):
+    return LiveFeatures(store, log)
+
+
+def event(n, user="u1", at=None, **fields):
+    return NewEvent(f"e{n}", user, f"i{n}", AS_OF + n if at is None else at, **fields)
+
+
+def append(log, *events):
+    with log.write() as transaction:
+        transaction.append(events)
+
+
+def items(reader, user="u1"):
+    return [e.item_id for e in reader.user(user).history]
+
+
+def test_late_events_are_sorted_in_and_nothing_newer_is_lost(log, follower, store):
+    reader = FeatureReader(store)
+    append(log, event(50, event_type="buy", event_value=2.0))
+    follower.follow()
+    append(log, event("late", at=AS_OF - 7))
+    follower.follow()
+    assert reader.user("u1").history == [
+        Event(HARSH[1], AS_OF - 10, "play"),
+        Event("ilate", AS_OF - 7),
+        Event("i1", AS_OF - 5, None, 4.5),
+        Event("i50", AS_OF + 50, "buy", 2.0),
+    ]
+
+
+def test_a_new_user_becomes_known(log, follower, store):
+    append(log, event(1, user="🙂 new"))
+    follower.follow()
+    reader = FeatureReader(store)
+    assert reader.user("🙂 new") == UserFeatures(True, {}, [Event("i1", AS_OF + 1)])
+    assert reader.user("nobody") == UserFeatures(known=False)
+
+
+def test_capped_at_history_length(log, store):
+    apply(store, SCHEMA, ViewOptions(history_length=3))
+    append(log, *(event(n) for n in range(9)))
+    LiveFeatures(store, log).follow()
+    assert items(FeatureReader(store)) == ["i6", "i7", "i8"]
+
+
+def test_a_longer_history_is_used_by_a_running_follower(log, follower, store):
+    apply(store, SCHEMA, ViewOptions(history_length=2))
+    append(log, event(1), event(2))
+    follower.follow()
+    apply(store, SCHEMA, ViewOptions(history_length=4))
+    append(log, event(3))
+    follower.follow()
+    reader = FeatureReader(store)
+    reader.trend()
+    assert items(reader) == ["i1", "i1", "i2", "i3"]
+
+
+def test_a_run_on_the_log_itself_counts_nothing_twice(log, follower, store):
+    append(log, event(3), replace(event(4), event_id="again", item_id="i3", timestamp=AS_OF + 3))
+    append(log, event(5))
+    follower.follow()
+    history = {"u1": [("older", AS_OF - 5), ("i3", AS_OF + 3), ("i3", AS_OF + 3)]}
+    write_sources(store, history=history, as_of=AS_OF + 4)
+    materialise(store, AS_OF + 4)
+    assert items(FeatureReader(store)) == ["older", "i3", "i3", "i5"]
+
+
+def test_a_run_does_not_touch_what_is_live(log, follower, store):
+    append(log, event(1, user="live only"), event(2))
+    with log.write() as transaction:
+        transaction.put_user("u1", {"age": 99})
+    follower.follow()
+    materialise(store, AS_OF)
+    reader = FeatureReader(store)
+    assert items(reader, "live only") == ["i1"]
+    assert items(reader)[-1] == "i2"
+    assert reader.user("u1").profile["age"] == 99
+
+
+def test_fields_lie_over_those_of_the_last_run(log, follower, store):
+    fields = {"age": 31, "tags": None, "Lieblings-Farbe": ["not", "one"], "unheard of": "x"}
+    with log.write() as transaction:
+        transaction.put_user("u1", fields)
+        transaction.put_user("new", {"tags": ["a"], "age": "old"})
+    follower.follow()
+    reader = FeatureReader(store)
+    assert reader.user("u1").profile == {"age": 31, "Lieblings-Farbe": HARSH[0]}
+    assert reader.user("new") == UserFeatures(True, {"tags": ["a"]}, [])
+
+
+class TestDeletion:
+    def test_a_user_is_unknown_even_after_a_run_on_old_tables(self, log, follower, store):
+        append(log, event(1))
+        follower.follow()
+        with log.write() as transaction:
+            transaction.delete_user("u1")
+        follower.follow()
+        reader = FeatureReader(store)
+        assert reader.user("u1") == UserFeatures(known=False)
+        assert reader.user("u2").known
+        materialise(store, AS_OF)
+        assert reader.user("u1") == UserFeatures(known=False)
+
+    def test_who_comes_back_is_a_new_user(self, log, follower, store):
+        with log.write() as transaction:
+            transaction.delete_user("u1")
+        later = log.states(["u1"], 1)["u1"].deleted_at + 1
+        append(log, event(1, at=later))
+        follower.follow()
+        assert FeatureReader(store).user("u1") == UserFeatures(True, {}, [Event("i1", later)])
+
+    def test_the_rows_of_the_last_run_are_blanked(self, log, follower, store):
+        append(log, event(1))
+        with log.write() as transaction:
+            transaction.delete_user("u1")
+        follower.follow()
+        forget(store, {"user_live": ["u1"]})  # so that only the others would speak
+        assert not FeatureReader(store).user("u1").known
+
+
+class TestFollowing:
+    def test_nothing_new_is_no_work(self, log, follower, monkeypatch):
+        append(log, event(1))
+        assert follower.follow() == 1
+        monkeypatch.setattr(live_module, "write_rows", lambda *_: pytest.fail("wrote"))
+        assert follower.follow() == 1
+
+    @pytest.mark.parametrize("portion", [1, 7, 1000])
+    def test_any_portions_lead_to_the_same(self, log, store, monkeypatch, portion):
+        monkeypatch.setattr(live_module, "PORTION", portion)
+        follower = LiveFeatures(store, log)
+        follower.follow()
+        append(log, *(event(n, user=f"u{n % 4}") for n in range(20)))
+        assert follower.follow() == 20
+        reader = FeatureReader(store)
+        for user in range(4):
+            own = [f"i{n}" for n in range(20) if n % 4 == user]
+            assert items(reader, f"u{user}")[-5:] == own
+
+    @pytest.mark.parametrize("lost", ["everything", "checkpoint", "rows since a moment"])
+    def test_a_store_that_has_lost_rows_is_filled_again(self, log, follower, store, lost):
+        append(log, event(1), event(2, user="other"))
+        follower.follow()
+        checkpoint = follower._session.read_one(
+            ["live_checkpoint:log_id", "live_checkpoint:seq"], "catalogue", "all"
+        )
+        append(log, event(3))
+        follower.follow()
+        if lost == "rows since a moment":
+            forget(store, {"user_live": ["u1"]})
+            follower._set_checkpoint(
+                checkpoint["live_checkpoint__log_id"], checkpoint["live_checkpoint__seq"]
+            )
+        else:
+            forget(store, {LIVE_CHECKPOINT: ["all"]})
+        if lost == "everything":
+            forget(store, {"user_live": ["u1", "other"]})
+        follower.follow()
+        reader = FeatureReader(store)
+        assert items(reader)[-2:] == ["i1", "i3"]
+        assert items(reader, "other") == ["i2"]
+
+    def test_another_log_is_followed_from_its_beginning(self, follower, store, tmp_path):
+        append(follower._events, *(event(n) for n in range(5)))
+        follower.follow()
+        with closing(EventLog.open(f"sqlite:///{tmp_path}/new.db", create=True)) as other:
+            append(other, event("other", user="other", at=AS_OF))
+            assert LiveFeatures(store, other).follow() == 1
+        assert items(FeatureReader(store), "other") == ["iother"]
+
+    def test_changes_while_all_users_are_written_are_not_missed(
+        self, log, follower, store, monkeypatch
+    ):
+        monkeypatch.setattr(live_module, "PORTION", 2)
+        append(log, *(event(n, user=f"v{n}") for n in range(6)))
+        pages = log.user_ids
+        late = iter([event(90, user="v0"), event(91, user="v5"), event(92, user="brand new")])
+
+        def user_ids(**arguments):
+            page = pages(**arguments)
+            for one in late:
+                append(log, one)
+                break
+            return page
+
+        monkeypatch.setattr(log, "user_ids", user_ids)
+        follower.follow()
+        reader = FeatureReader(store)
+        assert items(reader, "v0") == ["i0", "i90"]
+        assert items(reader, "v5") == ["i5", "i91"]
+        assert items(reader, "brand new") == ["i92"]
+        assert [items(reader, f"v{n}") for n in range(1, 5)] == [[f"i{n}"] for n in range(1, 5)]
+
+    def test_several_writers_and_followers_of_the_same_users(self, log, log_url, store):
+        """Every follower reads, writes and falls behind at random; the end is the log's state."""
+        users, each = [f"v{n}" for n in range(5)], 25
+
+        def collect(seed):
+            rng = random.Random(seed)
+            with closing(EventLog.open(log_url)) as own:
+                follower = LiveFeatures(store, own)
+                for n in range(each):
+                    at = AS_OF + rng.randrange(1000)
+                    append(own, event(f"{seed}-{n}", user=rng.choice(users), at=at))
+                    if rng.random() < 0.8:
+                        follower.follow()
+                follower.follow()
+
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(collect, range(3)))
+        reader, states = FeatureReader(store), log.states(users, 100)
+        assert sum(len(state.history) for state in states.values()) == 3 * each
+        for user in users:
+            assert reader.user(user).history == list(states[user].history)
+
+    def test_a_follower_that_was_frozen_is_repaired(self, log, follower, store):
+        """It wakes up after others went on, writes what it had read, and sets the mark back."""
+        append(log, event(1))
+        follower.follow()
+        stale = log.states(["u1"], 100)
+        checkpoint = log.position()
+        append(log, event(2))
+        follower.follow()
+        live_module.write_rows(
+            follower._session.store,
+            "user_live",
+            [("u1", live_module._row(stale["u1"]), AS_OF + 1)],
+        )
+        follower._set_checkpoint(checkpoint.log_id, checkpoint.seq)
+        assert items(FeatureReader(store))[-1] == "i1"
+        follower.follow()
+        assert items(FeatureReader(store))[-1] == "i2"
+
+    def test_one_at_a_time(self, log, follower, monkeypatch):
+        from feature_repo import event_tables
+
+        monkeypatch.setattr(event_tables, "LOCK_SECONDS", 0.2)
+        if log.engine.dialect.name == "postgresql":
+            url = log.engine.url.render_as_string(hide_password=False)
+            monkeypatch.setattr(event_tables, "LOCK_SECONDS", 1)
+            follower._events = EventLog.open(url)
+        with log.follower_lock(), pytest.raises(UnavailableError):
+            follower.follow()
+        follower.follow()
+        follower._events.close()
+
+
+def test_live_views_are_not_materialised(store):
+    assert not LIVE_VIEWS & materialise(store, AS_OF).keys()
+
+
+def test_a_registry_of_before_the_live_views_still_serves(store, monkeypatch):
+    from feature_repo import store as store_module
+
+    monkeypatch.setattr(store_module, "SERVING_USER", "not registered")
+    user = FeatureReader(store).user("u1")
+    assert [e.item_id for e in user.history] == [HARSH[1], "i1"]
+    assert user.profile["age"] == 30.5
+
+
+events = st.lists(
+    st.builds(
+        Event,
+        st.sampled_from("abc"),
+        st.integers(0, 5),
+        st.sampled_from([None, "x"]),
+        st.sampled_from([None, 0.5]),
+    ),
+    max_size=12,
+).map(lambda found: sorted(found, key=lambda e: e.timestamp))
+
+
+@given(events)
+def test_arrays_hold_events_exactly(history):
+    assert events_of(values_of(history)) == history
+
+
+@given(events, events, st.integers(1, 30))
+def test_two_histories_make_one(run, live, length):
+    whole = merge(run, live, 100)
+    assert [e.timestamp for e in whole] == sorted(e.timestamp for e in whole)
+    keys = [Counter((e.item_id, e.timestamp) for e in h) for h in (run, live, whole)]
+    assert keys[2] == keys[0] | keys[1]  # the larger number of each
+    assert merge(run, live, length) == whole[-length:]
+    assert merge(live, live, 100) == merge([], live, 100) == merge(live, [], 100) == live
+    # Within one second the log's events keep their form and order.
+    for second in range(6):
+        mine = [e for e in live if e.timestamp == second]
+        both = [e for e in whole if e.timestamp == second]
+        assert both[len(both) - len(mine) :] == mine
