@@ -36,7 +36,6 @@ from feature_repo.names import (
     SERVING_TREND,
     SERVING_USER,
     SERVING_USER_V1,
-    TREND_SNAPSHOT,
     USER,
     USER_HISTORY,
     USER_LIVE,
@@ -57,7 +56,6 @@ if TYPE_CHECKING:
 __all__ = [
     "FeatureReader",
     "FeatureStoreSettings",
-    "FeatureWriter",
     "UserFeatures",
     "ViewOptions",
     "applied",
@@ -234,30 +232,6 @@ class FeatureReader:
         if _stamp(self._settings.registry_path) != self._session.stamp:
             with self._lock:
                 self._session = self._session.current(self._settings)
-
-
-class FeatureWriter:
-    """Pushes live data into the online store; thread-safe within a process.
-
-    Raises:
-        UnavailableError: here and in every method, when the store cannot be used.
-    """
-
-    def __init__(self, settings: FeatureStoreSettings) -> None:
-        with unavailable("open the feature store"):
-            self._session = Session.open(settings)
-        self._lock = threading.Lock()
-
-    def push_trend(self, snapshot: TrendSnapshot) -> bool:
-        """Put a snapshot in force unless a newer one is; returns whether it was written."""
-        with self._lock, unavailable("push a trend snapshot"):
-            session = self._session
-            current = session.read_trend()
-            if current["as_of"] is not None and current["as_of"] > snapshot.as_of:
-                return False
-            values = protos(snapshots.to_row(snapshot))
-            write_rows(session.store, TREND_SNAPSHOT, [(CATALOGUE_ID, values, snapshot.as_of)])
-            return True
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from feature_repo.settings import FeatureStoreSettings, redis_connection
 from feature_repo.snapshot import truncate
 from feature_repo.store import (
     FeatureReader,
-    FeatureWriter,
     UserFeatures,
     ViewOptions,
     apply,
@@ -84,7 +83,7 @@ def test_no_trend_yet_is_none(settings):
 
 def test_a_missing_store_is_unavailable_and_leaves_nothing_behind(tmp_path):
     settings = FeatureStoreSettings(root=str(tmp_path / "nothing"))
-    for use in (FeatureReader, FeatureWriter, lambda s: materialise(s, AS_OF)):
+    for use in (FeatureReader, lambda s: materialise(s, AS_OF)):
         with pytest.raises(UnavailableError, match="no feature store in"):
             use(settings)
     assert not (tmp_path / "nothing").exists()
@@ -128,14 +127,6 @@ def test_a_history_silent_for_longer_than_the_ttl_is_not_served(store):
     assert user.history == []
     apply(store, SCHEMA, ViewOptions(history_ttl_seconds=5))
     assert len(FeatureReader(store).user("u1").history) == 2
-
-
-def test_an_older_trend_does_not_replace_a_newer_one(store):
-    writer, reader = FeatureWriter(store), FeatureReader(store)
-    newer = snapshot((1, 2, 3), as_of=AS_OF + 60)
-    assert writer.push_trend(newer)
-    assert not writer.push_trend(snapshot((9, 9, 9), as_of=AS_OF + 30))
-    assert reader.trend().version == newer.version
 
 
 class TestMaterialiseAgain:
