@@ -46,7 +46,6 @@ class TrainedHRNN:
         asked_E[event_N] = True
         table = self._trend_table(histories)
         positions = self.network.positions(histories, table)
-        trend_PM = None if table is None else torch.from_numpy(table.log_q_PM)
         self.network.eval()
         with torch.inference_mode():
             w_MD, b_M = self.network.items.outputs()
@@ -58,8 +57,9 @@ class TrainedHRNN:
                     score_BM = self.network.affinities(
                         encoded.query_ND[row_B], w_MD, b_M, self.prior(positions, event_B)
                     )
-                    if trend_PM is not None and positions.trend_row is not None:
-                        score_BM += self.network.beta * trend_PM[positions.trend_row[event_B]]
+                    if table is not None and positions.trend_row is not None:
+                        trend_BM = table.every_item(positions.trend_row[event_B])
+                        score_BM += self.network.beta * trend_BM
                     yield event_B.numpy(), score_BM
 
     def _trend_table(self, histories: Histories) -> TrendTable | None:
@@ -106,21 +106,27 @@ def encode_batches(
     *,
     bptt: int = 128,
     batch_events: int = 4096,
-    rng: np.random.Generator | None = None,
 ) -> Iterator[tuple[Batch, Encoded]]:
     """Encode batch after batch, carrying each user's state across segments (detached)."""
     state_SK: Tensor | None = None
-    for batch in bptt_batches(histories, bptt=bptt, batch_events=batch_events, rng=rng):
-        previous_S = torch.from_numpy(batch.previous_S)
-        start_SK = network.initial_state(len(previous_S))
-        if state_SK is not None:
-            carried_S1 = (previous_S >= 0)[:, None]
-            start_SK = torch.where(carried_S1, state_SK[previous_S.clamp(min=0)], start_SK)
-        encoded = network.encode(
-            positions,
-            torch.from_numpy(batch.event_N),
-            torch.from_numpy(batch.batch_size_T),
-            start_SK,
-        )
+    for batch in bptt_batches(histories, bptt=bptt, batch_events=batch_events, rng=None):
+        encoded = encode_batch(network, positions, batch, state_SK)
         yield batch, encoded
         state_SK = encoded.state_SK.detach()
+
+
+def encode_batch(
+    network: HRNNMeta, positions: Positions, batch: Batch, state_SK: Tensor | None
+) -> Encoded:
+    """Encode one batch from the states that the batch before left (None: there was none)."""
+    previous_S = torch.from_numpy(batch.previous_S)
+    start_SK = network.initial_state(len(previous_S))
+    if state_SK is not None and len(state_SK):
+        carried_S1 = (previous_S >= 0)[:, None]
+        start_SK = torch.where(carried_S1, state_SK[previous_S.clamp(min=0)], start_SK)
+    return network.encode(
+        positions,
+        torch.from_numpy(batch.event_N),
+        torch.from_numpy(batch.batch_size_T),
+        start_SK,
+    )

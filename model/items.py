@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from model.fields import FieldBags, FieldEmbedding, FieldEncoding
+from model.rows import lookup
 
 
 class FieldTower(nn.Module):
@@ -58,6 +59,7 @@ class Items(nn.Module):
         super().__init__()
         self.num_items = num_items
         self.read_ids = read_ids
+        self.sparse = False  # gradients of the rows that were read alone (`model.rows`)
         self.embedding = nn.Embedding(num_items + 1, size)
         nn.init.normal_(self.embedding.weight, std=size**-0.5)
         self.untied: nn.Embedding | None = None
@@ -95,8 +97,10 @@ class Items(nn.Module):
         """Encoder input `[N, D]` of each previous item (M = none)."""
         if self._folded_inputs is not None:
             return self._folded_inputs[item_N]
-        e_ND: Tensor = self.embedding(
-            item_N if self.read_ids else torch.full_like(item_N, self.num_items)
+        e_ND = lookup(
+            self.embedding.weight,
+            item_N if self.read_ids else torch.full_like(item_N, self.num_items),
+            sparse=self.sparse,
         )
         if self.input_tower is None:
             return e_ND
@@ -117,7 +121,8 @@ class Items(nn.Module):
         w_RD: Tensor = self.output_embedding.weight[: self.num_items]
         b_R: Tensor = self.bias
         if rows_R is not None:
-            w_RD, b_R = self.output_embedding(rows_R), self.bias[rows_R]
+            w_RD = lookup(self.output_embedding.weight, rows_R, sparse=self.sparse)
+            b_R = lookup(self.bias, rows_R, sparse=self.sparse)
         if self.output_tower is None:
             return w_RD, b_R
         bags = self.bags if rows_R is None else self.bags.rows(rows_R)

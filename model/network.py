@@ -105,6 +105,19 @@ class HRNNMeta(nn.Module):
         """β ≥ 0, the weight of log q(t); 0 without trend decomposition."""
         return self.query.bias.new_zeros(()) if self.log_beta is None else self.log_beta.exp()
 
+    def row_tables(self) -> list[nn.Parameter]:
+        """The parameters with a row per item, of which a step on sampled items reads a few."""
+        modules = [self.items.embedding, self.items.untied]
+        if self.values is not None:
+            modules += [self.values.item, self.values.bias]
+        return [self.items.bias, *(m.get_parameter("weight") for m in modules if m is not None)]
+
+    def use_sparse_rows(self) -> None:
+        """From now on `row_tables` get gradients of the rows read alone (`model.rows`)."""
+        self.items.sparse = True
+        if self.values is not None:
+            self.values.sparse = True
+
     def positions(self, histories: Histories, trend: TrendTable | None) -> Positions:
         """What this network reads at every position of some histories."""
         tastes = None

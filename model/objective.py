@@ -3,23 +3,18 @@
 Shapes: N packed positions, M items, S sampled negatives, P trend periods, U users.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from model.dense_loss import DenseTargets, dense_loss
+from model.distributed import Processes
 from model.feedback import FeedbackSettings, event_rewards, event_weights
+from model.fused_loss import Targets, fused_loss
 from model.inputs import Positions
-from model.losses import (
-    one_against_all,
-    rating_regression,
-    sampled_one_against_all,
-    sampled_softmax,
-    softmax_cross_entropy,
-)
+from model.lifts import Lifts
+from model.losses import one_against_all, rating_regression, softmax_cross_entropy
 from model.network import Encoded, HRNNMeta
 from model.sampling import AliasSampler
 from model.sequences import Histories
@@ -46,6 +41,14 @@ class EventTargets:
         return cls(torch.from_numpy(weight_E), reward)
 
 
+@dataclass(frozen=True)
+class Shares:
+    """What one process's means count in the means over a batch of several processes."""
+
+    ranking: Tensor | float = 1.0
+    values: Tensor | float = 1.0
+
+
 @dataclass
 class Objective:
     """−log p(a | h, t), p ∝ exp(φ̃ + β·log q(t)) (eq. 2, 3, 5), and the values' error (Table 4)."""
@@ -56,38 +59,56 @@ class Objective:
     negatives: int
     trend_table: TrendTable | None
     transitions: Transitions | None  # cross-fitted: F·M rows
-    fold_U: NDArray[np.int64]  # the fold of each training user
+    fold: Tensor  # of each training user, int64 `[U]`
     generator: torch.Generator
+    dtype: torch.dtype = torch.float32  # of the products and the softmax over scores
 
-    def __post_init__(self) -> None:
-        self.fold = torch.from_numpy(self.fold_U)
-        self.log_q_PM: Tensor | None = None
-        if self.trend_table is not None:
-            self.log_q_PM = torch.from_numpy(self.trend_table.log_q_PM)
+    def shares(
+        self, positions: Positions, targets: EventTargets, event_N: Tensor, processes: Processes
+    ) -> Shares:
+        """This process's share of the batch; of one process alone, all of it."""
+        if processes.size == 1:
+            return Shares()
+        weight_N = targets.weight[event_N]
+        known_N = ~positions.value[event_N].isnan()
+        own = torch.stack([weight_N.sum(), (weight_N * known_N).sum()])
+        share = own / processes.sum(own).clamp(min=torch.finfo(own.dtype).tiny)
+        return Shares(share[0], share[1])
+
+    def skip(self) -> None:
+        """Draw the random numbers that `loss` would."""
+        torch.rand((), generator=self.generator, device=self.generator.device)
+        if self.sampler is not None:
+            self.sampler.negatives(self.negatives, self.generator)
 
     def loss(
-        self, positions: Positions, targets: EventTargets, event_N: Tensor, encoded: Encoded
+        self,
+        positions: Positions,
+        targets: EventTargets,
+        event_N: Tensor,
+        encoded: Encoded,
+        share: Shares,
     ) -> tuple[Tensor, Tensor]:
-        """The loss to descend, and its softmax part alone (the log of the training PPL)."""
+        """The loss to descend, and its softmax part alone (the log of the training PPL).
+
+        Args:
+            share: what this process's part counts in the batch; the second value is the mean over
+                its own positions.
+        """
         target_N, weight_N = positions.target[event_N], targets.weight[event_N]
         reward_N = None if targets.reward is None else targets.reward[event_N]
         # λ ~ U[0, 1] keeps ids and fields able to stand alone (§2.3).
-        lambda_mix = torch.rand((), generator=self.generator)
+        lambda_mix = torch.rand((), generator=self.generator, device=self.generator.device)
         rows_NR = self._transition_rows(positions, event_N)
         period_N = None if positions.trend_row is None else positions.trend_row[event_N]
-        if self.sampler is None:
-            ranking = self._dense(
-                encoded, lambda_mix, target_N, rows_NR, period_N, reward_N, weight_N
-            )
-        else:
-            ranking = self._sampled(
-                encoded, lambda_mix, target_N, rows_NR, period_N, reward_N, weight_N
-            )
+        softmax = self._dense if self.sampler is None else self._sampled
+        ranking = softmax(encoded, lambda_mix, target_N, rows_NR, period_N, reward_N, weight_N)
         if self.network.values is None or not self.value_weight:
-            return ranking, ranking.detach()
+            return ranking * share.ranking, ranking.detach()
         predicted_N = self.network.predict_values(positions, event_N, encoded, target_N)
         error = rating_regression(positions.value[event_N], predicted_N, weight_N)
-        return ranking + self.value_weight * error, ranking.detach()
+        loss = ranking * share.ranking + self.value_weight * error * share.values
+        return loss, ranking.detach()
 
     def _transition_rows(self, positions: Positions, event_N: Tensor) -> Tensor | None:
         """Rows of the cross-fitted counts for each position's recent items `[N, R]`."""
@@ -109,31 +130,20 @@ class Objective:
     ) -> Tensor:
         w_MD, b_M = self.network.items.outputs(lambda_mix)
         prior = self.network.prior
-        if rows_NR is None or self.transitions is None:
-            prior = None
+        log_q = None if period_N is None else self._log_q(period_N)
         if not encoded.query_ND.is_cuda:
-            given = DenseTargets(target_N, weight_N, reward_N)
-            coefficients = {}
-            if prior is not None:
-                given = replace(
-                    given,
-                    transitions=self.transitions,
-                    row_NR=rows_NR,
-                    alpha_R=prior.alpha_R,
-                    inverse_p_M=prior.inverse_p_M,
-                )
-                coefficients = {"gamma": prior.gamma, "kappa": prior.kappa}
-            if period_N is not None and self.log_q_PM is not None:
-                given = replace(given, log_q_PM=self.log_q_PM, period_N=period_N)
-                coefficients["beta"] = self.network.beta
-            return dense_loss(encoded.query_ND, w_MD, b_M, given, **coefficients)
+            lifts = None
+            if prior is not None and self.transitions is not None and rows_NR is not None:
+                lifts = Lifts.dense(self.transitions, rows_NR, prior.alpha_R, prior.inverse_p_M)
+            given = Targets(target_N, weight_N, reward_N, None, log_q, lifts, self.dtype)
+            return fused_loss(encoded.query_ND, w_MD, b_M, given, **self._coefficients())
         # A GPU has the memory and the kernels for the scores as a whole.
         phi_NM = torch.addmm(b_M, encoded.query_ND, w_MD.T)
         if prior is not None and self.transitions is not None and rows_NR is not None:
             phi_NM = phi_NM + prior(self.transitions, rows_NR)
         trend_NM = None
-        if period_N is not None and self.log_q_PM is not None:
-            trend_NM = self.network.beta * self.log_q_PM[period_N]
+        if log_q is not None:
+            trend_NM = self.network.beta * log_q(slice(None))
         if reward_N is None:
             return softmax_cross_entropy(phi_NM, target_N, trend_NM, weight_N)
         return one_against_all(phi_NM, target_N, reward_N, trend_NM, weight_N)
@@ -148,26 +158,57 @@ class Objective:
         reward_N: Tensor | None,
         weight_N: Tensor,
     ) -> Tensor:
+        """What `model.losses` defines as sampled losses, on shared negatives."""
         assert self.sampler is not None  # noqa: S101 - the caller's branch
+        network, query_ND = self.network, encoded.query_ND
         negative_S = self.sampler.negatives(self.negatives, self.generator)
         item_R, place_N = target_N.unique(return_inverse=True)
-        w_RD, b_R = self.network.items.outputs(lambda_mix, item_R)
-        w_SD, b_S = self.network.items.outputs(lambda_mix, negative_S)
-        phi_N = (encoded.query_ND * w_RD[place_N]).sum(dim=1) + b_R[place_N]
-        phi_NS = torch.addmm(b_S, encoded.query_ND, w_SD.T)
-        prior = self.network.prior
-        if rows_NR is not None and prior is not None and self.transitions is not None:
-            phi_N = phi_N + prior.at(self.transitions, rows_NR, target_N)
-            phi_NS = phi_NS + prior(self.transitions, rows_NR, negative_S)
-        trend_N = trend_NS = None
-        if period_N is not None and self.log_q_PM is not None:
-            trend_N = self.network.beta * self.log_q_PM[period_N, target_N]
-            trend_NS = self.network.beta * self.log_q_PM[period_N[:, None], negative_S]
-        correction_N = self.sampler.log_expected_count(target_N, self.negatives)
-        correction_S = self.sampler.log_expected_count(negative_S, self.negatives)
-        sampled = (phi_N, phi_NS, correction_N, correction_S, target_N, negative_S)
-        if reward_N is None:
-            return sampled_softmax(*sampled, trend_N, trend_NS, weight_N)
-        return sampled_one_against_all(
-            *sampled, reward_N, self.network.num_items, trend_N, trend_NS, weight_N
+        w_RD, b_R = network.items.outputs(lambda_mix, item_R)
+        w_SD, b_S = network.items.outputs(lambda_mix, negative_S)
+        hit_N = (query_ND * w_RD.index_select(0, place_N)).sum(dim=1) + b_R.index_select(0, place_N)
+        lifts = log_q = None
+        if rows_NR is not None and network.prior is not None and self.transitions is not None:
+            prior = network.prior
+            lifts, lift_N = Lifts.sampled(
+                self.transitions, rows_NR, prior.alpha_R, prior.inverse_p_M, negative_S, target_N
+            )
+            hit_N = hit_N + prior.gamma * torch.log1p(prior.kappa * lift_N)
+        if period_N is not None and self.trend_table is not None:
+            hit_N = hit_N + network.beta * self.trend_table.at(period_N, target_N)
+            log_q = self._log_q(period_N, negative_S)
+        hit_N = hit_N - self.sampler.log_expected_count(target_N, self.negatives)
+        log_count_S = self.sampler.log_expected_count(negative_S, self.negatives)
+        column_R = torch.searchsorted(negative_S, item_R).clamp_(max=max(len(negative_S) - 1, 0))
+        among_R = torch.full_like(item_R, -1)
+        if len(negative_S):
+            among_R = torch.where(negative_S[column_R] == item_R, column_R, -1)
+        any_item_S = None
+        if reward_N is not None:
+            any_item_S = torch.exp(-log_count_S) / network.num_items
+        column_N = among_R.index_select(0, place_N)
+        given = Targets(column_N, weight_N, reward_N, any_item_S, log_q, lifts, self.dtype)
+        return fused_loss(
+            query_ND, w_SD, b_S - log_count_S, given, hit_N=hit_N, **self._coefficients()
         )
+
+    def _coefficients(self) -> dict[str, Tensor]:
+        """β, γ and κ, as far as the network has them."""
+        found = {}
+        if self.trend_table is not None:
+            found["beta"] = self.network.beta
+        if self.network.prior is not None:
+            found |= {"gamma": self.network.prior.gamma, "kappa": self.network.prior.kappa}
+        return found
+
+    def _log_q(
+        self, period_N: Tensor, item_S: Tensor | None = None
+    ) -> Callable[[slice], Tensor] | None:
+        """log q(t) of parts of the positions, for all items or some; None without a trend."""
+        table = self.trend_table
+        if table is None:
+            return None
+        if item_S is not None:
+            row_U, place_N = period_N.unique(return_inverse=True)
+            log_q_US = table.columns(row_U, item_S)
+            return lambda part: log_q_US.index_select(0, place_N[part])
+        return lambda part: table.every_item(period_N[part])

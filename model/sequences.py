@@ -155,7 +155,7 @@ class Batch:
 
 def pack(start_S: NDArray[np.int64], length_S: NDArray[np.int64]) -> Batch:
     """Pack segments given by their first event and length; lengths must be descending."""
-    steps = int(length_S[0])
+    steps = int(length_S[0]) if len(length_S) else 0
     batch_size_T = (length_S[None, :] > np.arange(steps)[:, None]).sum(axis=1)
     first_T = np.r_[0, np.cumsum(batch_size_T)]
     step_N = np.repeat(np.arange(steps), batch_size_T)
@@ -169,7 +169,12 @@ def pack(start_S: NDArray[np.int64], length_S: NDArray[np.int64]) -> Batch:
 
 
 def bptt_batches(
-    histories: Histories, *, bptt: int, batch_events: int, rng: np.random.Generator | None
+    histories: Histories,
+    *,
+    bptt: int,
+    batch_events: int,
+    rng: np.random.Generator | None,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
     """Cut histories into batches of about `batch_events` positions; every position exactly once.
 
@@ -178,34 +183,47 @@ def bptt_batches(
 
     Args:
         rng: shuffles the users; None keeps their order (evaluation).
+        share: (rank, W): of every batch, only what falls to one of W processes. Users are dealt
+            out in turn and stay where they are; a process may get nothing of a batch.
     """
+    rank, processes = share
     users = np.arange(len(histories)) if rng is None else rng.permutation(len(histories))
-    queue = iter(users)
-    carried: list[tuple[int, int, int]] = []  # (segment of the last batch, next event, end)
-    exhausted = False
+    length_U = np.diff(histories.offset_U1)[users]
+    users = users[length_U > 0]
+    begin_U, end_U = histories.offset_U1[users], histories.offset_U1[users + 1]
+    # New users join until the batch is full: up to which one is a search in cumulative lengths.
+    total_U = np.cumsum(np.minimum(end_U - begin_U, bptt))
+    joined = 0
+    start_S = end_S = owner_S = place_S = np.empty(0, dtype=np.int64)
     while True:
-        segments = carried
-        total = sum(min(bptt, end - start) for _, start, end in segments)
-        while not exhausted and total < batch_events:
-            user = next(queue, None)
-            if user is None:
-                exhausted = True
-                break
-            start, end = int(histories.offset_U1[user]), int(histories.offset_U1[user + 1])
-            if start < end:
-                segments.append((-1, start, end))
-                total += min(bptt, end - start)
-        if not segments:
+        room = batch_events - int(np.minimum(end_S - start_S, bptt).sum())
+        if room > 0 and joined < len(users):
+            before = int(total_U[joined - 1]) if joined else 0
+            until = int(np.searchsorted(total_U, before + room)) + 1
+            new = np.arange(joined, min(until, len(users)))
+            start_S = np.concatenate([start_S, begin_U[new]])
+            end_S = np.concatenate([end_S, end_U[new]])
+            owner_S = np.concatenate([owner_S, new % processes])
+            place_S = np.concatenate([place_S, np.full(len(new), -1)])
+            joined = int(new[-1]) + 1
+        if not len(start_S):
             return
-        previous_S, start_S, end_S = (np.array(column) for column in zip(*segments, strict=True))
         length_S = np.minimum(end_S - start_S, bptt)
         order = np.argsort(-length_S, kind="stable")
-        previous_S, start_S, end_S = previous_S[order], start_S[order], end_S[order]
+        start_S, end_S, owner_S, place_S = (
+            column[order] for column in (start_S, end_S, owner_S, place_S)
+        )
         length_S = length_S[order]
-        batch = pack(start_S, length_S)
-        yield Batch(batch.event_N, batch.batch_size_T, previous_S, batch.last_S)
-        carried = [
-            (s, int(start_S[s] + length_S[s]), int(end_S[s]))
-            for s in range(len(start_S))
-            if start_S[s] + length_S[s] < end_S[s]
-        ]
+        own_S = owner_S == rank
+        batch = pack(start_S[own_S], length_S[own_S])
+        yield Batch(batch.event_N, batch.batch_size_T, place_S[own_S], batch.last_S)
+        # Segments are numbered among those of their own process.
+        place_S = np.empty_like(owner_S)
+        for process in range(processes):
+            mine_S = owner_S == process
+            place_S[mine_S] = np.arange(mine_S.sum())
+        start_S = start_S + length_S
+        open_S = start_S < end_S
+        start_S, end_S, owner_S, place_S = (
+            column[open_S] for column in (start_S, end_S, owner_S, place_S)
+        )

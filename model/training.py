@@ -1,74 +1,37 @@
 """Training by truncated BPTT over rolling histories, with early stopping on validation users.
 
-Shapes: E events, N packed positions, M items, U users.
+Shapes: M items.
 """
 
-import copy
 import time
 from collections.abc import Callable
-from enum import StrEnum
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor
 
 from model.catalogue import Catalogue
+from model.checkpoint import Checkpoint, CheckpointFile, digest_of
 from model.errors import InputError
 from model.evaluation import perplexity, squared_errors
-from model.feedback import FeedbackSettings
-from model.fields import FieldBags
-from model.hrnn import TrainedHRNN, encode_batches
-from model.inputs import InputEncodings
-from model.network import HRNNMeta, NetworkSettings
-from model.objective import EventTargets, Objective
-from model.sampling import AliasSampler, frequency_sampler
+from model.hrnn import TrainedHRNN
 from model.schema import Schema
 from model.sequences import Histories
-from model.settings import SettingsBase
-from model.splits import Cases, SplitSettings
-from model.ties import shuffled_ties, stored_order_matters
-from model.transitions import Transitions
-from model.trends import ResolvedTrend, TrendTable
-from model.values import item_means, item_tastes
+from model.splits import Cases, later_events
+from model.train_settings import Device, Precision, Softmax, TrainSettings
+from model.trainer import Trainer
+from model.trends import ResolvedTrend
+
+__all__ = ["Device", "Precision", "Softmax", "TrainSettings", "fit"]
 
 PATIENT_STEPS = 200  # an epoch of a small log is too few steps to judge by
-FOLDS = 5  # of the users, for cross-fitted transition counts
-SAMPLED_ABOVE = 100_000  # items; below, the dense softmax is no slower (§4.6)
 LAMBDA_GRID = (0.0, 0.25, 0.5, 0.75, 1.0)
-
-
-class Softmax(StrEnum):
-    """How the softmax over the catalogue is computed in training."""
-
-    AUTO = "auto"  # dense up to 100,000 items
-    DENSE = "dense"
-    SAMPLED = "sampled"  # importance sampling (§3.1)
-
-
-class TrainSettings(SettingsBase):
-    """How a model is trained; None means: derived from the data."""
-
-    network: NetworkSettings = NetworkSettings()
-    split: SplitSettings = SplitSettings()
-    feedback: FeedbackSettings = FeedbackSettings()
-    session_gap_seconds: int | None = None
-    trend_decomposition: bool = True
-    softmax: Softmax = Softmax.AUTO
-    negatives: int | None = None  # draws per gradient step, sampled softmax; None: √M, 512 or more
-    max_epochs: int = 60
-    patience: int = 2  # epochs without a better validation loss, and PATIENT_STEPS steps at least
-    learning_rate: float = 0.002
-    plateaus: int = 3  # after each but the last, the learning rate falls; the last ends training
-    plateau_factor: float = 0.3  # by which it falls
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    averaging_epochs: float = 1.0  # memory of the moving average of the weights; 0: none
-    shuffle_ties: bool | None = None  # simultaneous events anew each epoch; None: `model.ties`
-    value_weight: float = 0.1  # of the value head's squared error beside the softmax
-    bptt: int = 50  # positions of one user per gradient step
-    batch_events: int = 1024  # positions per gradient step
-    seed: int = 0
-    threads: int | None = None
+VALID_CELLS = 2**34  # scores of one validation: 17,000 cases of a million items
+# Settings that a run may be continued with another value of.
+FREE_SETTINGS = {"max_epochs", "threads", "checkpoint_minutes"}
 
 
 def fit(
@@ -79,6 +42,7 @@ def fit(
     trend: ResolvedTrend | None,
     schema: Schema | None = None,
     progress: Callable[[str], None] = lambda line: None,
+    checkpoints: Path | None = None,
 ) -> TrainedHRNN:
     """Train until the validation loss stops improving; the best epoch's weights are kept.
 
@@ -87,10 +51,13 @@ def fit(
         trend: trend decomposition to train under, None to train without.
         schema: kinds of the user, item and context fields; None: the model reads none.
         progress: receives one line per epoch.
+        checkpoints: a folder of this run; every few minutes what is needed to go on is written
+            there, and a run that finds it goes on from it. It is removed at the end.
 
     Raises:
-        InputError: nothing to train on, a setting needs what the log does not have, or the loss
-            became NaN.
+        InputError: nothing to train on, a setting needs what the log does not have, the loss
+            became NaN, or the checkpoint is damaged or another run's.
+        UnavailableError: the checkpoint cannot be written.
     """
     if train.num_events < 2 or len(catalogue) < 2:
         raise InputError(
@@ -99,197 +66,201 @@ def fit(
         )
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    schema = schema or Schema()
+    file = None
+    if checkpoints is not None:
+        file = CheckpointFile(
+            checkpoints, _fingerprint(train, valid, catalogue, settings, trend, schema)
+        )
+    saved = None if file is None else file.read()  # before the long preparation
     torch.manual_seed(settings.seed)
-    trainer = _Trainer(train, catalogue, settings, trend, schema or Schema())
-    model = trainer.model
-    steps_per_epoch = max(1, train.num_events // settings.batch_events)
-    patience = max(settings.patience, PATIENT_STEPS // steps_per_epoch)
-    best_loss, best_weights = float("inf"), model.network.state_dict()
-    waited = plateaus = 0
-    for epoch in range(1, settings.max_epochs + 1):
-        started = time.perf_counter()
-        train_loss = trainer.epoch()
-        if not np.isfinite(train_loss):
-            raise InputError(
-                f"training diverged in epoch {epoch} (loss {train_loss}): lower train.learning_rate"
-            )
-        valid_ppl = perplexity(model, valid, len(catalogue))
-        # What is descended, measured on the validation users.
-        valid_loss, rated = float(np.log(valid_ppl)), {}
-        if model.network.values is not None and settings.value_weight:
-            mse = float(np.nanmean(squared_errors(model, valid)))
-            rated = {"valid_rmse": mse**0.5}
-            valid_loss += settings.value_weight * mse / trainer.encodings.value_std**2
-        seconds = time.perf_counter() - started
-        rate = train.num_events / seconds
-        model.curve.append(
-            {
-                "epoch": epoch,
-                "train_loss": train_loss,
-                "valid_loss": valid_loss,
-                "valid_ppl": valid_ppl,
-                **rated,
-                "seconds": seconds,
-                "events_per_second": rate,
-            }
-        )
-        progress(
-            f"epoch {epoch:3d}  train loss {train_loss:7.4f}  valid PPL {valid_ppl:8.1f}"
-            + (f"  RMSE {rated['valid_rmse']:.4f}" if rated else "")
-            + f"  {seconds:5.1f} s  {rate:,.0f} events/s"
-        )
-        if valid_loss < best_loss:
-            best_loss, waited = valid_loss, 0
-            best_weights = copy.deepcopy(model.network.state_dict())
-        else:
-            waited += 1
-            if waited >= patience:
-                plateaus, waited = plateaus + 1, 0
-                if plateaus == settings.plateaus:
-                    break
-                trainer.lower_learning_rate()
-    model.network.load_state_dict(best_weights)
-    model.network.eval()
-    if model.network.items.output_tower is not None:
-        trainer.choose_lambda(valid)
+    trainer = Trainer(train, catalogue, settings, trend, schema)
+    run = _Run(trainer, _few(valid, len(catalogue)), progress, file)
+    if saved is not None:
+        run.restore(saved)
+    model = run.finish()
+    if file is not None:
+        file.remove()
     return model
 
 
-class _Trainer:
-    """The network in training, its optimiser, and the moving average that becomes the model."""
+@dataclass
+class _Progress:
+    """Early stopping: how far it has come, as JSON."""
+
+    epochs: int = 0  # finished
+    best_loss: float | None = None
+    waited: int = 0
+    plateaus: int = 0
+    curve: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0  # in the epoch under way, before the last start
+
+
+class _Run:
+    """A training run: epochs until the validation loss stops falling, with checkpoints between."""
 
     def __init__(
         self,
-        train: Histories,
-        catalogue: Catalogue,
-        settings: TrainSettings,
-        trend: ResolvedTrend | None,
-        schema: Schema,
+        trainer: Trainer,
+        valid: Cases,
+        progress: Callable[[str], None],
+        file: CheckpointFile | None,
     ) -> None:
-        self.train, self.settings = train, settings
-        self.rng = np.random.default_rng(settings.seed)
-        self.shuffle_ties = settings.shuffle_ties
-        if self.shuffle_ties is None:
-            self.shuffle_ties = not stored_order_matters(train)
-        num_items = len(catalogue)
-        self.encodings = InputEncodings.fit(train, catalogue, schema, settings.session_gap_seconds)
-        item_bags = FieldBags.encode(self.encodings.item_fields, catalogue.fields, num_items)
-        self.network = HRNNMeta(
-            settings.network, self.encodings, item_bags, with_trend=trend is not None
-        )
-        self.count_M = np.bincount(train.item_E, minlength=num_items)
-        self.trend_table = None
-        if trend is not None:
-            self.trend_table = TrendTable.build(train.item_E, train.timestamp_E, num_items, trend)
-        if self.network.values is not None:
-            value_E = self.encodings.standardise(train.value_E, train.num_events)
-            mean_M = torch.from_numpy(item_means(train.item_E, value_E.numpy(), num_items))
-            self.network.values.mean_M = mean_M
-            self.network.values.taste_MY = item_tastes(
-                torch.from_numpy(train.item_E),
-                torch.from_numpy(train.user_E),
-                value_E,
-                mean_M,
-                len(train),
+        self.trainer, self.valid, self.progress, self.file = trainer, valid, progress, file
+        self.settings = trainer.settings
+        self.at = _Progress()
+        self.best = _weights(trainer.model)
+        self.done = trainer.start_epoch()
+        self.started = self.written = time.perf_counter()
+
+    def finish(self) -> TrainedHRNN:
+        """Whatever is left to do; the model of the best epoch."""
+        trainer, at, model = self.trainer, self.at, self.trainer.model
+        log = trainer.train
+        steps_per_epoch = max(1, log.num_events // self.settings.batch_events)
+        patience = max(self.settings.patience, PATIENT_STEPS // steps_per_epoch)
+        while at.epochs < self.settings.max_epochs and at.plateaus < self.settings.plateaus:
+            train_loss = trainer.epoch(self.done, self._after_step)
+            epoch = at.epochs + 1
+            if not np.isfinite(train_loss):
+                raise InputError(
+                    f"training diverged in epoch {epoch} (loss {train_loss}): lower "
+                    "train.learning_rate"
+                )
+            trained = self._clock()
+            entry = {"epoch": epoch, "train_loss": train_loss, **self._validate()}
+            seconds = self._clock()
+            at.curve.append(
+                entry
+                | {
+                    "seconds": seconds,
+                    "events_per_second": log.num_events / seconds,
+                    "train_events_per_second": log.num_events / trained,
+                }
             )
-        self.objective = self._objective(num_items)
-        # Items that were never trained on are known by their fields alone; the others' λ is chosen
-        # at the end, half and half until then.
-        self._set_lambda(self.network, 0.5)
-        self.optimiser = torch.optim.Adam(
-            self.network.parameters(),
-            lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
-        self.averaged: AveragedModel | None = None
-        kept = self.network
-        if settings.averaging_epochs:
-            steps = settings.averaging_epochs * train.num_events / settings.batch_events
-            decay = 1.0 - 1.0 / (1.0 + steps)
-            self.averaged = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(decay))
-            kept = self.averaged.module  # type: ignore[assignment]
-        self.model = TrainedHRNN(
-            network=kept,
-            encodings=self.encodings,
-            trend=trend,
-            transitions=None if kept.prior is None else Transitions.count(train, num_items),
-            trend_log=train,
-        )
-        self.positions = self.network.positions(train, self.trend_table)
-        self.targets = EventTargets.of(train, settings.feedback)
+            rmse = f"  RMSE {entry['valid_rmse']:.4f}" if "valid_rmse" in entry else ""
+            self.progress(
+                f"epoch {epoch:3d}  train loss {train_loss:7.4f}  valid PPL "
+                f"{entry['valid_ppl']:8.1f}{rmse}  {seconds:5.1f} s  "
+                f"{log.num_events / seconds:,.0f} events/s"
+            )
+            if at.best_loss is None or entry["valid_loss"] < at.best_loss:
+                at.best_loss, at.waited = entry["valid_loss"], 0
+                self.best = _weights(model)
+            else:
+                at.waited += 1
+                if at.waited >= patience:
+                    at.plateaus, at.waited = at.plateaus + 1, 0
+                    if at.plateaus < self.settings.plateaus:
+                        trainer.lower_learning_rate()
+            at.epochs, at.seconds, self.started = epoch, 0.0, time.perf_counter()
+            self.done = trainer.start_epoch()
+        model.curve = at.curve
+        _set_weights(model, self.best)
+        model.network.eval()
+        if model.network.items.output_tower is not None:
+            self._choose_lambda()
+        return model
 
-    def _objective(self, num_items: int) -> Objective:
-        settings, network = self.settings, self.network
-        p_M = torch.from_numpy((self.count_M + 1.0) / (self.count_M.sum() + num_items)).float()
-        if self.trend_table is None:
-            # Start at the popularity model: learning begins with what is left.
-            network.items.bias.data = p_M.log()
-        fold_U = self.rng.permutation(len(self.train)) % FOLDS
-        transitions = None
-        if network.prior is not None:
-            network.prior.inverse_p_M = 1.0 / p_M
-            transitions = Transitions.cross_fitted(self.train, num_items, fold_U, FOLDS)
-        sampler: AliasSampler | None = None
-        if settings.softmax is Softmax.SAMPLED or (
-            settings.softmax is Softmax.AUTO and num_items > SAMPLED_ABOVE
-        ):
-            sampler = frequency_sampler(self.count_M)
-        return Objective(
-            network=network,
-            value_weight=settings.value_weight,
-            sampler=sampler,
-            negatives=settings.negatives or max(512, int(num_items**0.5)),
-            trend_table=self.trend_table,
-            transitions=transitions,
-            fold_U=fold_U,
-            generator=torch.Generator().manual_seed(settings.seed),
-        )
+    def _clock(self) -> float:
+        """Seconds in the epoch under way."""
+        return self.at.seconds + time.perf_counter() - self.started
 
-    def epoch(self) -> float:
-        """One pass over the log; the mean loss (nats; of sampled items only, when sampled)."""
-        settings, log = self.settings, self.train
-        positions, targets = self.positions, self.targets
-        if self.shuffle_ties:
-            log = log.reordered(shuffled_ties(log, self.rng))
-            positions = self.network.positions(log, self.trend_table)
-            targets = EventTargets.of(log, settings.feedback)
-        self.network.train()
-        total = 0.0
-        for batch, encoded in encode_batches(
-            self.network,
-            positions,
-            log,
-            bptt=settings.bptt,
-            batch_events=settings.batch_events,
-            rng=self.rng,
-        ):
-            event_N = torch.from_numpy(batch.event_N)
-            loss, ranking = self.objective.loss(positions, targets, event_N, encoded)
-            self.optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), settings.clip_norm)
-            self.optimiser.step()
-            if self.averaged is not None:
-                self.averaged.update_parameters(self.network)
-            total += float(ranking) * len(event_N)
-        return total / log.num_events
+    def _validate(self) -> dict[str, float]:
+        """What is descended, measured on the validation users."""
+        model, settings = self.trainer.model, self.settings
+        ppl = perplexity(model, self.valid, model.network.num_items)
+        measured = {"valid_loss": float(np.log(ppl)), "valid_ppl": ppl}
+        if model.network.values is not None and settings.value_weight:
+            mse = float(np.nanmean(squared_errors(model, self.valid)))
+            measured["valid_rmse"] = mse**0.5
+            measured["valid_loss"] += settings.value_weight * mse / model.encodings.value_std**2
+        return measured
 
-    def lower_learning_rate(self) -> None:
-        """The loss has stopped falling: smaller steps settle nearer to its minimum."""
-        for group in self.optimiser.param_groups:
-            group["lr"] *= self.settings.plateau_factor
-
-    def choose_lambda(self, valid: Histories | Cases) -> None:
+    def _choose_lambda(self) -> None:
         """The λ of items with interactions that gives the lowest validation PPL."""
-        network = self.model.network
+        trainer, network = self.trainer, self.trainer.model.network
 
         def ppl(lambda_mix: float) -> float:
-            self._set_lambda(network, lambda_mix)
-            return perplexity(self.model, valid, network.num_items)
+            trainer.set_lambda(network, lambda_mix)
+            return perplexity(trainer.model, self.valid, network.num_items)
 
-        self._set_lambda(network, min(LAMBDA_GRID, key=ppl))
+        trainer.set_lambda(network, min(LAMBDA_GRID, key=ppl))
 
-    def _set_lambda(self, network: HRNNMeta, lambda_mix: float) -> None:
-        lambda_M = np.where(self.count_M > 0, lambda_mix, 1.0)
-        network.items.lambda_M = torch.from_numpy(lambda_M).float()
+    def _after_step(self) -> None:
+        if self.file is None:
+            return
+        due = time.perf_counter() - self.written >= 60.0 * self.settings.checkpoint_minutes
+        if self.trainer.processes.any(due):
+            self._write()
+
+    def _write(self) -> None:
+        trainer = self.trainer
+        checkpoint = trainer.checkpoint(self.done)
+        if trainer.processes.rank == 0 and self.file is not None:
+            state = {**asdict(self.at), "seconds": self._clock()}
+            best = {f"best/{name}": tensor.cpu() for name, tensor in self.best.items()}
+            self.file.write(
+                Checkpoint(
+                    checkpoint.tensors | best, {"trainer": checkpoint.state, "progress": state}
+                )
+            )
+        self.written = time.perf_counter()
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Go on where the checkpoint was written."""
+        self.at = _Progress(**saved.state["progress"])
+        self.done = self.trainer.restore(Checkpoint(saved.tensors, saved.state["trainer"]))
+        self.best = {
+            name.removeprefix("best/"): tensor.to(self.trainer.device)
+            for name, tensor in saved.tensors.items()
+            if name.startswith("best/")
+        }
+        self.progress(
+            f"going on from a checkpoint: epoch {self.at.epochs + 1}, step {self.done.batches + 1}"
+        )
+
+
+def _weights(model: TrainedHRNN) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.network.named_parameters()}
+
+
+@torch.no_grad()
+def _set_weights(model: TrainedHRNN, weights: dict[str, Tensor]) -> None:
+    for name, parameter in model.network.named_parameters():
+        parameter.copy_(weights[name])
+
+
+def _few(valid: Histories | Cases, num_items: int) -> Cases:
+    """The validation cases, or as many of them as may be scored per epoch, spread evenly."""
+    if isinstance(valid, Histories):
+        valid = Cases(valid, later_events(valid))
+    most = max(1, VALID_CELLS // num_items)
+    if len(valid) <= most:
+        return valid
+    return Cases(valid.histories, valid.event_N[np.linspace(0, len(valid) - 1, most).astype(int)])
+
+
+def _fingerprint(
+    train: Histories,
+    valid: Histories | Cases,
+    catalogue: Catalogue,
+    settings: TrainSettings,
+    trend: ResolvedTrend | None,
+    schema: Schema,
+) -> dict[str, str]:
+    """What a run is: whatever its weights depend on."""
+    cases = valid if isinstance(valid, Cases) else Cases(valid, later_events(valid))
+    chosen = settings.model_dump(mode="json", exclude=FREE_SETTINGS)
+    return {
+        "settings": digest_of(chosen, None if trend is None else asdict(trend)),
+        "catalogue": digest_of(list(catalogue.item_ids), catalogue.fields, schema.model_dump()),
+        "training events": _digest_log(train),
+        "validation events": digest_of(cases.event_N, _digest_log(cases.histories)),
+    }
+
+
+def _digest_log(log: Histories) -> str:
+    parts: list[Any] = [list(log.user_ids), log.item_E, log.timestamp_E, log.offset_U1]
+    parts += [log.event_type_E, log.value_E, log.user_fields]
+    return digest_of(*parts, *(log.context_fields[name] for name in sorted(log.context_fields)))

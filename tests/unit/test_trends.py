@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,6 +30,7 @@ def naive_log_q(item, time, num_items, period, window, smoothing, now):
     return np.log(counts / counts.sum())
 
 
+@settings(deadline=None)
 @given(log=logs, period=st.integers(1, 50), window=st.integers(0, 120), now=st.integers(0, 300))
 def test_table_equals_the_naive_count(log, period, window, now):
     item, time = (np.array(column) for column in zip(*log, strict=True))
@@ -38,6 +40,32 @@ def test_table_equals_the_naive_count(log, period, window, now):
     np.testing.assert_allclose(row, naive_log_q(item, time, 5, period, window, 0.5, now), rtol=1e-6)
 
 
+@settings(deadline=None)
+@given(log=logs, period=st.integers(1, 50), window=st.integers(0, 120), seed=st.integers(0, 9))
+def test_parts_of_the_table_equal_the_table(log, period, window, seed):
+    item, time = (np.array(column) for column in zip(*log, strict=True))
+    table = TrendTable.build(item, time, 5, ResolvedTrend(period, window, 0.5))
+    whole = torch.from_numpy(table.log_q_PM)
+    generator = torch.Generator().manual_seed(seed)
+    row_N = torch.randint(len(whole), (7,), generator=generator)
+    item_N = torch.randint(5, (7,), generator=generator)
+    torch.testing.assert_close(table.at(row_N, item_N), whole[row_N, item_N])
+    row_U, item_S = row_N.unique(), torch.tensor([4, 0, 3])
+    torch.testing.assert_close(table.rows(row_U), whole[row_U])
+    torch.testing.assert_close(table.columns(row_U, item_S), whole[row_U][:, item_S])
+
+
+def test_memory_of_a_table_follows_the_events():
+    rng = np.random.default_rng(0)
+    item, time = rng.integers(0, 10**6, 500), rng.integers(0, 10**4, 500) * HOUR
+    table = TrendTable.build(item, time, 10**6, ResolvedTrend(HOUR, DAY, 1.0))
+    assert len(table.row_Z) <= 2 * len(item)
+    rows = torch.from_numpy(table.row_of(time))
+    log_q = table.at(rows, torch.from_numpy(item))
+    assert log_q.isfinite().all() and float(log_q.exp().max()) < 1e-5
+
+
+@settings(deadline=None)
 @given(log=logs, period=st.integers(1, 50), window=st.integers(0, 120))
 def test_likelihood_of_the_choice_equals_the_naive_sum(log, period, window):
     log = sorted(log, key=lambda event: event[1])
@@ -47,7 +75,7 @@ def test_likelihood_of_the_choice_equals_the_naive_sum(log, period, window):
     assert value == pytest.approx(naive)
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(log=logs, period=st.integers(1, 50), cut=st.integers(0, 300), seed=st.integers(0, 99))
 def test_no_event_at_or_after_the_period_start_matters(log, period, cut, seed):
     item, time = (np.array(column) for column in zip(*log, strict=True))

@@ -1,0 +1,90 @@
+"""Where training runs and in which precision, and how data gets there."""
+
+import platform
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from model.errors import InputError
+from model.train_settings import Device, Precision
+
+HALF_ABOVE = 5000  # columns of scores; below, products are too small for bfloat16 to gain on a CPU
+
+T = TypeVar("T")
+
+
+def choose_device(wanted: Device) -> torch.device:
+    """The device of this process; under `torchrun` each process takes the GPU of its local rank.
+
+    Raises:
+        InputError: a GPU is asked for and there is none.
+    """
+    if wanted is Device.CPU or (wanted is Device.AUTO and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise InputError("train.device is cuda, but PyTorch sees no GPU: use auto or cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def choose_dtype(wanted: Precision, device: torch.device, columns: int) -> torch.dtype:
+    """float32, or bfloat16 where the hardware multiplies it faster and scores are many.
+
+    Args:
+        columns: scores per position: items, or sampled negatives.
+    """
+    if wanted is Precision.AUTO:
+        if device.type == "cuda":
+            half = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            half = columns >= HALF_ABOVE and cpu_multiplies_bfloat16()
+        return torch.bfloat16 if half else torch.float32
+    return torch.bfloat16 if wanted is Precision.BFLOAT16 else torch.float32
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether the processor has bfloat16 products (AVX512-BF16, AMX) of its own."""
+    if platform.machine() != "x86_64":
+        return False
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+@contextmanager
+def precision(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, matrix products run in this dtype, and new tensors are made on the device."""
+    with ExitStack() as stack:
+        if device.type != "cpu":
+            stack.enter_context(device)
+        if dtype != torch.float32:
+            stack.enter_context(torch.autocast(device.type, dtype))
+        yield
+
+
+def move(value: T, device: torch.device) -> T:
+    """The same value with every tensor in it on the device; nothing is copied that is there."""
+    if isinstance(value, Tensor | nn.Module):
+        return value.to(device)  # type: ignore[return-value]
+    if isinstance(value, tuple):
+        return type(value)(move(v, device) for v in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        parts: dict[str, Any] = {
+            f.name: move(getattr(value, f.name), device) for f in fields(value) if f.init
+        }
+        return replace(value, **parts)
+    return value
+
+
+def send(values: NDArray[np.int64], device: torch.device) -> Tensor:
+    """Indices on the device; through pinned memory, without waiting, where it is a GPU."""
+    tensor = torch.from_numpy(values)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor

@@ -1,0 +1,310 @@
+"""The network in training: one epoch after another, resumable after any step.
+
+Shapes: E events, N packed positions, M items, S segments, K numbers of state.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from model.averaging import WeightAverage
+from model.catalogue import Catalogue
+from model.checkpoint import Checkpoint
+from model.device import choose_device, choose_dtype, move, precision, send
+from model.distributed import Processes
+from model.fields import FieldBags
+from model.hrnn import TrainedHRNN, encode_batch
+from model.inputs import InputEncodings, Positions
+from model.network import HRNNMeta
+from model.objective import EventTargets, Objective
+from model.rows import RowwiseAdagrad, clip_gradients
+from model.sampling import AliasSampler, frequency_sampler
+from model.schema import Schema
+from model.sequences import Batch, Histories, bptt_batches
+from model.ties import shuffled_ties, stored_order_matters
+from model.train_settings import Softmax, TrainSettings
+from model.transitions import Transitions
+from model.trends import ResolvedTrend, TrendTable
+from model.values import item_means, item_tastes
+
+FOLDS = 5  # of the users, for cross-fitted transition counts
+SAMPLED_ABOVE = 100_000  # items; below, the dense softmax is no slower (§4.6)
+
+
+@dataclass
+class EpochState:
+    """How far an epoch has come."""
+
+    rng: dict[str, Any]  # state of the trainer's generator before the epoch
+    batches: int = 0  # done
+    total: float = 0.0  # Σ loss over the positions done
+    state_SK: Tensor | None = None  # left by the last batch
+
+
+class Trainer:
+    """The network in training, its optimisers, and the moving average that becomes the model."""
+
+    def __init__(
+        self,
+        train: Histories,
+        catalogue: Catalogue,
+        settings: TrainSettings,
+        trend: ResolvedTrend | None,
+        schema: Schema,
+    ) -> None:
+        self.train, self.settings = train, settings
+        self.device = choose_device(settings.device)
+        self.processes = Processes.current(self.device)
+        self.rng = np.random.default_rng(settings.seed)
+        self.shuffle_ties = settings.shuffle_ties
+        if self.shuffle_ties is None:
+            self.shuffle_ties = not stored_order_matters(train)
+        num_items = len(catalogue)
+        self.encodings = InputEncodings.fit(train, catalogue, schema, settings.session_gap_seconds)
+        item_bags = FieldBags.encode(self.encodings.item_fields, catalogue.fields, num_items)
+        self.network = HRNNMeta(
+            settings.network, self.encodings, item_bags, with_trend=trend is not None
+        )
+        self.count_M = np.bincount(train.item_E, minlength=num_items)
+        self.trend_table = None
+        if trend is not None:
+            self.trend_table = TrendTable.build(train.item_E, train.timestamp_E, num_items, trend)
+        if self.network.values is not None:
+            value_E = self.encodings.standardise(train.value_E, train.num_events)
+            mean_M = torch.from_numpy(item_means(train.item_E, value_E.numpy(), num_items))
+            self.network.values.mean_M = mean_M
+            self.network.values.taste_MY = item_tastes(
+                torch.from_numpy(train.item_E),
+                torch.from_numpy(train.user_E),
+                value_E,
+                mean_M,
+                len(train),
+            )
+        self.objective = self._objective(num_items)
+        # Items that were never trained on are known by their fields alone; the others' λ is chosen
+        # at the end, half and half until then.
+        self.set_lambda(self.network, 0.5)
+        self.tables: list[nn.Parameter] = []
+        if self.objective.sampler is not None:
+            self.network.use_sparse_rows()
+            self.tables = self.network.row_tables()
+        self.optimisers = self._optimisers()
+        self.average: WeightAverage | None = None
+        kept = self.network
+        if settings.averaging_epochs:
+            steps = settings.averaging_epochs * train.num_events / settings.batch_events
+            decay = 1.0 - 1.0 / (1.0 + steps)
+            kept = _copy(self.network)
+            self.average = WeightAverage(self.network, kept, decay, self.tables)
+        self.model = TrainedHRNN(
+            network=kept,
+            encodings=self.encodings,
+            trend=trend,
+            transitions=None if kept.prior is None else Transitions.count(train, num_items),
+            trend_log=train,
+        )
+        self.positions, self.targets = self._read(train)
+
+    def _read(self, log: Histories) -> tuple[Positions, EventTargets]:
+        positions = self.network.positions(log, self.trend_table)
+        targets = EventTargets.of(log, self.settings.feedback)
+        return move(positions, self.device), move(targets, self.device)
+
+    def _optimisers(self) -> list[torch.optim.Optimizer]:
+        settings, by_rows = self.settings, {id(table) for table in self.tables}
+        dense = [p for p in self.network.parameters() if id(p) not in by_rows]
+        optimisers: list[torch.optim.Optimizer] = [
+            torch.optim.Adam(
+                dense, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+            )
+        ]
+        if self.tables:
+            optimisers.append(
+                RowwiseAdagrad(self.tables, settings.row_learning_rate, settings.weight_decay)
+            )
+        return optimisers
+
+    def _objective(self, num_items: int) -> Objective:
+        settings, network = self.settings, self.network
+        p_M = torch.from_numpy((self.count_M + 1.0) / (self.count_M.sum() + num_items)).float()
+        if self.trend_table is None:
+            # Start at the popularity model: learning begins with what is left.
+            network.items.bias.data = p_M.log()
+        fold_U = self.rng.permutation(len(self.train)) % FOLDS
+        transitions = None
+        if network.prior is not None:
+            network.prior.inverse_p_M = 1.0 / p_M
+            transitions = Transitions.cross_fitted(self.train, num_items, fold_U, FOLDS)
+        sampler: AliasSampler | None = None
+        negatives = settings.negatives or max(512, int(num_items**0.5))
+        if settings.softmax is Softmax.SAMPLED or (
+            settings.softmax is Softmax.AUTO and num_items > SAMPLED_ABOVE
+        ):
+            sampler = frequency_sampler(self.count_M)
+        network.to(self.device)
+        columns = num_items if sampler is None else negatives
+        self.dtype = choose_dtype(settings.precision, self.device, columns)
+        return Objective(
+            network=network,
+            value_weight=settings.value_weight,
+            sampler=move(sampler, self.device),
+            negatives=negatives,
+            trend_table=move(self.trend_table, self.device),
+            transitions=move(transitions, self.device),
+            fold=torch.from_numpy(fold_U).to(self.device),
+            generator=torch.Generator(self.device).manual_seed(settings.seed),
+            dtype=self.dtype,
+        )
+
+    def start_epoch(self) -> EpochState:
+        """An epoch of which nothing is done yet."""
+        return EpochState(rng=dict(self.rng.bit_generator.state))
+
+    def epoch(self, done: EpochState, after_step: Callable[[], None] = lambda: None) -> float:
+        """What is left of one pass over the log; the mean loss (nats; sampled items only, if so).
+
+        Args:
+            done: where to begin; kept up to date.
+            after_step: called between steps, when `checkpoint` may be.
+        """
+        settings, log = self.settings, self.train
+        self.rng.bit_generator.state = done.rng
+        positions, targets = self.positions, self.targets
+        if self.shuffle_ties:
+            log = log.reordered(shuffled_ties(log, self.rng))
+            positions, targets = self._read(log)
+        self.network.train()
+        batches = bptt_batches(
+            log,
+            bptt=settings.bptt,
+            batch_events=settings.batch_events,
+            rng=self.rng,
+            share=(self.processes.rank, self.processes.size),
+        )
+        for batch in islice(batches, done.batches, None):
+            with precision(self.device, self.dtype):
+                loss, done.state_SK = self._step(positions, targets, batch, done.state_SK)
+            done.total += loss
+            done.batches += 1
+            after_step()
+        if self.average is not None:
+            self.average.finish()
+        total = self.processes.sum(torch.tensor(done.total, dtype=torch.float64))
+        return float(total) / log.num_events
+
+    def _step(
+        self, positions: Positions, targets: EventTargets, batch: Batch, state_SK: Tensor | None
+    ) -> tuple[float, Tensor]:
+        """One gradient step; the summed loss of this process's positions, and the state left."""
+        for optimiser in self.optimisers:
+            optimiser.zero_grad(set_to_none=True)
+        event_N = send(batch.event_N, self.device)
+        share = self.objective.shares(positions, targets, event_N, self.processes)
+        total = 0.0
+        if len(batch.event_N):
+            encoded = encode_batch(self.network, positions, batch, state_SK)
+            loss, ranking = self.objective.loss(positions, targets, event_N, encoded, share)
+            loss.backward()
+            state_SK = encoded.state_SK.detach()
+            total = float(ranking) * len(batch.event_N)
+        else:  # nothing of this batch is ours, but its random numbers are everybody's
+            self.objective.skip()
+            state_SK = self.network.initial_state(0)
+        self.processes.sum_gradients(self.network.parameters(), self.tables)
+        clip_gradients(self.network.parameters(), self.settings.clip_norm)
+        if self.average is not None:
+            self.average.catch_up()
+        for optimiser in self.optimisers:
+            optimiser.step()
+        if self.average is not None:
+            self.average.update()
+        return total, state_SK
+
+    def lower_learning_rate(self) -> None:
+        """The loss has stopped falling: smaller steps settle nearer to its minimum."""
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] *= self.settings.plateau_factor
+
+    def set_lambda(self, network: HRNNMeta, lambda_mix: float) -> None:
+        """λ of the items with interactions; the others have 1."""
+        lambda_M = np.where(self.count_M > 0, lambda_mix, 1.0)
+        network.items.lambda_M = torch.from_numpy(lambda_M).float().to(self.device)
+
+    def checkpoint(self, done: EpochState) -> Checkpoint:
+        """Everything that later steps depend on, of all processes; for rank 0 to write."""
+        tensors = {f"network/{n}": p.detach() for n, p in self.network.named_parameters()}
+        state: dict[str, Any] = {
+            "rng": done.rng,
+            "batches": done.batches,
+            "learning_rates": [o.param_groups[0]["lr"] for o in self.optimisers],
+        }
+        if self.average is not None:
+            state["averaged_steps"] = self.average.steps
+            kept = self.model.network.named_parameters()
+            tensors |= {f"average/{n}": p.detach() for n, p in kept}
+            tensors |= {f"held/{i}": held_M for i, held_M in enumerate(self.average.held)}
+        for i, optimiser in enumerate(self.optimisers):
+            for key, entry in optimiser.state_dict()["state"].items():
+                tensors |= {f"optimiser/{i}/{key}/{name}": v for name, v in entry.items()}
+        own = {
+            "torch": torch.get_rng_state(),
+            "generator": self.objective.generator.get_state(),
+            "total": torch.tensor(done.total, dtype=torch.float64),
+        }
+        if done.state_SK is not None:
+            own["state"] = done.state_SK.cpu()
+        if self.device.type == "cuda":
+            own["cuda"] = torch.cuda.get_rng_state(self.device)
+        for rank, parts in enumerate(self.processes.gather(own)):
+            tensors |= {f"process/{rank}/{name}": part for name, part in parts.items()}
+        tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        return Checkpoint(tensors, state)
+
+    @torch.no_grad()
+    def restore(self, checkpoint: Checkpoint) -> EpochState:
+        """Inverse of `checkpoint`, on a trainer made from the same data and settings."""
+        tensors, state = checkpoint.tensors, checkpoint.state
+        for name, parameter in self.network.named_parameters():
+            parameter.copy_(tensors[f"network/{name}"])
+        if self.average is not None:
+            for name, parameter in self.model.network.named_parameters():
+                parameter.copy_(tensors[f"average/{name}"])
+            for i, held_M in enumerate(self.average.held):
+                held_M.copy_(tensors[f"held/{i}"])
+            self.average.steps = state["averaged_steps"]
+        for i, optimiser in enumerate(self.optimisers):
+            entries: dict[int, dict[str, Tensor]] = {}
+            prefix = f"optimiser/{i}/"
+            for name, tensor in tensors.items():
+                if name.startswith(prefix):
+                    key, field = name.removeprefix(prefix).split("/")
+                    entries.setdefault(int(key), {})[field] = tensor
+            groups = optimiser.state_dict()["param_groups"]
+            optimiser.load_state_dict({"state": entries, "param_groups": groups})
+            for group in optimiser.param_groups:
+                group["lr"] = state["learning_rates"][i]
+        own = f"process/{self.processes.rank}/"
+        torch.set_rng_state(tensors[own + "torch"])
+        self.objective.generator.set_state(tensors[own + "generator"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors[own + "cuda"], self.device)
+        state_SK = tensors.get(own + "state")
+        return EpochState(
+            rng=state["rng"],
+            batches=state["batches"],
+            total=float(tensors[own + "total"]),
+            state_SK=None if state_SK is None else state_SK.to(self.device),
+        )
+
+
+def _copy(network: HRNNMeta) -> HRNNMeta:
+    """A copy with parameters of its own; what training does not change is shared."""
+    shared = [*network.buffers(), network.encodings, network.items.bags]
+    return copy.deepcopy(network, {id(part): part for part in shared})
