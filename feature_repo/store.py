@@ -12,6 +12,7 @@ import os
 import sqlite3
 import tempfile
 import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -26,6 +27,7 @@ from feature_repo.histories import events_of, merge, values_of
 from feature_repo.names import (
     CATALOGUE,
     CATALOGUE_ID,
+    CATALOGUE_POPULARITY,
     EVENT_TIMESTAMP,
     FIELD_TAG,
     FIRST_SEEN,
@@ -185,6 +187,7 @@ class FeatureReader:
         with unavailable("open the feature store"):
             self._session = Session.open(settings)
         self._now: int | None = None  # Unix seconds of the log; None: not read yet
+        self._newest = 0  # Unix second of the newest event seen in a history
 
     def user(self, user_id: str) -> UserFeatures:
         """Profile and history; an unknown user is no error."""
@@ -212,6 +215,8 @@ class FeatureReader:
             if text := row[f"{USER_LIVE}__fields"]:
                 known = True
                 profile = session.with_fields(profile, json.loads(text))
+        if events and events[-1].timestamp > self._newest:
+            self._newest = int(events[-1].timestamp)
         if not known and not events:
             return UNKNOWN
         if self._now and session.history_ttl and events:
@@ -227,6 +232,20 @@ class FeatureReader:
             snapshot = snapshots.from_row(session.read_trend())
             self._now = snapshot.as_of if snapshot else 0
             return snapshot
+
+    def trend_lag(self) -> tuple[int, int]:
+        """How far the log has gone on since the trend was counted, and how long a period is.
+
+        The log's own time is that of the newest event seen in any history that was read (never
+        later than the clock): on a historical log nothing goes on, and the trend stays current
+        however old it is. A lag of several periods means that refreshes do not happen.
+
+        Returns:
+            Seconds from the snapshot's `as_of` to the newest event (0: none is later, or no
+            snapshot was read yet), and the seconds between two refreshes (0: not known).
+        """
+        newest = min(self._newest, int(time.time()))
+        return (max(0, newest - self._now) if self._now else 0), self._session.period
 
     def _follow_registry(self) -> None:
         if _stamp(self._settings.registry_path) != self._session.stamp:
@@ -245,6 +264,7 @@ class Session:
     history_ttl: float  # seconds, 0 = for ever
     history_length: int
     live: bool  # false: an older registry, without the views that follow the event log
+    period: int  # seconds between two refreshes of the trend, 0 = not known
     stamp: tuple[int, int]
 
     @classmethod
@@ -254,6 +274,8 @@ class Session:
         profile = store.get_feature_view(USER_PROFILE)
         history = store.get_feature_view(USER_HISTORY)
         live = SERVING_USER in {service.name for service in store.list_feature_services()}
+        # Counts are valid for a period: that is how often they are expected anew.
+        valid = store.get_feature_view(CATALOGUE_POPULARITY).ttl
         return cls(
             store=store,
             user=store.get_feature_service(SERVING_USER if live else SERVING_USER_V1),
@@ -266,6 +288,7 @@ class Session:
             history_ttl=history.ttl.total_seconds() if history.ttl else 0.0,
             history_length=int(history.tags[HISTORY_LENGTH_TAG]),
             live=live,
+            period=int(valid.total_seconds()) if valid else 0,
             stamp=stamp,
         )
 

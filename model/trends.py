@@ -8,6 +8,7 @@ Shapes: M items, P periods.
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -296,6 +297,22 @@ class TrendTable:
 
 
 MAX_TABLE_CELLS = 2**27  # float32 cells of a TrendTable that is kept whole: 512 MiB
+MAX_CHOICE_EVENTS = 5_000_000  # that `choose_trend` is given, about; some 500 MB while it chooses
+MIN_CHOICE_ITEMS = 1000  # fewer say little about a catalogue
+
+
+def items_for_choice(item_ids: Sequence[str], num_events: int) -> NDArray[np.bool_]:
+    """Which items' events `choose_trend` has to see `[M]`: all, or of a long log a sample.
+
+    Items and not events, so that counts stay what they are; by a digest of the id, so that
+    whoever has the same log chooses the same. At least `MIN_CHOICE_ITEMS`, however long the log.
+    """
+    share = MAX_CHOICE_EVENTS / max(num_events, 1)
+    chosen = max(MIN_CHOICE_ITEMS, round(share * len(item_ids)))
+    if chosen >= len(item_ids):
+        return np.ones(len(item_ids), dtype=bool)
+    digest_M = np.fromiter((zlib.crc32(i.encode()) for i in item_ids), np.uint32, len(item_ids))
+    return digest_M <= np.partition(digest_M, chosen - 1)[chosen - 1]
 
 
 def choose_trend(
@@ -303,18 +320,25 @@ def choose_trend(
     timestamp_E: NDArray[np.int64],
     num_items: int,
     settings: TrendSettings,
+    *,
+    table_items: int | None = None,
 ) -> ResolvedTrend:
     """Fill in period and window by the likelihood of the log under its own past popularity.
 
     Every candidate (period, window) is scored by Σ log q_{t}(a_t) over all events, q counting
     only events before the event's period: the choice needs no model and leaks nothing. A fast
     catalogue (news) gets hours, a film catalogue the whole past.
+
+    Args:
+        num_items: M of the items whose events are given (`items_for_choice`).
+        table_items: M of the whole catalogue, whose `TrendTable` has to fit; None: `num_items`.
     """
     order = np.argsort(timestamp_E, kind="stable")
     item_E, timestamp_E = item_E[order], timestamp_E[order]
     span = int(timestamp_E[-1] - timestamp_E[0]) + 1 if len(timestamp_E) else 1
     periods = [settings.period_seconds] if settings.period_seconds else [HOUR, DAY, 7 * DAY]
-    usable = [p for p in periods if (span // p + 1) * num_items <= MAX_TABLE_CELLS] or periods[-1:]
+    rows = table_items or num_items
+    usable = [p for p in periods if (span // p + 1) * rows <= MAX_TABLE_CELLS] or periods[-1:]
     best: tuple[float, ResolvedTrend] | None = None
     for period in usable:
         if settings.window_seconds is not None:

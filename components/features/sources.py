@@ -1,12 +1,15 @@
 """Clean tables → the Parquet files the feature views read, with Ibis on DuckDB."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ibis
 import ibis.expr.types as ir
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from ibis.backends.duckdb import Backend
 from numpy.typing import NDArray
@@ -32,7 +35,12 @@ from feature_repo.names import (
 from feature_repo.snapshot import to_row
 from model.errors import InputError
 from model.schema import FieldKind, Schema
-from model.trends import ResolvedTrend, TrendSnapshot, snapshot_from_counts
+from model.trends import (
+    ResolvedTrend,
+    TrendSnapshot,
+    items_for_choice,
+    snapshot_from_counts,
+)
 
 
 @dataclass(frozen=True)
@@ -85,16 +93,22 @@ class Log:
         """Write to Parquet, compressed; returns the rows."""
         return write_parquet(self.backend, expression, path)
 
-    def arrays(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Item position (in any fixed order) and timestamp of every event."""
-        items = self.keys(ITEMS).mutate(position=ibis.row_number().over(order_by="item_id"))
+    def for_choice(self) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+        """Item position and timestamp of the events that `choose_trend` looks at, and M of them."""
+        keys = self.backend.to_pyarrow(self.keys(ITEMS).order_by("item_id"))["item_id"]
         events = self.read(INTERACTIONS).select("item_id", "timestamp")
+        total = int(self.backend.to_pyarrow(events.count()).as_py())
+        sampled = keys.filter(pa.array(items_for_choice(keys.to_pylist(), total)))
+        items = ibis.memtable(
+            pa.table({"item_id": sampled, "position": pa.array(np.arange(len(sampled)))})
+        )
         found = self.backend.to_pyarrow(
             events.join(items, "item_id").select("position", "timestamp")
         )
         return (
             found["position"].to_numpy().astype(np.int64, copy=False),
             found["timestamp"].to_numpy().astype(np.int64, copy=False),
+            len(sampled),
         )
 
 
@@ -147,43 +161,88 @@ def _value(column: ir.Value, kind: FieldKind) -> ir.Value:
 
 
 def write_history(log: Log, length: int, folder: Path) -> int:
-    """`user_history`: a user's newest `length` events, oldest first, ties by place in the log."""
-    events = log.backend.read_parquet(table_path(log.clean, INTERACTIONS), file_row_number=True)
-    row = events.file_row_number
-    kind = events.event_type if "event_type" in events.columns else ibis.null("string")
-    value = events.event_value if "event_value" in events.columns else ibis.null("float64")
-    newest_first = ibis.window(
-        group_by="user_id", order_by=[ibis.desc(events.timestamp), ibis.desc(row)]
-    )
-    events = events.select(
-        "user_id",
-        "item_id",
-        "timestamp",
-        row=row,
+    """`user_history`: a user's newest `length` events, oldest first, ties by place in the log.
+
+    Clean tables are sorted by user and time, so one pass over the file sees every history in one
+    piece: memory is that of a batch, however long the log is. (Collected by the engine, lists of
+    100 million events do not spill.)
+    """
+    path = table_path(log.clean, INTERACTIONS)
+    rows = 0
+    with pq.ParquetFile(path) as file:
+        names = [c for c in _HISTORY_COLUMNS if c in file.schema_arrow.names]
+        target = folder / source_name(USER_HISTORY)
+        with pq.ParquetWriter(target, _HISTORY_SCHEMA, compression="zstd") as writer:
+            held: pa.Table | None = None  # the user that the next batch may go on with
+            for batch in file.iter_batches(batch_size=_HISTORY_ROWS, columns=names):
+                table = pa.Table.from_batches([batch])
+                if held is not None:
+                    table = pa.concat_tables([held, table]).combine_chunks()
+                start_R = _run_starts(table["user_id"])
+                last = int(start_R[-1])
+                held = table.slice(max(last, table.num_rows - length))
+                if len(start_R) > 1:
+                    rows += _write_histories(writer, table.slice(0, last), start_R[:-1], length)
+            if held is not None:
+                one = np.zeros(1, dtype=np.int64)
+                rows += _write_histories(writer, held.combine_chunks(), one, length)
+    return rows
+
+
+_HISTORY_COLUMNS = ("user_id", "item_id", "timestamp", "event_type", "event_value")
+_HISTORY_ROWS = 500_000
+_HISTORY_SCHEMA = pa.schema(
+    {
+        "user_id": pa.string(),
+        EVENT_TIMESTAMP: pa.timestamp("us", tz="UTC"),
+        "item_ids": pa.list_(pa.string()),
+        "timestamps": pa.list_(pa.int64()),
+        "event_types": pa.list_(pa.string()),
+        "event_values": pa.list_(pa.float64()),
+    }
+)
+
+
+def _run_starts(column: pa.ChunkedArray) -> NDArray[np.int64]:
+    """Rows at which a new value starts `[R]`."""
+    encoded = pc.run_end_encode(column.combine_chunks(), run_end_type=pa.int64())
+    return np.r_[0, encoded.run_ends.to_numpy()[:-1]].astype(np.int64)
+
+
+def _write_histories(
+    writer: pq.ParquetWriter,
+    events: pa.Table,
+    start_R: NDArray[np.int64],
+    length: int,
+) -> int:
+    """Write the histories of R whole users; returns R."""
+    end_R = np.r_[start_R[1:], events.num_rows]
+    kept_R = np.minimum(end_R - start_R, length)
+    offset_R1 = np.r_[0, np.cumsum(kept_R)]
+    kept = np.arange(offset_R1[-1]) + np.repeat(end_R - kept_R - offset_R1[:-1], kept_R)
+    newest, last = events.take(kept), events.take(end_R - 1)
+
+    def lists(values: pa.ChunkedArray) -> pa.Array:
+        return pa.ListArray.from_arrays(offset_R1.astype(np.int32), values.combine_chunks())
+
+    def column(name: str, kind: pa.DataType, missing: Any) -> pa.ChunkedArray:
         # Lists of Feast hold no nulls.
-        event_type=ibis.coalesce(kind, ""),
-        event_value=ibis.coalesce(value.cast("float64"), ibis.literal(float("nan"))),
-        rank=ibis.row_number().over(newest_first),
-    )
-    events = events.filter(events["rank"] < length)
-    order = [events.timestamp, events.row]
-    rows = events.group_by("user_id").agg(
-        last=events.timestamp.max(),
-        item_ids=events.item_id.collect(order_by=order),
-        timestamps=events.timestamp.cast("int64").collect(order_by=order),
-        event_types=events.event_type.collect(order_by=order),
-        event_values=events.event_value.collect(order_by=order),
-    )
-    rows = rows.select(
-        "user_id",
-        # A moment sees only what is strictly before it.
-        event_timestamp(rows["last"] + 1),
-        "item_ids",
-        "timestamps",
-        "event_types",
-        "event_values",
-    )
-    return log.write(rows, folder / source_name(USER_HISTORY))
+        if name not in newest.column_names:
+            return pa.chunked_array([pa.repeat(pa.scalar(missing, kind), newest.num_rows)])
+        return pc.fill_null(newest[name].cast(kind), pa.scalar(missing, kind))
+
+    # A moment sees only what is strictly before it.
+    visible = pc.multiply(pc.add(last["timestamp"].cast(pa.int64()), 1), 1_000_000)
+    columns = {
+        "user_id": last["user_id"].cast(pa.string()),
+        EVENT_TIMESTAMP: visible.cast(pa.timestamp("us", tz="UTC")),
+        "item_ids": lists(newest["item_id"].cast(pa.string())),
+        "timestamps": lists(newest["timestamp"].cast(pa.int64())),
+        "event_types": lists(column("event_type", pa.string(), "")),
+        "event_values": lists(column("event_value", pa.float64(), math.nan)),
+    }
+    writer.write_table(pa.table(columns, schema=_HISTORY_SCHEMA))
+    return len(start_R)
 
 
 def count_snapshot(log: Log, trend: ResolvedTrend) -> TrendSnapshot:

@@ -181,7 +181,7 @@ def _popularity(
 def _resolve(log: Log, settings: TrendSettings) -> ResolvedTrend:
     if settings.period_seconds and settings.window_seconds is not None:
         return ResolvedTrend(settings.period_seconds, settings.window_seconds, settings.smoothing)
-    resolved = choose_trend(*log.arrays(), log.num_items, settings)
+    resolved = choose_trend(*log.for_choice(), settings, table_items=log.num_items)
     print(
         f"trend: refreshed every {resolved.period_seconds:,} s, counted over"
         f" {f'{resolved.window_seconds:,} s' if resolved.window_seconds else 'everything before'}",

@@ -9,7 +9,7 @@ from model import bundle as bundles
 from model.splits import split_users
 from model.tables import Log
 from model.training import TrainSettings, fit
-from model.trends import TrendSettings, choose_trend, snapshot_from_counts
+from model.trends import TrendSettings, choose_trend, items_for_choice, snapshot_from_counts
 
 __all__ = ["TrainSettings", "run"]
 
@@ -33,7 +33,15 @@ def run(
     )
     # On the whole log, like the features step: the trend that is served must be the one
     # trained with.
-    resolved = choose_trend(histories.item_E, histories.timestamp_E, len(catalogue), trend_settings)
+    chosen_M = items_for_choice(catalogue.item_ids, histories.num_events)
+    chosen_E = chosen_M[histories.item_E]
+    resolved = choose_trend(
+        (np.cumsum(chosen_M) - 1)[histories.item_E[chosen_E]],
+        histories.timestamp_E[chosen_E],
+        int(chosen_M.sum()),
+        trend_settings,
+        table_items=len(catalogue),
+    )
     model = fit(
         split.train,
         split.valid,

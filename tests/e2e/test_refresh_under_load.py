@@ -44,7 +44,14 @@ def log_end(deployed):
 
 @pytest.fixture(scope="module")
 def serving(workspace):
-    settings = ServeSettings(trend_refresh_seconds=0.1, grace_seconds=3).with_free_ports()
+    settings = ServeSettings(
+        trend_refresh_seconds=0.1,
+        grace_seconds=3,
+        # A slow machine is no fault.
+        feature_deadline_seconds=30,
+        predictor_deadline_seconds=30,
+        trend_deadline_seconds=30,
+    ).with_free_ports()
     store = FeatureStoreSettings(root=str(workspace / "features"))
     with LocalServing(workspace / "models", store, settings, workspace / "logs") as serving:
         yield serving
@@ -63,7 +70,7 @@ class Load:
             {"user_id": "u7", "timestamp": 1_000_000_000, "num_results": ITEMS},
             {"items": ["item 3", "item 4"], "task": "rank", "timestamp": 1_000_000_000},
         ]
-        with httpx.Client(timeout=10, trust_env=False) as client:
+        with httpx.Client(timeout=DEADLINE, trust_env=False) as client:
             while not self._stop.is_set():
                 try:
                     answer = client.post(self.url, json={"instances": instances})

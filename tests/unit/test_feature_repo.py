@@ -12,9 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from feature_repo.names import VIEW_ENTITY, feature_names
+from feature_repo.refresh import publish_trend
 from feature_repo.settings import FeatureStoreSettings, redis_connection
 from feature_repo.snapshot import truncate
 from feature_repo.store import (
@@ -118,6 +120,38 @@ def test_many_threads_share_a_reader(store):
     with ThreadPoolExecutor(8) as pool:
         users = list(pool.map(reader.user, ["u1", "nobody"] * 100))
     assert [u.known for u in users] == [True, False] * 100
+
+
+def test_the_trend_lags_behind_when_the_log_goes_on(settings):
+    """By the log's own time: a log of 1998 that has ended leaves its trend current."""
+    hour = 3600
+    write_sources(settings, history={"u1": [("i1", AS_OF - 5)], "u2": [("i1", AS_OF + 5 * hour)]})
+    apply(settings, SCHEMA, ViewOptions(popularity_ttl_seconds=hour))
+    reader = FeatureReader(settings)
+    assert reader.trend_lag() == (0, hour)  # nothing was read yet
+    materialise(settings, AS_OF + 6 * hour)
+    reader.trend()
+    reader.user("u1")
+    assert reader.trend_lag() == (0, hour)
+    reader.user("u2")
+    reader.user("u1")
+    assert reader.trend_lag() == (5 * hour, hour)
+    publish_trend(
+        settings, snapshot(as_of=AS_OF + 5 * hour), pa.table({"item_id": ["i0"], "n": [7]}), 0.3
+    )
+    reader.trend()
+    assert reader.trend_lag() == (0, hour)
+
+
+def test_an_event_from_the_future_counts_until_now_only(settings):
+    tomorrow = int(time.time()) + 86_400
+    write_sources(settings, history={"u1": [("i1", tomorrow)]})
+    apply(settings, SCHEMA)
+    materialise(settings, tomorrow + 10)
+    reader = FeatureReader(settings)
+    reader.user("u1")
+    lag, _ = reader.trend_lag()
+    assert lag <= time.time() - AS_OF
 
 
 def test_a_history_silent_for_longer_than_the_ttl_is_not_served(store):

@@ -123,7 +123,9 @@ def test_training_and_serving_agree_at_the_same_moment(tmp_path, window):
         assert snapshot.dense([item])[0] == pytest.approx(expected, rel=1e-14)
 
 
-def test_histories_are_the_newest_events_in_the_logs_order(tmp_path):
+@pytest.mark.parametrize("batch", [1, 7, 29, 10_000])
+def test_histories_are_the_newest_events_in_the_logs_order(tmp_path, monkeypatch, batch):
+    monkeypatch.setattr("components.features.sources._HISTORY_ROWS", batch)
     rows = make_log(users=6)
     summary, settings = execute(tmp_path, rows, settings={"history_length": 30})
     reader = FeatureReader(settings)

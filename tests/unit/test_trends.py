@@ -15,6 +15,7 @@ from model.trends import (
     TrendTable,
     _prequential_log_likelihood,
     choose_trend,
+    items_for_choice,
     snapshot_from_counts,
 )
 
@@ -106,6 +107,36 @@ def test_news_gets_hours_and_films_the_whole_past():
     assert choose_trend(films, time, 50, TrendSettings()).window_seconds == 0
     fixed = TrendSettings(period_seconds=DAY, window_seconds=7 * DAY)
     assert choose_trend(films, time, 50, fixed) == ResolvedTrend(DAY, 7 * DAY, 1.0)
+
+
+def test_of_a_long_log_the_choice_sees_a_sample_of_items_and_chooses_the_same(monkeypatch):
+    rng = np.random.default_rng(0)
+    hours = np.repeat(np.arange(24 * 14), 400)
+    time = hours * HOUR + rng.integers(0, HOUR, len(hours))
+    item = (hours + rng.integers(0, 3, len(hours))) % 50
+    ids = [f"item {j}" for j in range(50)]
+    whole = choose_trend(item, time, 50, TrendSettings())
+    assert items_for_choice(ids, len(item)).all()
+    monkeypatch.setattr("model.trends.MAX_CHOICE_EVENTS", len(item) // 3)
+    monkeypatch.setattr("model.trends.MIN_CHOICE_ITEMS", 5)
+    chosen_M = items_for_choice(ids, len(item))
+    assert chosen_M.sum() == 17
+    order = rng.permutation(50)  # whatever the order of the catalogue, the items are the same
+    assert items_for_choice([ids[j] for j in order], len(item)).tolist() == chosen_M[order].tolist()
+    seen = chosen_M[item]
+    position = np.cumsum(chosen_M) - 1
+    sample = choose_trend(position[item[seen]], time[seen], 17, TrendSettings(), table_items=50)
+    assert sample == whole
+    assert items_for_choice(ids, 10**12).sum() == 5  # never too few to say something
+    assert items_for_choice(ids[:3], 10**12).all()
+
+
+def test_the_choice_fits_the_table_of_the_whole_catalogue():
+    time = np.arange(0, 60 * DAY, 600)
+    item = np.zeros(len(time), dtype=np.int64)
+    assert choose_trend(item, time, 1, TrendSettings()).period_seconds == HOUR
+    large = choose_trend(item, time, 1, TrendSettings(), table_items=2**27 // 100)
+    assert large.period_seconds == DAY
 
 
 def test_snapshot_is_a_distribution_and_round_trips():
