@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from model.errors import InputError, UnavailableError
 from model.query import Event
 from model.trends import TrendSnapshot
 from serving import metrics
+from serving.guards import Breaker
 from serving.ranking import Trend
 from serving.settings import ServeSettings
 
@@ -45,17 +46,30 @@ class Reader(Protocol):
 class Features:
     """User reads and the current trend.
 
-    `open_reader` is tried again while it fails, so that a store that comes up later is used.
+    The last good snapshot stays in use, labelled stale after a while; before the first one the
+    model's own serves as a stale one. `open_reader` is tried again while it fails, so that a
+    store that comes up later is used.
     """
 
-    def __init__(self, open_reader: Callable[[], Reader], settings: ServeSettings) -> None:
+    def __init__(
+        self,
+        open_reader: Callable[[], Reader],
+        settings: ServeSettings,
+        spare_trend: Callable[[float], Awaitable[TrendSnapshot]],
+    ) -> None:
+        """
+        Args:
+            spare_trend: asked, with seconds to answer, while no snapshot was ever read.
+        """
         self._open_reader = open_reader
         self._settings = settings
+        self._spare_trend = spare_trend
         self._reader: Reader | None = None
         self._users = ThreadPoolExecutor(settings.feature_threads, "features")
         # A thread of its own: reads of users that hang must not stop the trend.
         self._trends = ThreadPoolExecutor(1, "trend")
         self._waiting = 0
+        self._breaker = Breaker("features", settings.breaker_failures, settings.breaker_seconds)
         self._trend: Trend | None = None
         self._snapshot: TrendSnapshot | None = None
         self._trend_read_at = float("-inf")  # monotonic seconds
@@ -94,15 +108,19 @@ class Features:
         """Profile and history of one user.
 
         Raises:
-            UnavailableError: the store failed, or did not answer within the deadline.
+            UnavailableError: the store failed, or did not answer within the deadline, or did so
+                often just now.
         """
         reader = self._reader
         if reader is None:
             metrics.FEATURE_ERRORS.labels("user", "error").inc()
             raise UnavailableError("the feature store is not connected")
         if self._waiting >= self._settings.feature_threads * QUEUE_PER_THREAD:
-            metrics.FEATURE_ERRORS.labels("user", "deadline").inc()
+            metrics.FEATURE_ERRORS.labels("user", "full").inc()
             raise UnavailableError("too many reads of the feature store are waiting")
+        if not self._breaker.allows():
+            metrics.FEATURE_ERRORS.labels("user", "open_circuit").inc()
+            raise UnavailableError("the feature store failed several times just now")
         future = self._users.submit(reader.user, user_id)
         self._waiting += 1
         loop = asyncio.get_running_loop()
@@ -110,13 +128,20 @@ class Features:
         future.add_done_callback(lambda _: _call_soon(loop, self._read_done))
         try:
             deadline = self._settings.feature_deadline_seconds
-            return await asyncio.wait_for(asyncio.wrap_future(future), deadline)
+            features = await asyncio.wait_for(asyncio.wrap_future(future), deadline)
         except TimeoutError:
+            self._breaker.failed()
             metrics.FEATURE_ERRORS.labels("user", "deadline").inc()
             raise UnavailableError("the feature store missed its deadline") from None
+        except asyncio.CancelledError:
+            self._breaker.gave_up()
+            raise
         except Exception as error:
+            self._breaker.failed()
             metrics.FEATURE_ERRORS.labels("user", "error").inc()
             raise UnavailableError(f"the feature store failed: {type(error).__name__}") from error
+        self._breaker.succeeded()
+        return features
 
     def _read_done(self) -> None:
         self._waiting -= 1
@@ -125,6 +150,8 @@ class Features:
         loop = asyncio.get_running_loop()
         reading: asyncio.Future[None] | None = None
         while True:
+            if self._trend is None:
+                await self._borrow()
             await asyncio.sleep(self._settings.trend_refresh_seconds)
             if reading is not None and not reading.done():
                 metrics.FEATURE_ERRORS.labels("trend", "deadline").inc()
@@ -139,6 +166,16 @@ class Features:
                 self._trend_failed("deadline", error)
             except Exception as error:
                 self._trend_failed("error", error)
+
+    async def _borrow(self) -> None:
+        """Use the model's own snapshot, as a stale one, until the store gives one."""
+        try:
+            snapshot = await self._spare_trend(self._settings.trend_deadline_seconds)
+        except (UnavailableError, InputError):
+            return  # answers say so, and it is tried again
+        if self._trend is None:
+            self._trend = Trend.of(snapshot)
+            log.warning("trend snapshot %s of the model in use", self._trend.version)
 
     def _refresh(self) -> None:
         """Read the snapshot; blocking, one at a time."""

@@ -18,7 +18,7 @@ SECONDS = (
 REQUESTS = Counter(
     "hrnn_requests_total",
     "Requests by task (recommend, rank, rate, score, mixed, unknown) and outcome "
-    "(ok, degraded, invalid, unavailable, error)",
+    "(ok, degraded, invalid, unavailable, shed, error)",
     ["task", "outcome"],
 )
 REQUEST_SECONDS = Histogram(
@@ -50,13 +50,23 @@ FALLBACKS = Counter(
 )
 FEATURE_ERRORS = Counter(
     "hrnn_feature_errors_total",
-    "Reads of the feature store that failed, by read (user, trend) and kind (deadline, error)",
+    "Reads of the feature store that failed, by read (user, trend) and kind "
+    "(deadline, error, full, open_circuit)",
     ["read", "kind"],
 )
 PREDICTOR_ERRORS = Counter(
     "hrnn_predictor_errors_total",
-    "Calls to the predictor that failed, by kind (deadline, unavailable, invalid_answer, error)",
+    "Calls to the predictor that failed, by kind "
+    "(deadline, unavailable, overloaded, invalid_answer, error, open_circuit)",
     ["kind"],
+)
+PREDICTOR_RETRIES = Counter(
+    "hrnn_predictor_retries_total", "Calls to the predictor repeated on another connection"
+)
+BREAKER_OPEN = Gauge(
+    "hrnn_circuit_open",
+    "Whether a dependency (features, predictor) is not asked because it failed in a row",
+    ["dependency"],
 )
 UNKNOWN_ITEMS = Counter(
     "hrnn_unknown_items_total",

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from model.errors import BundleError, InputError
 from model.query import Event, Query
+from model.trends import TrendSnapshot
 from serving import metrics
 from serving.champions import Champions
 from serving.schemas import ScoreInstance, parse_score_instances
@@ -35,6 +36,7 @@ class Scorer(Protocol):
     version: str
     item_ids: tuple[str, ...]
     beta: float
+    trend: TrendSnapshot
 
     @property
     def rates(self) -> bool: ...
@@ -110,6 +112,9 @@ class LoadedModel:
                 }
             for b, value in zip(rated, values, strict=True):
                 answers[b]["values"] = dict(value)
+            for b, instance in enumerate(instances):
+                if instance.task == "trend":
+                    answers[b]["trend"] = self._scorer.trend.to_json()
         return answers
 
     def _rate(

@@ -130,10 +130,11 @@ class ScoreInstance(Request):
     """One request to the predictor: a complete query, and what to return.
 
     Task score: the affinities of the `top_n` best items and of `score_items`. Task rate: the
-    predicted values of `score_items`, and no affinities.
+    predicted values of `score_items`, and no affinities. Task trend: the snapshot that the model
+    was trained with, and no affinities.
     """
 
-    task: Literal["score", "rate"] = "score"
+    task: Literal["score", "rate", "trend"] = "score"
     history: list[HistoryEvent] = []
     timestamp: Timestamp
     user: Fields = {}

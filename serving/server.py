@@ -27,9 +27,11 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from model.errors import HrnnError, InputError, UnavailableError
 from serving import codec, metrics
+from serving.guards import PUSHBACK, RETRY_AFTER_SECONDS, Gate, OverloadedError
 from serving.kserve_api import (
     AsyncServerInterceptor,
     DataPlane,
@@ -121,11 +123,20 @@ class Servicer(InferenceServicer):  # type: ignore[misc]
 class StatusInterceptor(AsyncServerInterceptor):
     """Exceptions to gRPC status codes, without request contents in the log."""
 
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+
     async def intercept(
         self, method: Callable[..., Any], request: Any, context: Any, method_name: str
     ) -> Any:
         try:
-            return await method(request, context)
+            if not method_name.endswith("/ModelInfer"):  # health must be answered when it is full
+                return await method(request, context)
+            with self._gate.admit():
+                return await method(request, context)
+        except OverloadedError as error:
+            pushback = ((PUSHBACK, str(1000 * RETRY_AFTER_SECONDS)),)
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error), pushback)
         except (InvalidInput, InputError) as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except ModelNotFound as error:
@@ -142,9 +153,12 @@ class StatusInterceptor(AsyncServerInterceptor):
 class Rest:
     """The HTTP routes of one server."""
 
-    def __init__(self, plane: Plane, settings: ServeSettings) -> None:
+    def __init__(self, plane: Plane, settings: ServeSettings, gate: Gate | None = None) -> None:
         self._plane = plane
         self._settings = settings
+        self._gate = gate or Gate(settings.max_in_flight)
+        # Clients that send slowly must not take the places of those that have sent.
+        self._bodies = Gate(4 * settings.max_in_flight)
 
     def application(self) -> FastAPI:
         app = FastAPI(openapi_url=None)
@@ -189,13 +203,17 @@ class Rest:
     async def _predict(self, request: Request, open_inference: bool) -> Response:
         name = request.path_params["model_name"]
         try:
-            await self._plane.get_model(name)
-            payload = codec.parse_json(await self._body(request))
-            if open_inference:
-                payload = codec.infer_request(payload, name)
-            result, _ = await self._plane.infer(model_name=name, request=payload, headers={})
-            content = result.to_rest()[0] if open_inference else result
-            return Response(orjson.dumps(content), media_type="application/json")
+            self._gate.check()  # before the body is read
+            with self._bodies.admit():
+                body = await self._body(request)
+            with self._gate.admit():
+                await self._plane.get_model(name)
+                payload = codec.parse_json(body)
+                if open_inference:
+                    payload = codec.infer_request(payload, name)
+                result, _ = await self._plane.infer(model_name=name, request=payload, headers={})
+                content = result.to_rest()[0] if open_inference else result
+                return Response(orjson.dumps(content), media_type="application/json")
         except InputError as error:  # before the model saw it, so not counted there
             metrics.REQUESTS.labels("unknown", "invalid").inc()
             return _error(400, str(error))
@@ -207,7 +225,7 @@ class Rest:
         except ModelNotFound as error:
             return _error(404, str(error))
         except (ModelNotReady, UnavailableError) as error:
-            return _error(503, str(error), {"Retry-After": "1"})
+            return _unavailable(error)
         except Exception as error:
             log_failure(error)
             return _error(500, "internal error, see the server's log")
@@ -216,7 +234,7 @@ class Rest:
         """The whole body, at most `max_body_bytes`.
 
         Raises:
-            HTTPException: 413 too large, 415 not JSON.
+            HTTPException: 408 too slow, 413 too large, 415 not JSON.
         """
         kind = request.headers.get("content-type", "application/json")
         if kind.partition(";")[0].strip().lower() != "application/json":
@@ -225,16 +243,27 @@ class Rest:
             raise HTTPException(415, "send the body without Content-Encoding")
         limit = self._settings.max_body_bytes
         body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit:
-                raise HTTPException(413, f"the body is larger than {limit} bytes")
+        seconds = self._settings.body_deadline_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > limit:
+                        raise HTTPException(413, f"the body is larger than {limit} bytes")
+        except TimeoutError:
+            raise HTTPException(408, f"the body did not arrive within {seconds:g} s") from None
+        except ClientDisconnect:
+            raise HTTPException(400, "the body was cut off") from None
         return bytes(body)
 
 
 def _error(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
     body = orjson.dumps({"error": message})
     return Response(body, status, headers=headers, media_type="application/json")
+
+
+def _unavailable(error: Exception) -> Response:
+    return _error(503, str(error), {"Retry-After": str(RETRY_AFTER_SECONDS)})
 
 
 async def _http_error(_: Request, error: Exception) -> Response:
@@ -247,7 +276,7 @@ async def _not_found(_: Request, error: Exception) -> Response:
 
 
 async def _not_ready(_: Request, error: Exception) -> Response:
-    return _error(503, str(error), {"Retry-After": "1"})
+    return _unavailable(error)
 
 
 async def _server_error(_: Request, error: Exception) -> Response:
@@ -291,6 +320,7 @@ class Server(ModelServer):  # type: ignore[misc]
         self._model = model
         self._settings = settings
         self._http_socket = http_socket
+        self._gate = Gate(settings.max_in_flight)  # of both protocols together
         self._max_message_bytes = max_message_bytes
         self.register_model(model)
 
@@ -313,7 +343,7 @@ class Server(ModelServer):  # type: ignore[misc]
         await self._model.open()
         grpc_server = await self._start_grpc()
         grace = self._settings.grace_seconds
-        app = Rest(self.dataplane, self._settings).application()
+        app = Rest(self.dataplane, self._settings, self._gate).application()
         http_server = _Uvicorn(
             uvicorn.Config(
                 app,
@@ -349,7 +379,7 @@ class Server(ModelServer):  # type: ignore[misc]
         # Without so_reuseport=0 a second server would share the port silently.
         server = grpc.aio.server(
             ThreadPoolExecutor(max_workers=1),
-            interceptors=(StatusInterceptor(),),
+            interceptors=(StatusInterceptor(self._gate),),
             options=[
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),

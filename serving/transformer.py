@@ -13,6 +13,7 @@ from uuid import uuid4
 
 from model.errors import InputError, UnavailableError
 from model.query import Event, Recommendation
+from model.trends import TrendSnapshot
 from serving import metrics
 from serving.features import Features, Reader, UserFeatures
 from serving.ranking import AnswerError, Question, Search, Trend, ranked
@@ -33,6 +34,7 @@ class Predictors(Protocol):
     async def open(self) -> None: ...
     async def close(self) -> None: ...
     async def score(self, instances: Sequence[dict[str, Any]], timeout: float) -> list[Scored]: ...
+    async def trend(self, timeout: float) -> TrendSnapshot: ...
 
 
 class Work:
@@ -202,8 +204,8 @@ class Transformer(JsonModel):
         predictors: Predictors | None = None,
     ) -> None:
         super().__init__(settings)
-        self._features = Features(open_reader, settings)
         self._predictors = predictors or PredictorClient(settings)
+        self._features = Features(open_reader, settings, self._predictors.trend)
 
     def load(self) -> bool:
         """Connect to the feature store and read the trend; a store that is down is no error."""

@@ -45,6 +45,7 @@ class FakeScorer:
     item_ids = ITEMS
     beta = 0.7
     rates = True
+    trend = None
 
     def affinities(self, queries):
         return np.stack([self._one(q) for q in queries]) if queries else np.empty((0, len(ITEMS)))
@@ -129,6 +130,9 @@ class DirectPredictors:
     async def open(self): ...
 
     async def close(self): ...
+
+    async def trend(self, timeout):
+        raise PredictorError("unavailable")
 
     async def score(self, instances, timeout):
         self.calls.append(instances)
