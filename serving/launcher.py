@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from model.errors import UnavailableError
-from serving.settings import EXIT_WITH_PARENT, PREDICTOR, TRANSFORMER, ServeSettings
+from serving.settings import EXIT_WITH_PARENT, MULTIPROCESS, PREDICTOR, TRANSFORMER, ServeSettings
 
 LOG_LINES = 15  # shown when a process does not start
 
@@ -115,6 +115,8 @@ class LocalServing:
             filter(None, [here, os.environ.get("PYTHONPATH")])
         )
         environment["PYTHONUNBUFFERED"] = "1"
+        # Feast sets it when imported; metrics of a single process would then go through files.
+        environment.pop(MULTIPROCESS, None)
         with self.log_file(role).open("ab") as log:
             self.processes[role] = subprocess.Popen(
                 self.command(role),

@@ -448,6 +448,7 @@ def configure_logging(role: str) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_JsonLines(role))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.captureWarnings(True)
     logging.getLogger("hrnn").setLevel(logging.INFO)
     for name in ("kserve", "kserve.trace", "uvicorn", "uvicorn.error", "uvicorn.access"):
         logger = logging.getLogger(name)

@@ -15,6 +15,7 @@ PREDICTOR, TRANSFORMER = "predictor", "transformer"  # the two roles
 
 ENV_PREFIX = "HRNN_"
 EXIT_WITH_PARENT = "HRNN_EXIT_WITH_PARENT"  # set by the launcher: stop when stdin closes
+MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's mode for forked servers
 MAX_MESSAGE_BYTES = 64 * 2**20  # gRPC between transformer and predictor; gRPC's default is 4 MiB
 
 Port = Annotated[int, Field(ge=1, le=65535)]

@@ -6,6 +6,7 @@ Every request is answered within its deadlines. What was missing is named in the
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -20,7 +21,7 @@ from serving.ranking import AnswerError, Question, Search, Trend, ranked
 from serving.schemas import Filter, Instance, parse_instances, to_events
 from serving.scoring import PredictorClient, PredictorError, Scored
 from serving.server import JsonModel, leave, main
-from serving.settings import TRANSFORMER, ServeSettings
+from serving.settings import MULTIPROCESS, TRANSFORMER, ServeSettings
 
 log = logging.getLogger("hrnn.serving")
 
@@ -303,6 +304,7 @@ def build(settings: ServeSettings) -> Transformer:
     root = settings.feature_root
 
     def open_reader() -> Reader:
+        mode = os.environ.get(MULTIPROCESS)
         from feature_repo.store import FeatureReader, FeatureStoreSettings  # slow to import
 
         reader: Reader = FeatureReader(
@@ -310,6 +312,8 @@ def build(settings: ServeSettings) -> Transformer:
                 root=root, online=settings.online_store, redis_url=settings.redis_url
             )
         )
+        if mode is None:  # Feast has set it, and prometheus-client would warn at every turn
+            os.environ.pop(MULTIPROCESS, None)
         return reader
 
     transformer = Transformer(settings, open_reader)

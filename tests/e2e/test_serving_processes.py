@@ -465,6 +465,21 @@ def test_a_corrupt_bundle_is_refused_with_a_reason(bundle_dir, tmp_path):
     assert "Traceback" not in result.stderr
 
 
+def test_metrics_stay_in_one_process_though_feast_was_imported(bundle_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path / "multiprocess"))
+    features = SimpleNamespace(root=str(tmp_path), online="sqlite", redis_url=None)
+    serving = Serving(bundle_dir, features, ServeSettings().with_free_ports(), tmp_path)
+    try:
+        serving.start_one("predictor")
+        serving.wait_ready("predictor", 60)
+        assert "process_resident_memory_bytes" in (
+            httpx.get(serving.metrics_urls["predictor"], trust_env=False).text
+        ), "not there in the mode of several processes"
+    finally:
+        serving.stop()
+    assert not (tmp_path / "multiprocess").exists()
+
+
 def test_the_launcher_tells_why_a_process_did_not_start(tmp_path, monkeypatch):
     features = SimpleNamespace(root=str(tmp_path), online="sqlite", redis_url=None)
     serving = Serving(tmp_path / "nothing", features, ServeSettings().with_free_ports())
