@@ -41,6 +41,7 @@ class Reader(Protocol):
 
     def user(self, user_id: str) -> UserFeatures: ...
     def trend(self) -> TrendSnapshot | None: ...
+    def trend_lag(self) -> tuple[int, int]: ...
 
 
 class Features:
@@ -73,6 +74,7 @@ class Features:
         self._trend: Trend | None = None
         self._snapshot: TrendSnapshot | None = None
         self._trend_read_at = float("-inf")  # monotonic seconds
+        self._trend_behind = False
         self._healthy = True
         self._refreshing: asyncio.Task[None] | None = None
 
@@ -102,7 +104,8 @@ class Features:
         if self._trend is None:
             return Trend.uniform(), "trend_unavailable"
         age = time.monotonic() - self._trend_read_at
-        return self._trend, "trend_stale" if age > self._settings.trend_stale_seconds else None
+        stale = self._trend_behind or age > self._settings.trend_stale_seconds
+        return self._trend, "trend_stale" if stale else None
 
     async def user(self, user_id: str) -> UserFeatures:
         """Profile and history of one user.
@@ -188,7 +191,10 @@ class Features:
             self._trend, self._snapshot = Trend.of(snapshot), snapshot
             log.info("trend snapshot %s in use", self._trend.version)
         self._trend_read_at = time.monotonic()
-        metrics.trend_read(snapshot)
+        lag, period = self._reader.trend_lag()
+        # Nobody counts the trend anew although the log goes on.
+        self._trend_behind = lag > self._settings.trend_stale_periods * period > 0
+        metrics.trend_read(snapshot, lag, period)
         if not self._healthy:
             log.info("feature store readable again")
             self._healthy = True

@@ -95,6 +95,14 @@ TREND_AGE = Gauge(
     "hrnn_trend_age_seconds",
     "Now minus the moment the trend snapshot was counted for; large on a historical log",
 )
+TREND_LAG = Gauge(
+    "hrnn_trend_lag_seconds",
+    "How far the log has gone on, by the newest event seen in a history, since the moment the "
+    "trend snapshot was counted for",
+)
+TREND_PERIOD = Gauge(
+    "hrnn_trend_period_seconds", "How often the trend is expected to be counted anew; 0: unknown"
+)
 
 _version: str | None = None
 
@@ -108,11 +116,13 @@ def set_model_version(version: str) -> None:
         _version = version
 
 
-def trend_read(snapshot: TrendSnapshot) -> None:
-    """Record a successful read of the trend snapshot."""
+def trend_read(snapshot: TrendSnapshot, lag: int, period: int) -> None:
+    """Record a successful read of the trend snapshot; `lag` and `period` in seconds."""
     TREND_AS_OF.set(snapshot.as_of)
     TREND_READ.set_to_current_time()
     TREND_AGE.set_function(lambda: time.time() - snapshot.as_of)
+    TREND_LAG.set(lag)
+    TREND_PERIOD.set(period)
 
 
 @contextmanager

@@ -49,6 +49,7 @@ class ServeSettings(SettingsBase):
     trend_refresh_seconds: PositiveFloat = 5.0
     trend_deadline_seconds: PositiveFloat = 5.0
     trend_stale_seconds: PositiveFloat = 60.0  # without a successful read: answers are labelled
+    trend_stale_periods: PositiveFloat = 3.0  # of the log since the trend was counted: the same
     feature_threads: PositiveInt = 8
     breaker_failures: PositiveInt = 5  # in a row, until a dependency is not asked any more
     breaker_seconds: PositiveFloat = 1.0  # until one request tries it again

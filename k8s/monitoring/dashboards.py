@@ -111,10 +111,20 @@ ROWS: dict[str, list[Plot]] = {
     "Freshness": [
         Plot(
             "Trend age",
-            "Now minus the moment the trend in use was counted for; should stay near the refresh "
+            "Now minus the moment the trend in use was counted for; on a live log near the refresh "
             "interval.",
             "s",
             {"age": f"max(hrnn_trend_age_seconds{{{T}}})"},
+        ),
+        Plot(
+            "Log ahead of the trend",
+            "How far the log has gone on since the trend was counted, and how often it is expected "
+            "anew; three periods are too many.",
+            "s",
+            {
+                "ahead": f"max(hrnn_trend_lag_seconds{{{T}}})",
+                "period": f"max(hrnn_trend_period_seconds{{{T}}})",
+            },
         ),
         Plot(
             "Since the trend was last read",

@@ -33,6 +33,9 @@ class FileReader:
     def trend(self):
         return TrendSnapshot.from_json(self._read()["trend"])
 
+    def trend_lag(self):
+        return 0, 3600
+
 
 def build(settings):
     transformer = Transformer(settings, FileReader)

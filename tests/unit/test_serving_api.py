@@ -98,6 +98,7 @@ class FakeReader:
         self.delay = 0.0
         self.fail = False
         self.snapshot = SNAPSHOT
+        self.lag = 0, 3600
 
     def user(self, user_id):
         time.sleep(self.delay)
@@ -117,6 +118,9 @@ class FakeReader:
         if self.fail:
             raise UnavailableError("down")
         return self.snapshot
+
+    def trend_lag(self):
+        return self.lag
 
 
 class DirectPredictors:
@@ -643,6 +647,24 @@ def test_a_snapshot_that_could_not_be_refreshed_is_used_and_labelled():
     (answer,) = service.predict({"timestamp": 5, "num_results": 4})
     assert (answer["degraded"], answer["trend_version"]) == (["trend_stale"], SNAPSHOT.version)
     assert answer["items"] == brute_force({"timestamp": 5}, 4)
+
+
+@pytest.mark.parametrize(
+    ("lag", "period", "stale"),
+    [(0, 3600, False), (10_800, 3600, False), (10_801, 3600, True), (10**9, 0, False)],
+)
+def test_a_trend_that_the_log_has_left_behind_is_used_and_labelled(lag, period, stale):
+    service = Service()
+    service.reader.lag = lag, period
+    recommended, rated = service.predict(
+        {"timestamp": 5, "num_results": 4}, {"task": "rate", "items": ["i001"]}
+    )
+    assert recommended["degraded"] == ["trend_stale"] * stale
+    assert recommended["trend_version"] == SNAPSHOT.version
+    assert recommended["items"] == brute_force({"timestamp": 5}, 4)
+    assert rated["degraded"] == []
+    assert count("hrnn_trend_lag_seconds") == lag
+    assert count("hrnn_trend_period_seconds") == period
 
 
 @pytest.mark.parametrize("fault", ["unavailable", "deadline", "invalid_answer"])
