@@ -27,13 +27,17 @@ from feature_repo.event_tables import (
     users,
 )
 from feature_repo.online import batches
-from model.errors import UnavailableError
+from model.errors import InputError, UnavailableError
 from model.query import Event, FieldValue
 
 Fields = Mapping[str, FieldValue]
 
 _FOLLOWERS = 0x68726E6F  # advisory lock of PostgreSQL
 FROZEN_SECONDS = 15  # without a sign of life, a follower loses its lock
+
+
+class RefusedError(InputError):
+    """The database cannot hold a value of the write; nothing of it was kept."""
 
 
 class StorageFullError(UnavailableError):
@@ -402,6 +406,8 @@ def _file_lock(path: Path) -> Iterator[None]:
 def _errors(action: str) -> Iterator[None]:
     try:
         yield
+    except (sa.exc.DataError, sa.exc.IntegrityError) as error:
+        raise RefusedError(f"the event log refuses a value: {cause(error)}") from error
     except sa.exc.SQLAlchemyError as error:
         # Only the type: messages hold rows, addresses and sometimes passwords.
         message = f"cannot {action} the event log: {cause(error)}"

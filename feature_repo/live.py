@@ -46,6 +46,7 @@ class LiveFeatures:
     def __init__(self, settings: FeatureStoreSettings, events: EventLog) -> None:
         self._settings = settings
         self._events = events
+        self._done = 0  # the last change known to be applied
         with unavailable("open the feature store"):
             self._session = Session.open(settings)
 
@@ -61,7 +62,13 @@ class LiveFeatures:
             while done < self._events.position().seq:
                 done = self._apply(done)
                 self._set_checkpoint(head.log_id, done)
+            self._done = done
             return done
+
+    def lag(self) -> tuple[int, float | None]:
+        """Changes not applied when last seen, and when the oldest event of them was received."""
+        behind = self._events.position().seq - self._done
+        return max(0, behind), self._events.oldest_after(self._done) if behind > 0 else None
 
     def rebuild(self) -> None:
         """Let the next `follow` write every user anew."""

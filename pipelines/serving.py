@@ -1,5 +1,6 @@
 """The deployed model of a workspace, served on this machine."""
 
+import os
 from pathlib import Path
 
 from model import bundle as bundles
@@ -32,10 +33,17 @@ def champion_catalogue(workspace: Path) -> Catalogue:
     return Catalogue.load(bundle / "items.parquet", schema.item_title)
 
 
+def event_log(workspace: Path) -> str:
+    """Address of the event log of a workspace."""
+    return os.environ.get("HRNN_EVENT_LOG") or f"sqlite:///{(workspace / 'events.db').absolute()}"
+
+
 def local_serving(
     workspace: Path, port: int | None = None, log_dir: Path | None = None
 ) -> LocalServing:
-    """Both servers for the champion of a workspace, not started yet.
+    """All servers for the champion of a workspace, not started yet.
+
+    The event log is `events.db` of the workspace, or HRNN_EVENT_LOG.
 
     Args:
         port: of the service; None takes free ports for everything.
@@ -46,11 +54,11 @@ def local_serving(
     from feature_repo.settings import FeatureStoreSettings
 
     champion_bundle(workspace)
-    settings = (
-        ServeSettings().with_free_ports()
-        if port is None
-        else ServeSettings(transformer_http_port=port)
-    )
+    settings = ServeSettings(event_log=event_log(workspace))
+    if port is None:
+        settings = settings.with_free_ports()
+    else:
+        settings = settings.model_copy(update={"transformer_http_port": port})
     return LocalServing(
         workspace / "models",
         FeatureStoreSettings(root=str((workspace / "features").absolute())),

@@ -1,4 +1,4 @@
-"""Both serving processes on this machine, for the laptop, the demo and the tests."""
+"""The serving processes on this machine, for the laptop, the demo and the tests."""
 
 import json
 import os
@@ -14,7 +14,14 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from model.errors import UnavailableError
-from serving.settings import EXIT_WITH_PARENT, MULTIPROCESS, PREDICTOR, TRANSFORMER, ServeSettings
+from serving.settings import (
+    COLLECTOR,
+    EXIT_WITH_PARENT,
+    MULTIPROCESS,
+    PREDICTOR,
+    TRANSFORMER,
+    ServeSettings,
+)
 
 LOG_LINES = 15  # shown when a process does not start
 
@@ -31,7 +38,9 @@ class FeatureStoreSettings(Protocol):
 
 
 class LocalServing:
-    """Predictor and transformer as child processes; a context manager.
+    """Predictor, transformer and, with an event log, collector as child processes.
+
+    A context manager.
 
     The children stop with this process, however it ends: they hold one end of a pipe and exit
     when the other closes.
@@ -73,16 +82,23 @@ class LocalServing:
 
     @property
     def metrics_urls(self) -> dict[str, str]:
-        return {
-            TRANSFORMER: f"{self.settings.transformer_url}/metrics",
-            PREDICTOR: f"{self.settings.predictor_url}/metrics",
-        }
+        return {role: f"{self._base_url(role)}/metrics" for role in self.roles}
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The processes, in the order in which they are started."""
+        collector = (COLLECTOR,) if self.settings.event_log else ()
+        return (PREDICTOR, TRANSFORMER, *collector)
+
+    def _base_url(self, role: str) -> str:
+        url: str = getattr(self.settings, f"{role}_url")
+        return url
 
     def log_file(self, role: str) -> Path:
         return self.log_dir / f"{role}.log"
 
     def start(self, timeout: float = 120.0) -> Self:
-        """Start both and wait until both are ready.
+        """Start all and wait until all are ready.
 
         Args:
             timeout: seconds.
@@ -93,9 +109,9 @@ class LocalServing:
         self.log_dir.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + timeout
         try:
-            for role in (PREDICTOR, TRANSFORMER):
+            for role in self.roles:
                 self.start_one(role)
-            for role in (PREDICTOR, TRANSFORMER):
+            for role in self.roles:
                 self.wait_ready(role, deadline - time.monotonic())
         except BaseException:
             self.stop()
@@ -133,8 +149,7 @@ class LocalServing:
         Raises:
             UnavailableError: it stopped, or `timeout` seconds passed.
         """
-        settings = self.settings
-        base = settings.predictor_url if role == PREDICTOR else settings.transformer_url
+        base = self._base_url(role)
         process = self.processes[role]
         deadline = time.monotonic() + timeout
         while True:

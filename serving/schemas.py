@@ -250,11 +250,11 @@ def _parse(kind: type[R], raw: Sequence[Any]) -> list[R]:
         try:
             parsed.append(kind.model_validate(values))
         except ValidationError as error:
-            raise InputError(_explain(f"instances[{i}]", error, kind)) from None
+            raise InputError(explain(f"instances[{i}]", error, kind)) from None
     return parsed
 
 
-def _explain(where: str, error: ValidationError, kind: type[BaseModel]) -> str:
+def explain(where: str, error: ValidationError, kind: type[BaseModel]) -> str:
     problems = []
     found = error.errors(include_url=False, include_context=False)
     for e in found[:SHOWN_PROBLEMS]:

@@ -1,4 +1,4 @@
-"""Settings of the two serving processes; from HRNN_* variables in containers, flags on a laptop."""
+"""Settings of the serving processes; from HRNN_* variables in containers, flags on a laptop."""
 
 import os
 import socket
@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from model.errors import InputError
 from model.settings import SettingsBase
 
-PREDICTOR, TRANSFORMER = "predictor", "transformer"  # the two roles
+PREDICTOR, TRANSFORMER, COLLECTOR = "predictor", "transformer", "collector"  # the roles
 
 ENV_PREFIX = "HRNN_"
 EXIT_WITH_PARENT = "HRNN_EXIT_WITH_PARENT"  # set by the launcher: stop when stdin closes
@@ -27,12 +27,13 @@ class ServeSettings(SettingsBase):
     Every field can be set by the environment variable HRNN_<FIELD IN CAPITALS>.
     """
 
-    host: str = "127.0.0.1"  # what both processes bind to; 0.0.0.0 in a container
+    host: str = "127.0.0.1"  # what all processes bind to; 0.0.0.0 in a container
     transformer_http_port: Port = 8080
     transformer_grpc_port: Port = 8081
     predictor_http_port: Port = 8090
     predictor_grpc_port: Port = 8091
     predictor_host: str | None = None  # host[:port] of the predictor's gRPC; None: same host
+    collector_http_port: Port = 8100
     model_name: str = "hrnn-meta"
 
     model_dir: str | None = None  # a bundle, or a model store: folder or s3://…
@@ -57,6 +58,15 @@ class ServeSettings(SettingsBase):
     body_deadline_seconds: PositiveFloat = 10.0  # for the body of a request to arrive
     grace_seconds: NonNegativeFloat = 10.0  # for requests in flight at SIGTERM
 
+    # The event log (sqlite:///PATH or postgresql://USER@HOST/DATABASE) and its collector.
+    event_log: str | None = None
+    max_events: PositiveInt = 1000  # of one request
+    max_queued_writes: PositiveInt = 20_000  # further ones get 429
+    append_deadline_seconds: PositiveFloat = 5.0  # until an event must be durable
+    visible_wait_seconds: NonNegativeFloat = 0.25  # how long an answer waits for the online store
+    follow_seconds: PositiveFloat = 0.5  # how often other collectors' changes are looked for
+    max_ahead_seconds: NonNegativeFloat = 300.0  # an event may lie in the future
+
     default_num_results: PositiveInt = 25
     max_num_results: PositiveInt = 100_000
     max_total_results: PositiveInt = 400_000  # over the instances of one request
@@ -78,6 +88,10 @@ class ServeSettings(SettingsBase):
     @property
     def predictor_url(self) -> str:
         return f"http://{self.host}:{self.predictor_http_port}"
+
+    @property
+    def collector_url(self) -> str:
+        return f"http://{self.host}:{self.collector_http_port}"
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Self:
@@ -107,7 +121,7 @@ class ServeSettings(SettingsBase):
         }
 
     def with_free_ports(self) -> Self:
-        """The same settings on four ports that were free a moment ago (for tests)."""
+        """The same settings on ports that were free a moment ago (for tests)."""
         names = [name for name in type(self).model_fields if name.endswith("_port")]
         ports: dict[str, int] = {}
         with ExitStack() as stack:
