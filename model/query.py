@@ -47,9 +47,10 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    """One ranked item; score = affinity + trend (unnormalised log-probabilities)."""
+    """One ranked item; score = affinity + trend (unnormalised log-probabilities) + exploration."""
 
     item_id: str
     score: float
     affinity: float
     trend: float
+    exploration: float = 0.0  # the bonus of a request that explores

@@ -72,6 +72,7 @@ class Client:
         item_filter: ItemFilter | None = None,
         exclude_seen: bool = False,
         trend_weight: float = 1.0,
+        exploration_weight: float = 0.0,
     ) -> Prediction:
         """The best items for a user at a moment.
 
@@ -80,6 +81,7 @@ class Client:
             history: replaces the stored one.
             user: fields; override the stored ones.
             context: fields of the request, such as the device.
+            exploration_weight: of a random bonus for items of which little is known.
 
         Raises:
             InputError: the service refused the request; the message names the field.
@@ -96,6 +98,7 @@ class Client:
                 "filter": _filter(item_filter),
                 "exclude_seen": exclude_seen,
                 "trend_weight": trend_weight,
+                "exploration_weight": exploration_weight,
             }
         )
 
@@ -109,6 +112,7 @@ class Client:
         user: Mapping[str, FieldValue] | None = None,
         context: Mapping[str, FieldValue] | None = None,
         trend_weight: float = 1.0,
+        exploration_weight: float = 0.0,
     ) -> Prediction:
         """Order `items` for a user; unknown ones are left out. Arguments as for `recommend`."""
         return self._one(
@@ -121,6 +125,7 @@ class Client:
                 "user": dict(user or {}),
                 "context": dict(context or {}),
                 "trend_weight": trend_weight,
+                "exploration_weight": exploration_weight,
             }
         )
 

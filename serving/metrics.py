@@ -68,6 +68,11 @@ BREAKER_OPEN = Gauge(
     "Whether a dependency (features, predictor) is not asked because it failed in a row",
     ["dependency"],
 )
+ITEMS = Counter("hrnn_served_items_total", "Items in answers to recommend and rank")
+EXPLORED = Counter(
+    "hrnn_explored_items_total",
+    "Those of them that are there because of exploration alone",
+)
 UNKNOWN_ITEMS = Counter(
     "hrnn_unknown_items_total",
     "Items in histories and in lists to rank or rate that the model does not know",

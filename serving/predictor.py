@@ -21,6 +21,7 @@ from model.query import Event, Query
 from model.trends import TrendSnapshot
 from serving import metrics
 from serving.champions import Champions
+from serving.exploration import uncertainty, uniform
 from serving.schemas import ScoreInstance, parse_score_instances
 from serving.server import JsonModel, leave, main
 from serving.settings import PREDICTOR, ServeSettings
@@ -58,6 +59,7 @@ class LoadedModel:
         order = sorted(range(len(scorer.item_ids)), key=scorer.item_ids.__getitem__)
         self._id_rank_M = np.empty(len(order), dtype=np.int64)
         self._id_rank_M[order] = np.arange(len(order))
+        self._sigma_M = uncertainty(scorer.trend, scorer.item_ids)
         self._warm_up()
 
     def _warm_up(self) -> None:
@@ -103,6 +105,9 @@ class LoadedModel:
         answers = [self._answer(*one) for one in zip(instances, queries, strict=True)]
         with metrics.stage("candidates"):
             for b, phi_M in zip(scored, phi_BM, strict=True):
+                bonus_M = self._bonus(instances[b])
+                if bonus_M is not None:
+                    phi_M = phi_M + bonus_M
                 best_C, exhausted = self._candidates(phi_M, allowed_BM[b], instances[b].top_n)
                 answers[b] |= {
                     "item_ids": [self._scorer.item_ids[c] for c in best_C],
@@ -110,6 +115,10 @@ class LoadedModel:
                     "scored": {item: float(phi_M[self._index[item]]) for item in asked[b]},
                     "exhausted": exhausted,
                 }
+                if bonus_M is not None:
+                    places = {self._index[item] for item in asked[b]} | set(best_C.tolist())
+                    item_ids = self._scorer.item_ids
+                    answers[b]["bonus"] = {item_ids[c]: float(bonus_M[c]) for c in places}
             for b, value in zip(rated, values, strict=True):
                 answers[b]["values"] = dict(value)
             for b, instance in enumerate(instances):
@@ -128,6 +137,13 @@ class LoadedModel:
             end = start + max(1, int(np.searchsorted(total, RATED_AT_ONCE, side="right")))
             values += self._scorer.rate(queries[start:end], items[start:end])
         return values
+
+    def _bonus(self, instance: ScoreInstance) -> NDArray[np.float64] | None:
+        """What exploration adds to each item `[M]`; None if the instance does not explore."""
+        if instance.exploration_weight == 0:
+            return None
+        uniform_M = uniform(instance.seed, len(self._sigma_M))
+        return instance.exploration_weight * self._sigma_M * uniform_M
 
     def _asked(self, instance: ScoreInstance, allowed_M: NDArray[np.bool_]) -> list[str]:
         """Those of `score_items` that exist and are allowed."""
@@ -149,7 +165,7 @@ class LoadedModel:
         }
 
     def _candidates(
-        self, phi_M: NDArray[np.float32], allowed_M: NDArray[np.bool_], top_n: int
+        self, phi_M: NDArray[np.floating[Any]], allowed_M: NDArray[np.bool_], top_n: int
     ) -> tuple[NDArray[np.int64], bool]:
         """Positions of the top_n allowed items by φ̃ (ties by item id), and whether that is all."""
         allowed_C = np.flatnonzero(allowed_M)

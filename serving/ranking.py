@@ -92,6 +92,8 @@ class Trend:
 class Search:
     """Top k of affinity + weight·β·log q; `question` until None, an answer to `tell` for each.
 
+    `known` are the affinities told so far, `coefficient` is weight·β.
+
     Ties are broken by item id ascending. Fewer than k come back when fewer are allowed.
     """
 
@@ -110,8 +112,8 @@ class Search:
             first_ask = min(max(MIN_ASK, expected), MAX_ASK)
         self._top_n = max(k + 1, first_ask)
         self._asked = 0  # how many of trend.item_ids have been asked for
-        self._affinity: dict[str, float] = {}
-        self._coefficient = 0.0
+        self.known: dict[str, float] = {}
+        self.coefficient = 0.0
         self.rounds = 0
         # Without weight the order is the predictor's own: no trending item is needed.
         self._depth = 0 if weight == 0 else min(self._top_n, len(trend.item_ids))
@@ -126,9 +128,9 @@ class Search:
         assert self.question is not None  # noqa: S101 - callers loop on it
         self.rounds += 1
         _check(answer)
-        self._coefficient = self._weight * answer.beta
-        self._affinity.update(zip(answer.item_ids, answer.affinities, strict=True))
-        self._affinity.update(answer.scored)
+        self.coefficient = self._weight * answer.beta
+        self.known.update(zip(answer.item_ids, answer.affinities, strict=True))
+        self.known.update(answer.scored)
         self._asked = self._depth
         if answer.exhausted or self._proved(answer):
             self.question = None
@@ -142,35 +144,35 @@ class Search:
         self.question = Question(self._top_n, list(self._trend.item_ids[self._asked : self._depth]))
 
     def _proved(self, answer: Candidates) -> bool:
-        if len(self._affinity) < self._k:
+        if len(self.known) < self._k:
             return False
-        if self._coefficient == 0:
+        if self.coefficient == 0:
             # The predictor orders by affinity and item id, which is then the final order.
             return len(answer.item_ids) >= self._k
         if not answer.affinities:
             return False
-        bound = answer.affinities[-1] + self._coefficient * self._best_unseen_log_q()
+        bound = answer.affinities[-1] + self.coefficient * self._best_unseen_log_q()
         score_C = np.fromiter(
-            (a + self._coefficient * self._trend.get(i) for i, a in self._affinity.items()),
+            (a + self.coefficient * self._trend.get(i) for i, a in self.known.items()),
             np.float64,
-            len(self._affinity),
+            len(self.known),
         )
         kth = float(np.partition(score_C, len(score_C) - self._k)[len(score_C) - self._k])
         return kth > bound  # strictly: an unseen item could tie and come first by its id
 
     def _best_unseen_log_q(self) -> float:
         """Largest log q of an item not seen; its smallest if trends count against an item."""
-        if self._coefficient < 0:
+        if self.coefficient < 0:
             return self._trend.floor
         trend = self._trend
         for position in range(self._asked, len(trend.item_ids)):
-            if trend.item_ids[position] not in self._affinity:
+            if trend.item_ids[position] not in self.known:
                 return trend.log_q[position]
         return trend.floor
 
     def results(self) -> list[Recommendation]:
         """The top k; call when `question` is None."""
-        return ranked(self._affinity.items(), self._trend, self._coefficient, self._k)
+        return ranked(self.known.items(), self._trend, self.coefficient, self._k)
 
 
 def ranked(

@@ -62,14 +62,9 @@ def _task(value: Any) -> Any:
     return value
 
 
-def _no_exploration(value: float) -> float:
-    if value != 0:
-        raise ValueError("exploration is not supported yet: leave it out or send 0")
-    return value
-
-
 Id = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 Timestamp = Annotated[FiniteFloat, AfterValidator(_timestamp)]
+Weight = Annotated[FiniteFloat, Field(ge=0, le=100)]
 Value = Annotated[Any, AfterValidator(_field_value)]
 Fields = Annotated[dict[Id, Value], Field(max_length=MAX_FIELDS)]
 
@@ -122,8 +117,8 @@ class Instance(Request):
     num_results: Annotated[int, Field(ge=1)] | None = None
     exclude_seen: bool = False
     filter: Filter = Filter()
-    trend_weight: Annotated[FiniteFloat, Field(ge=0, le=100)] = 1.0
-    exploration_weight: Annotated[FiniteFloat, AfterValidator(_no_exploration)] = 0.0
+    trend_weight: Weight = 1.0
+    exploration_weight: Weight = 0.0
 
 
 class ScoreInstance(Request):
@@ -144,6 +139,8 @@ class ScoreInstance(Request):
     top_n: Annotated[int, Field(ge=0)]
     score_items: list[Id] = []
     model_version: str | None = None  # the one that this search began with, if it began
+    exploration_weight: Weight = 0.0
+    seed: Annotated[str, StringConstraints(max_length=512)] = ""  # of the exploration
 
     def to_query(self) -> Query:
         return Query(
@@ -157,12 +154,13 @@ class ScoreInstance(Request):
 
 
 class RecommendedItem(BaseModel):
-    """score = affinity + trend: unnormalised log-probabilities."""
+    """score = affinity + trend + exploration: unnormalised log-probabilities and a bonus."""
 
     item_id: str
     score: float
     affinity: float
     trend: float
+    exploration: float = 0.0  # only there when the request explores
 
 
 class RatedItem(BaseModel):

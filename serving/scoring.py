@@ -4,7 +4,7 @@ import asyncio
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -37,6 +37,7 @@ class Scored:
     unknown_items: int
     unknown_score_items: int
     trend: dict[str, Any] | None = None  # of task trend
+    bonus: dict[str, float] = field(default_factory=dict)  # in affinities
 
 
 class PredictorClient:
@@ -202,11 +203,12 @@ def parse_answer(value: Any) -> Scored:
             unknown_items=int(value["unknown_items"]),
             unknown_score_items=int(value["unknown_score_items"]),
             trend=value.get("trend"),
+            bonus={str(i): float(b) for i, b in (value.get("bonus") or {}).items()},
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise AnswerError(repr(error)) from None
-    if not all(map(math.isfinite, scored.values.values())):
-        raise AnswerError("a value is not a finite number")
+    if not all(map(math.isfinite, (*scored.values.values(), *scored.bonus.values()))):
+        raise AnswerError("a value or bonus is not a finite number")
     if not (
         isinstance(candidates.item_ids, list)
         and all(isinstance(item, str) for item in candidates.item_ids)

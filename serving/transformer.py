@@ -8,7 +8,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 from uuid import uuid4
 
@@ -55,6 +55,9 @@ class Work:
         self.unknown_items = 0
         self.rounds = 0
         self.version: str | None = None
+        self.recommendation_id = uuid4().hex
+        self.explored = 0  # items in the answer that would not be there without exploration
+        self._bonus: dict[str, float] = {}
         self._items_out: list[dict[str, Any]] | None = None  # of the answer
         self._user = {**(features.profile if features else {}), **instance.user}
         if instance.history is not None:
@@ -114,6 +117,8 @@ class Work:
             "top_n": question.top_n,
             "score_items": question.score_items,
             "model_version": self.version,
+            "exploration_weight": instance.exploration_weight,
+            "seed": self.recommendation_id,
         }
 
     def tell(self, scored: Scored) -> None:
@@ -126,11 +131,13 @@ class Work:
         if self.version not in (None, scored.model_version):
             # The predictor changed its model between two rounds: affinities do not mix.
             self.version = None
+            self._bonus = {}
             self._restart()
             return
         self.version = scored.model_version
         self.unknown_items = scored.unknown_items
         candidates = scored.candidates
+        self._bonus |= scored.bonus
         if self._search is None:
             self.unknown_items += scored.unknown_score_items
             if self.instance.task == "rate":
@@ -138,17 +145,42 @@ class Work:
                 self._items_out = [{"item_id": i, "value": v} for i, v in rated[: self._k]]
                 return
             coefficient = self.instance.trend_weight * candidates.beta
-            self._answer(ranked(candidates.scored.items(), self.trend, coefficient, self._k))
+            known = candidates.scored
+            self._answer(ranked(known.items(), self.trend, coefficient, self._k))
+            self._count_explored(known, coefficient)
             return
         self._search.tell(candidates)
         if self._search.question is None:
             self._answer(self._search.results())
+            self._count_explored(self._search.known, self._search.coefficient)
 
     def _answer(self, results: Sequence[Recommendation]) -> None:
+        if self.instance.exploration_weight == 0:
+            self._items_out = [
+                {"item_id": r.item_id, "score": r.score, "affinity": r.affinity, "trend": r.trend}
+                for r in results
+            ]
+            return
+        # The predictor's affinities hold the bonus, so that the search is exact with it.
+        bonus = self._bonus
         self._items_out = [
-            {"item_id": r.item_id, "score": r.score, "affinity": r.affinity, "trend": r.trend}
+            {
+                "item_id": r.item_id,
+                "score": r.score,
+                "affinity": r.affinity - bonus.get(r.item_id, 0.0),
+                "trend": r.trend,
+                "exploration": bonus.get(r.item_id, 0.0),
+            }
             for r in results
         ]
+
+    def _count_explored(self, known: Mapping[str, float], coefficient: float) -> None:
+        """Items that the bonus brought in, as far as the items seen tell."""
+        if not self._bonus:
+            return
+        plain = ((item, a - self._bonus.get(item, 0.0)) for item, a in known.items())
+        usual = {r.item_id for r in ranked(plain, self.trend, coefficient, self._k)}
+        self.explored = sum(item["item_id"] not in usual for item in self._items_out or ())
 
     def fall_back(self) -> None:
         """Answer without the predictor: the trend's own order, log q as the score.
@@ -159,6 +191,7 @@ class Work:
         self.degraded.append(PREDICTOR_UNAVAILABLE)
         self.version = None
         self.unknown_items = 0
+        self._bonus = {}
         if self.instance.task == "rate":
             self._items_out = []
             return
@@ -180,11 +213,16 @@ class Work:
         ]
         self._answer(ranked(passing, self.trend, 1.0, self._k))
 
+    @property
+    def num_items(self) -> int:
+        """In the answer."""
+        return len(self._items_out or ())
+
     def prediction(self) -> dict[str, Any]:
         """The answer as JSON."""
         assert self._items_out is not None  # noqa: S101 - called when answered
         prediction: dict[str, Any] = {
-            "recommendation_id": uuid4().hex,
+            "recommendation_id": self.recommendation_id,
             "model_version": self.version,
             "trend_version": None if self.instance.task == "rate" else self.trend.version,
             "degraded": self.degraded,
@@ -241,6 +279,9 @@ class Transformer(JsonModel):
         predictions = [work.prediction() for work in works]
         for work in works:
             metrics.UNKNOWN_ITEMS.inc(work.unknown_items)
+            if work.instance.task != "rate":
+                metrics.ITEMS.inc(work.num_items)
+                metrics.EXPLORED.inc(work.explored)
             for reason in work.degraded:
                 metrics.FALLBACKS.labels(reason).inc()
                 record.degraded = True

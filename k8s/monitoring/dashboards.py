@@ -142,6 +142,32 @@ ROWS: dict[str, list[Plot]] = {
             },
         ),
     ],
+    "What is served": [
+        Plot(
+            "Exploration share",
+            "Items in answers that are there because of exploration alone.",
+            "percentunit",
+            {
+                "explored": (
+                    f"sum(rate(hrnn_explored_items_total{{{T}}}{RATE}))"
+                    f" / sum(rate(hrnn_served_items_total{{{T}}}{RATE}))"
+                )
+            },
+            width=12,
+        ),
+        Plot(
+            "Refused and cut off",
+            "Requests per second refused because too much was in flight; circuits that are open.",
+            "short",
+            {
+                "shed by the {{role}}": (
+                    f'sum by (role) (rate(hrnn_requests_total{{outcome="shed"}}{RATE}))'
+                ),
+                "{{dependency}} not asked": "sum by (dependency) (hrnn_circuit_open)",
+            },
+            width=12,
+        ),
+    ],
     "Model": [
         Plot(
             "Versions",

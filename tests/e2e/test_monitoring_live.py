@@ -22,6 +22,7 @@ QUIET = {
     "Degraded answers",
     "Failing share",
     "Model changes",
+    "Refused and cut off",
 }
 
 

@@ -23,6 +23,7 @@ from model.errors import InputError, UnavailableError
 from model.query import Event
 from model.trends import snapshot_from_counts
 from serving import metrics
+from serving.exploration import uncertainty, uniform
 from serving.kserve_api import ModelRepository
 from serving.predictor import LoadedModel, Predictor
 from serving.ranking import AnswerError
@@ -45,7 +46,10 @@ class FakeScorer:
     item_ids = ITEMS
     beta = 0.7
     rates = True
-    trend = None
+
+    @property
+    def trend(self):
+        return SNAPSHOT
 
     def affinities(self, queries):
         return np.stack([self._one(q) for q in queries]) if queries else np.empty((0, len(ITEMS)))
@@ -757,6 +761,39 @@ def test_a_model_change_between_rounds_starts_the_search_again(service, monkeypa
     assert asked[:4] == [4, 8, 4, 8]
     assert answer["model_version"] == "v2"
     assert answer["items"] == brute_force({"timestamp": 5}, 3)
+
+
+@pytest.mark.parametrize("first_ask", [1, 256])
+def test_exploration_is_exact_and_can_be_drawn_again(service, monkeypatch, first_ask):
+    monkeypatch.setattr("serving.ranking.MIN_ASK", first_ask)
+    monkeypatch.setattr("serving.ranking.ASK_FACTOR", 0)
+    plain = {i["item_id"]: i for i in brute_force({"timestamp": 5}, 300)}
+    sigma = dict(zip(ITEMS, uncertainty(SNAPSHOT, ITEMS), strict=True))
+    ask = {"timestamp": 5, "num_results": 12, "exploration_weight": 3.0}
+    seen = []
+    for instance in (ask, ask, ask | {"task": "rank", "items": list(ITEMS[40:80])}):
+        (answer,) = service.predict(instance)
+        draw = dict(zip(ITEMS, uniform(answer["recommendation_id"], len(ITEMS)), strict=True))
+        bonus = {item: 3.0 * sigma[item] * draw[item] for item in ITEMS}
+        among = instance.get("items", ITEMS)
+        best = sorted(among, key=lambda i: (-plain[i]["score"] - bonus[i], i))[:12]
+        assert [i["item_id"] for i in answer["items"]] == best
+        for item in answer["items"]:
+            expected = plain[item["item_id"]]
+            assert item["exploration"] == pytest.approx(bonus[item["item_id"]])
+            assert item["affinity"] == pytest.approx(expected["affinity"])
+            assert item["trend"] == expected["trend"]
+            parts = item["affinity"] + item["trend"] + item["exploration"]
+            assert item["score"] == pytest.approx(parts)
+        seen.append(best)
+    assert seen[0] != seen[1], "another request, another draw"
+    usual = service.predict({"timestamp": 5, "num_results": 12})[0]["items"]
+    assert "exploration" not in usual[0]
+    assert count("hrnn_explored_items_total") > 0
+    service.predictors.fault = "unavailable"
+    (answer,) = service.predict(ask)
+    assert answer["degraded"] == ["predictor_unavailable"]
+    assert {i["exploration"] for i in answer["items"]} == {0.0}
 
 
 def test_a_search_ends_with_the_model_it_began_with_and_then_that_is_let_go(service):
