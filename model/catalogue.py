@@ -34,6 +34,14 @@ class Catalogue:
         """Positions of known ids, −1 for unknown ones."""
         return np.fromiter((self.index.get(i, -1) for i in item_ids), np.int64, len(item_ids))
 
+    def subset(self, positions: NDArray[np.int64]) -> Self:
+        """The items at these positions, in the given order."""
+        return type(self)(
+            item_ids=tuple(self.item_ids[j] for j in positions),
+            fields={n: [values[j] for j in positions] for n, values in self.fields.items()},
+            title_field=self.title_field,
+        )
+
     @property
     def titles(self) -> dict[str, str]:
         """item_id → title, for items that have one."""

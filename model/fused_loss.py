@@ -6,7 +6,7 @@ processor's cache; the backward pass only scales what is there. Same values and 
 precision; biases enter as two bfloat16 summands, and what is added up over chunks is float32.
 
 Shapes: N positions, C positions of a chunk, M items, S columns (all items, or the negatives),
-D embedding, Z cells that transition counts lift.
+D embedding, Z cells that transition counts lift, or of items seen before.
 """
 
 from collections.abc import Callable
@@ -19,6 +19,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from model.lifts import Lifts
+from model.repeats import SeenItems
 
 CHUNK_CELLS = 2**20  # scores held at once: 4 MiB
 CHUNK_ROWS = 64  # at least: matrix products of fewer rows are slow
@@ -35,11 +36,12 @@ class Targets:
     any_item_S: Tensor | None = None  # rewards, sampled: what a negative counts in a mean over M
     log_q: Callable[[slice], Tensor] | None = None  # log q(t) of some positions' columns: [C, S]
     lifts: Lifts | None = None
+    seen: SeenItems | None = None  # its items are columns
     dtype: torch.dtype = torch.float32
 
 
 class _FusedLoss(Function):
-    """(query, w, b, φ of the targets or none, β, γ, κ) → Σ weight·loss / Σ weight.
+    """(query, w, b, φ of the targets or none, β, γ, κ, ρ) → Σ weight·loss / Σ weight.
 
     With `hit_N` the target is a column of its own, the last, and the softmax runs over it and the
     S others; where it is among those too, it is left out there.
@@ -55,6 +57,7 @@ class _FusedLoss(Function):
         beta: Tensor,
         gamma: Tensor,
         kappa: Tensor,
+        rho: Tensor,
         given: Targets,
     ) -> Tensor:
         total_weight = given.weight_N.sum()
@@ -73,6 +76,7 @@ class _FusedLoss(Function):
         grad_query = torch.empty_like(query_ND)
         grad_hit = None if hit_N is None else torch.empty_like(hit_N)
         grad_beta, grad_gamma, grad_kappa = torch.zeros(3, device=query_ND.device).unbind()
+        grad_rho = torch.zeros_like(rho)
         loss = query_ND.new_zeros(())
         rows = max(CHUNK_ROWS, CHUNK_CELLS // len(w_SD))
         for start in range(0, len(query_ND), rows):
@@ -87,6 +91,12 @@ class _FusedLoss(Function):
             if given.log_q is not None:
                 log_q_CS = given.log_q(part)
                 logit_CS[:, :columns] += beta * log_q_CS
+            seen = cell_Z = None
+            if given.seen is not None:
+                seen = given.seen.rows(start, start + len(logit_CS))
+                cell_Z = seen.cells(logit_CS.shape[1])
+                bonus_Z = rho.index_select(0, seen.bucket_Z).to(logit_CS.dtype)
+                logit_CS.view(-1).index_add_(0, cell_Z, bonus_Z)
             any_CS = any_loss_C = None
             if given.reward_N is not None and given.any_item_S is not None:
                 any_CS, any_loss_C = _any_item(logit_CS[:, :columns], given.any_item_S)
@@ -123,18 +133,22 @@ class _FusedLoss(Function):
                 slopes = _bonus_gradient(grad_CS, share_C, lifted, gamma, kappa)
                 grad_gamma += slopes[0]
                 grad_kappa += slopes[1]
+            if seen is not None and cell_Z is not None:
+                grad_Z = grad_CS.view(-1).index_select(0, cell_Z).float()
+                grad_Z *= share_C.repeat_interleave(seen.offset_N1.diff())
+                grad_rho.index_add_(0, seen.bucket_Z, grad_Z)
             if log_q_CS is not None:
                 grad_beta += torch.dot(share_C, (grad_CS[:, :columns] * log_q_CS).sum(dim=1))
         grad_w, grad_b = product.grad_w[:columns], product.grad_b[:columns]
-        grads = (grad_query, grad_w, grad_b, grad_beta, grad_gamma, grad_kappa)
+        grads = (grad_query, grad_w, grad_b, grad_beta, grad_gamma, grad_kappa, grad_rho)
         ctx.save_for_backward(*grads, *(() if grad_hit is None else (grad_hit,)))
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, w, b, beta, gamma, kappa, *hit = (grad * own for own in ctx.saved_tensors)
-        return query, w, b, (hit[0] if hit else None), beta, gamma, kappa, None
+        query, w, b, beta, gamma, kappa, rho, *hit = (grad * own for own in ctx.saved_tensors)
+        return query, w, b, (hit[0] if hit else None), beta, gamma, kappa, rho, None
 
 
 class _Product:
@@ -227,11 +241,12 @@ def fused_loss(
     beta: Tensor | None = None,
     gamma: Tensor | None = None,
     kappa: Tensor | None = None,
+    rho: Tensor | None = None,
 ) -> Tensor:
-    """Weighted mean of −log p(a | h, t) over scores φ̃ + γ·log(1 + κ·lift) + β·log q (eq. 2, 3, 5).
+    """Weighted mean of −log p(a | h, t) (eq. 2, 3, 5).
 
-    With rewards the loss is that of `model.losses.one_against_all`. Differentiable in everything
-    but `given`.
+    Scores are φ̃ + γ·log(1 + κ·lift) + β·log q, and ρ more for items seen before. With rewards
+    the loss is that of `model.losses.one_against_all`. Differentiable in everything but `given`.
 
     Args:
         w_SD, b_S: vectors and biases of all items; sampled: of the negatives, the log of their
@@ -239,7 +254,7 @@ def fused_loss(
         hit_N: sampled: the targets' own scores with all that is added to them. None: dense.
     """
     zero = query_ND.new_zeros(())
-    coefficients = [zero if c is None else c for c in (beta, gamma, kappa)]
+    coefficients = [zero if c is None else c for c in (beta, gamma, kappa, rho)]
     loss: Tensor = _FusedLoss.apply(  # type: ignore[no-untyped-call]
         query_ND, w_SD, b_S, hit_N, *coefficients, given
     )

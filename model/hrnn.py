@@ -75,11 +75,15 @@ class TrainedHRNN:
         )
 
     def prior(self, positions: Positions, event_N: Tensor) -> Tensor | None:
-        """What the transition counts add to the affinities of these positions: `[N, M]`."""
-        if self.network.prior is None or self.transitions is None:
-            return None
-        recent_NR = positions.recent_items(event_N, self.network.prior.recent)
-        return self.network.prior(self.transitions, recent_NR)
+        """What transition counts and repeats add to the affinities of these positions: `[N, M]`."""
+        network, bonus_NM = self.network, None
+        if network.prior is not None and self.transitions is not None:
+            recent_NR = positions.recent_items(event_N, network.prior.recent)
+            bonus_NM = network.prior(self.transitions, recent_NR)
+        if network.repeats is not None:
+            repeat_NM = network.repeats(positions.seen_items(event_N), network.num_items)
+            bonus_NM = repeat_NM if bonus_NM is None else bonus_NM + repeat_NM
+        return bonus_NM
 
     def predict_values(self, histories: Histories) -> NDArray[np.float64]:
         """Predicted value of every event's item, from the events before it: float64 `[E]`.

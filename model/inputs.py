@@ -19,6 +19,7 @@ from model.catalogue import Catalogue
 from model.context import infer_session_gap, time_bucket
 from model.evaluation import later_events
 from model.fields import FieldBags, FieldEncoding, fit_encoding
+from model.repeats import SeenItems, next_same
 from model.schema import FieldKind, Schema
 from model.sequences import Histories
 from model.settings import SettingsBase
@@ -131,6 +132,7 @@ class Positions:
     taste: Tensor | None  # `[E, W]`, what the user's values so far say (`model.values`)
     user: Tensor  # row of `user_bags`
     first_event: Tensor  # where the user's history begins
+    next_same: Tensor  # the user's next event with the same item, E where there is none
     user_bags: FieldBags  # one row per user
     context_bags: FieldBags  # one row per position: the request that led to the target event
     trend_row: Tensor | None
@@ -171,6 +173,7 @@ class Positions:
             else running_tastes(item, value, histories.offset_U1, *tastes),
             user=torch.from_numpy(histories.user_E),
             first_event=first_event,
+            next_same=torch.from_numpy(next_same(histories)),
             user_bags=FieldBags.encode(
                 encodings.user_fields, histories.user_fields, len(histories)
             ),
@@ -187,6 +190,10 @@ class Positions:
         at_NR = event_N[:, None] - torch.arange(1, num + 1)
         exists_NR = at_NR >= self.first_event[event_N][:, None]
         return torch.where(exists_NR, self.target[at_NR.clamp(min=0)], -1)
+
+    def seen_items(self, event_N: Tensor) -> SeenItems:
+        """The distinct items before each position."""
+        return SeenItems.of(event_N, self.first_event, self.next_same, self.target)
 
 
 def _event_types(histories: Histories, encodings: InputEncodings) -> Tensor:

@@ -83,6 +83,30 @@ class Items(nn.Module):
         """The ids' vectors on the output side."""
         return self.embedding if self.untied is None else self.untied
 
+    def align(self, known_M: Tensor) -> None:
+        """Put ids and fields of the known items in the same place on average.
+
+        A vector added to every item's changes all affinities alike, and no softmax notices: where
+        the ids' vectors stand against the fields' is left to chance. It matters as soon as
+        items differ in λ, known ones beside new ones. This moves the fields' vectors and
+        biases so that both have the same mean; a new item then starts as an average one that its
+        fields alone tell apart. Affinities under one λ for all keep their differences.
+
+        Args:
+            known_M: bool, the items with interactions.
+        """
+        if self.output_tower is None or not bool(known_M.any()):
+            return
+        known_M = known_M.to(self.bias.device)
+        training, tower = self.training, self.output_tower
+        self.eval()
+        with torch.no_grad():
+            field_w_MD, field_b_M = tower(self.bags)
+            id_w_MD = self.output_embedding.weight[: self.num_items]
+            tower.vector.bias.add_((id_w_MD - field_w_MD)[known_M].mean(dim=0))
+            tower.bias.bias.add_((self.bias - field_b_M)[known_M].mean())
+        self.train(training)
+
     def fold(self) -> None:
         """Compute every item's input vector once, for inference with fixed weights."""
         with torch.no_grad():

@@ -13,6 +13,7 @@ from model.encoders import EncoderKind, build_encoder
 from model.fields import FieldBags, FieldEmbedding
 from model.inputs import InputEncodings, Positions
 from model.items import Items
+from model.repeats import RepeatPrior
 from model.sequences import Histories
 from model.settings import SettingsBase
 from model.transitions import TransitionPrior
@@ -38,6 +39,7 @@ class NetworkSettings(SettingsBase):
     item_fields: bool = True
     request_context: bool = True
     transitions: bool = True  # the short path from recent items to the next one
+    repeats: bool = True  # whether an item comes again, by how long ago it was chosen
     tied: bool = True  # one item embedding for input and output
     ratings: bool = True  # predict event values too, where the log has them
 
@@ -96,6 +98,7 @@ class HRNNMeta(nn.Module):
         self.dropout = nn.Dropout(settings.dropout)
         self.user_dropout = nn.Dropout(settings.user_dropout)
         self.prior = TransitionPrior(encodings.num_items) if settings.transitions else None
+        self.repeats = RepeatPrior() if settings.repeats else None
         rated = settings.ratings and encodings.value_mean is not None
         self.values = ValueHead(encodings.num_items, hidden, settings.dropout) if rated else None
         self.log_beta = nn.Parameter(torch.zeros(())) if with_trend else None

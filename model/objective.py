@@ -16,6 +16,7 @@ from model.inputs import Positions
 from model.lifts import Lifts
 from model.losses import one_against_all, rating_regression, softmax_cross_entropy
 from model.network import Encoded, HRNNMeta
+from model.repeats import SeenItems
 from model.sampling import AliasSampler
 from model.sequences import Histories
 from model.transitions import Transitions
@@ -101,8 +102,11 @@ class Objective:
         lambda_mix = torch.rand((), generator=self.generator, device=self.generator.device)
         rows_NR = self._transition_rows(positions, event_N)
         period_N = None if positions.trend_row is None else positions.trend_row[event_N]
+        seen = None if self.network.repeats is None else positions.seen_items(event_N)
         softmax = self._dense if self.sampler is None else self._sampled
-        ranking = softmax(encoded, lambda_mix, target_N, rows_NR, period_N, reward_N, weight_N)
+        ranking = softmax(
+            encoded, lambda_mix, target_N, rows_NR, seen, period_N, reward_N, weight_N
+        )
         if self.network.values is None or not self.value_weight:
             return ranking * share.ranking, ranking.detach()
         predicted_N = self.network.predict_values(positions, event_N, encoded, target_N)
@@ -124,6 +128,7 @@ class Objective:
         lambda_mix: Tensor,
         target_N: Tensor,
         rows_NR: Tensor | None,
+        seen: SeenItems | None,
         period_N: Tensor | None,
         reward_N: Tensor | None,
         weight_N: Tensor,
@@ -135,12 +140,14 @@ class Objective:
             lifts = None
             if prior is not None and self.transitions is not None and rows_NR is not None:
                 lifts = Lifts.dense(self.transitions, rows_NR, prior.alpha_R, prior.inverse_p_M)
-            given = Targets(target_N, weight_N, reward_N, None, log_q, lifts, self.dtype)
+            given = Targets(target_N, weight_N, reward_N, None, log_q, lifts, seen, self.dtype)
             return fused_loss(encoded.query_ND, w_MD, b_M, given, **self._coefficients())
         # A GPU has the memory and the kernels for the scores as a whole.
         phi_NM = torch.addmm(b_M, encoded.query_ND, w_MD.T)
         if prior is not None and self.transitions is not None and rows_NR is not None:
             phi_NM = phi_NM + prior(self.transitions, rows_NR)
+        if seen is not None and self.network.repeats is not None:
+            phi_NM = phi_NM + self.network.repeats(seen, self.network.num_items)
         trend_NM = None
         if log_q is not None:
             trend_NM = self.network.beta * log_q(slice(None))
@@ -154,6 +161,7 @@ class Objective:
         lambda_mix: Tensor,
         target_N: Tensor,
         rows_NR: Tensor | None,
+        seen: SeenItems | None,
         period_N: Tensor | None,
         reward_N: Tensor | None,
         weight_N: Tensor,
@@ -173,6 +181,9 @@ class Objective:
                 self.transitions, rows_NR, prior.alpha_R, prior.inverse_p_M, negative_S, target_N
             )
             hit_N = hit_N + prior.gamma * torch.log1p(prior.kappa * lift_N)
+        if seen is not None and network.repeats is not None:
+            hit_N = hit_N + network.repeats.at(seen, target_N)
+            seen = seen.among(negative_S)
         if period_N is not None and self.trend_table is not None:
             hit_N = hit_N + network.beta * self.trend_table.at(period_N, target_N)
             log_q = self._log_q(period_N, negative_S)
@@ -186,18 +197,20 @@ class Objective:
         if reward_N is not None:
             any_item_S = torch.exp(-log_count_S) / network.num_items
         column_N = among_R.index_select(0, place_N)
-        given = Targets(column_N, weight_N, reward_N, any_item_S, log_q, lifts, self.dtype)
+        given = Targets(column_N, weight_N, reward_N, any_item_S, log_q, lifts, seen, self.dtype)
         return fused_loss(
             query_ND, w_SD, b_S - log_count_S, given, hit_N=hit_N, **self._coefficients()
         )
 
     def _coefficients(self) -> dict[str, Tensor]:
-        """β, γ and κ, as far as the network has them."""
+        """β, γ, κ and ρ, as far as the network has them."""
         found = {}
         if self.trend_table is not None:
             found["beta"] = self.network.beta
         if self.network.prior is not None:
             found |= {"gamma": self.network.prior.gamma, "kappa": self.network.prior.kappa}
+        if self.network.repeats is not None:
+            found["rho"] = self.network.repeats.rho
         return found
 
     def _log_q(

@@ -98,6 +98,11 @@ class Histories:
         offset = np.r_[0, np.cumsum(kept_U)].astype(np.int64)
         return self._events(np.flatnonzero(keep_E), offset, np.arange(len(self)))
 
+    def with_items(self, position_M: NDArray[np.int64]) -> Self:
+        """The same events in another catalogue: item j is now position[j]; −1: its events go."""
+        item_E = position_M[self.item_E]
+        return replace(self, item_E=item_E).where(item_E >= 0)
+
     def reordered(self, source_E: NDArray[np.int64]) -> Self:
         """The same histories with event k replaced by event source[k] of the same user."""
         return self._events(source_E, self.offset_U1, np.arange(len(self)))

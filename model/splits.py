@@ -33,6 +33,13 @@ class Cases:
         """The user (position in the histories) of every case."""
         return self.histories.user_E[self.event_N]
 
+    def with_items(self, position_M: NDArray[np.int64]) -> "Cases":
+        """The cases in another catalogue: item j is now position[j]; −1: its events go."""
+        log = self.histories
+        kept_E = position_M[log.item_E] >= 0
+        event_N = self.event_N[kept_E[self.event_N]]
+        return Cases(log.with_items(position_M), (np.cumsum(kept_E) - 1)[event_N])
+
     def trimmed(self) -> "Cases":
         """The same cases without what no case needs: users and events after the last one."""
         log = self.histories
@@ -75,9 +82,15 @@ class UserSplit:
     test: Histories
 
 
-def split_users(histories: Histories, settings: SplitSettings) -> UserSplit:
-    """Random user split, the same for everyone who asks with the same seed."""
-    kept = histories.subset(_natural_order(histories, settings.min_events))
+def split_users(
+    histories: Histories, settings: SplitSettings, *, as_text: bool = False
+) -> UserSplit:
+    """Random user split, the same for everyone who asks with the same seed.
+
+    Args:
+        as_text: numeric user ids are sorted as text (1, 10, 2), as some published splits do.
+    """
+    kept = histories.subset(_natural_order(histories, settings.min_events, as_text))
     # The legacy generator is the published protocol's, so that results can be compared.
     order = np.random.RandomState(settings.seed).permutation(len(kept))
     num_test = max(1, round(settings.test_share * len(kept)))
@@ -86,11 +99,11 @@ def split_users(histories: Histories, settings: SplitSettings) -> UserSplit:
     return UserSplit(*(kept.subset(np.sort(part)) for part in (train, valid, test)))
 
 
-def _natural_order(histories: Histories, min_events: int) -> NDArray[np.int64]:
+def _natural_order(histories: Histories, min_events: int, as_text: bool) -> NDArray[np.int64]:
     """Users with enough events; ids that are all numbers sort as numbers (1, 2, 10)."""
     users = np.flatnonzero(np.diff(histories.offset_U1) >= min_events)
     ids = [histories.user_ids[u] for u in users]
-    if all(i.isascii() and i.isdigit() for i in ids):
+    if not as_text and all(i.isascii() and i.isdigit() for i in ids):
         return users[np.argsort([int(i) for i in ids], kind="stable")]
     return users[np.argsort(np.array(ids), kind="stable")]
 

@@ -23,6 +23,7 @@ from model.hrnn import TrainedHRNN, encode_batch
 from model.inputs import InputEncodings, Positions
 from model.network import HRNNMeta
 from model.objective import EventTargets, Objective
+from model.repeats import SeenItems
 from model.rows import RowwiseAdagrad, clip_gradients
 from model.sampling import AliasSampler, frequency_sampler
 from model.schema import Schema
@@ -34,6 +35,7 @@ from model.trends import ResolvedTrend, TrendTable
 from model.values import item_means, item_tastes
 
 FOLDS = 5  # of the users, for cross-fitted transition counts
+REPEAT_SAMPLE = 50_000  # events, to see how often items come back before training begins
 SAMPLED_ABOVE = 100_000  # items; below, the dense softmax is no slower (§4.6)
 
 
@@ -141,6 +143,11 @@ class Trainer:
         if network.prior is not None:
             network.prior.inverse_p_M = 1.0 / p_M
             transitions = Transitions.cross_fitted(self.train, num_items, fold_U, FOLDS)
+        if network.repeats is not None:
+            size = min(REPEAT_SAMPLE, self.train.num_events)
+            event_N = torch.from_numpy(self.rng.permutation(self.train.num_events)[:size])
+            target_N = torch.from_numpy(self.train.item_E)[event_N]
+            network.repeats.start_at(SeenItems.of_log(self.train, event_N), target_N, p_M)
         sampler: AliasSampler | None = None
         negatives = settings.negatives or max(512, int(num_items**0.5))
         if settings.softmax is Softmax.SAMPLED or (

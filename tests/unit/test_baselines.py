@@ -9,6 +9,7 @@ import torch
 
 from model.baselines import item_knn
 from model.baselines.base import recent_items, with_request
+from model.baselines.content import RIDGE, ContentProfile
 from model.baselines.factors import RECENT as BPR_RECENT
 from model.baselines.factors import BayesianPersonalisedRanking
 from model.baselines.item_knn import ItemKNN
@@ -16,9 +17,10 @@ from model.baselines.next_item_fm import RECENT as FM_RECENT
 from model.baselines.next_item_fm import NextItemFactorizationMachine
 from model.baselines.popularity import Popularity, RecentPopularity
 from model.baselines.ratings import DampedBias, RollingAverage
+from model.catalogue import Catalogue
 from model.evaluation import evaluate
 from model.fields import FieldBags
-from model.schema import FieldKind
+from model.schema import FieldKind, Schema
 from model.values import MEAN_DAMPING
 from tests import synthetic
 
@@ -266,3 +268,22 @@ def test_damped_bias_by_hand():
                 residuals.append((test.value_E[event] - mean) / std - item_mean[item])
     got = DampedBias(M).fit(train).predict_values(test)
     np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_content_profile_by_hand():
+    genres = [["a"], ["a", "b"], ["b"], [], ["c"]]
+    catalogue = Catalogue(tuple("vwxyz"), {"genres": genres})
+    schema = Schema.parse({"items": {"genres": "multi_categorical"}})
+    train = synthetic.histories([[0, 0, 1], [2]], [[0, 1, 2], [0]])
+    model = ContentProfile(5, catalogue).fit(train, schema)
+    x = np.array(
+        [[1, 0, 0, 1], [0.5**0.5, 0.5**0.5, 0, 1], [0, 1, 0, 1], [0, 0, 0, 1], [0, 0, 1, 1]]
+    )
+    known, y = x[:3], np.log1p([2, 1, 1])
+    popularity = x @ np.linalg.solve(known.T @ known + RIDGE * np.eye(4), known.T @ y)
+    asked = synthetic.histories([[0, 2, 3]], [[0, 1, 2]])
+    ((_, score_NM),) = model.iter_scores(asked, 10)
+    for k, profile in enumerate([np.zeros(3), x[0, :3], x[0, :3] + x[2, :3]]):
+        norm = np.linalg.norm(profile) * np.maximum(np.linalg.norm(x[:, :3], axis=1), 1e-12)
+        cosine = x[:, :3] @ profile / np.maximum(norm, 1e-12)
+        np.testing.assert_allclose(score_NM[k], popularity + cosine, atol=1e-5)

@@ -13,6 +13,7 @@ from model.losses import (
     sampled_softmax,
     softmax_cross_entropy,
 )
+from model.repeats import BUCKETS, RepeatPrior, SeenItems
 from model.transitions import TransitionPrior, Transitions
 from tests import synthetic
 
@@ -44,11 +45,25 @@ class _Case:
         )
         self.weight[2] = 0.0
         self.leaves = [t.requires_grad_() for t in (self.query, self.w, self.b, self.beta)]
-        self.leaves += [self.prior.log_gamma, self.prior.log_kappa]
+        self.repeats = RepeatPrior()
+        torch.nn.init.normal_(self.repeats.rho)
+        count = torch.randint(5, (N,))
+        self.seen = SeenItems(
+            torch.cat([torch.zeros(1, dtype=torch.int64), count.cumsum(0)]),
+            torch.cat([torch.randperm(M)[:c] for c in count]),
+            torch.randint(BUCKETS, (int(count.sum()),)),
+        )
+        self.leaves += [self.prior.log_gamma, self.prior.log_kappa, self.repeats.rho]
 
     @property
     def coefficients(self):
-        return {"beta": self.beta, "gamma": self.prior.gamma, "kappa": self.prior.kappa}
+        prior = self.prior
+        return {
+            "beta": self.beta,
+            "gamma": prior.gamma,
+            "kappa": prior.kappa,
+            "rho": self.repeats.rho,
+        }
 
 
 def _assert_same(got, wanted, leaves):
@@ -79,7 +94,8 @@ def test_dense_value_and_gradients(with_reward, with_extras):
     given = {"column_N": c.target, "weight_N": c.weight}
     coefficients = {}
     if with_extras:
-        phi = phi + c.prior(c.transitions, c.recent)
+        phi = phi + c.prior(c.transitions, c.recent) + c.repeats(c.seen, M)
+        given["seen"] = c.seen
         trend = c.beta * c.log_q[c.period]
         given["lifts"] = Lifts.dense(c.transitions, c.recent, c.prior.alpha_R, c.prior.inverse_p_M)
         given["log_q"] = lambda part: c.log_q[c.period[part]]
@@ -112,8 +128,10 @@ def test_sampled_value_and_gradients(with_reward, with_extras):
     coefficients = {}
     if with_extras:
         bonus_N = c.prior.at(c.transitions, c.recent, c.target)
-        phi_N = phi_N + bonus_N
+        repeat_N = c.repeats.at(c.seen, c.target)
+        phi_N = phi_N + bonus_N + repeat_N
         phi_NS = phi_NS + c.prior(c.transitions, c.recent, negative)
+        phi_NS = phi_NS + c.repeats(c.seen, M)[:, negative]
         trend_N = c.beta * c.log_q[c.period, c.target]
         trend_NS = c.beta * c.log_q[c.period][:, negative]
         lifts, lift_N = Lifts.sampled(
@@ -125,7 +143,8 @@ def test_sampled_value_and_gradients(with_reward, with_extras):
             c.target,
         )
         torch.testing.assert_close(c.prior.gamma * torch.log1p(c.prior.kappa * lift_N), bonus_N)
-        hit_N = hit_N + bonus_N + trend_N
+        hit_N = hit_N + bonus_N + repeat_N + trend_N
+        given["seen"] = c.seen.among(negative)
         given |= {"lifts": lifts, "log_q": lambda part: c.log_q[c.period[part]][:, negative]}
         coefficients = c.coefficients
     arguments = (phi_N, phi_NS, correction_N, correction_S, c.target, negative)

@@ -24,6 +24,7 @@ SMALL = {
     "dropout": 0.0,
     "user_dropout": 0.0,
     "transitions": False,
+    "repeats": False,
 }
 SCHEMA = Schema.parse(
     {
@@ -227,3 +228,23 @@ def test_values_are_predicted_from_the_feedback_before():
     plain, _ = _fit(synthetic.successor(60, 8, 10, seed=0), synthetic.catalogue(10), max_epochs=1)
     with pytest.raises(ValueError, match="without differing values"):
         plain.predict_values(split.test)
+
+
+def test_ids_and_fields_stand_in_the_same_place():
+    """A vector added to all items changes no probability; `align` takes it out of the fields."""
+    data = synthetic.toy(60, 10, seed=0)
+    model, _ = _fit(data.log, data.catalogue, max_epochs=2)
+    items, known = model.network.items, torch.arange(100) < 90
+    scores = {mix: items.outputs(mix) for mix in (0.0, 0.5, 1.0)}
+    with torch.no_grad():
+        items.output_tower.vector.bias += torch.randn(16)
+        items.output_tower.bias.bias += 3.0
+    items.align(known)
+    query = torch.randn(7, 16)
+    for mix, (w, b) in scores.items():
+        before = (query @ w.T + b).log_softmax(dim=1)
+        after_w, after_b = items.outputs(mix)
+        torch.testing.assert_close((query @ after_w.T + after_b).log_softmax(dim=1), before)
+    own = [items.outputs(mix) for mix in (0.0, 1.0)]
+    torch.testing.assert_close(own[0][0][known].mean(dim=0), own[1][0][known].mean(dim=0))
+    torch.testing.assert_close(own[0][1][known].mean(), own[1][1][known].mean())

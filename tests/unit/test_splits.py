@@ -1,5 +1,7 @@
 """Protocols: nothing of the test is in the training, and every event is somewhere."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -172,3 +174,12 @@ def test_user_split_is_the_published_one():
     assert list(split.test.user_ids) == ids[np.sort(order[:10])].tolist()
     assert list(split.valid.user_ids) == ids[np.sort(order[10:14])].tolist()
     assert list(split.train.user_ids) == ids[np.sort(order[14:])].tolist()
+
+
+def test_users_can_be_ordered_as_text():
+    ids = tuple(str(u) for u in range(1, 13))
+    log = replace(synthetic.histories([[0] * 5] * 12, [list(range(5))] * 12), user_ids=ids)
+    order = np.random.RandomState(0).permutation(12)
+    for as_text, ordered in ((False, ids), (True, tuple(sorted(ids)))):
+        split = split_users(log, SplitSettings(), as_text=as_text)
+        assert set(split.test.user_ids) == {ordered[u] for u in order[:2]}

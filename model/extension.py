@@ -1,0 +1,90 @@
+"""A trained model for another catalogue: new items from their metadata alone, gone ones left out.
+
+An item that was not there in training has no id vector, no count and no followers; its fields say
+where it stands (eq. 2 with λ = 1), and no training is needed. What the network learned of the
+items it knows is untouched, so their affinities stay the same.
+
+Shapes: M items of the new catalogue, J of the old one, Z stored transitions, D embedding.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.catalogue import Catalogue
+from model.fields import FieldBags
+from model.hrnn import TrainedHRNN
+from model.network import HRNNMeta
+from model.transitions import Transitions
+
+# What every item has a row of in the network's state, and what a new item's row holds; None: the
+# mean of the others, where an item about which nothing is known stands.
+NEW_ITEM = {
+    "items.embedding.weight": None,  # has one row more: "no previous event"
+    "items.untied.weight": None,
+    "items.bias": None,
+    "items.lambda_M": 1.0,  # fields only
+    "prior.inverse_p_M": 1.0,  # read where an item followed another; a new one never did
+    "values.mean_M": 0.0,  # the overall mean
+    "values.taste_MY": 0.0,
+    "values.item.weight": None,
+    "values.bias.weight": None,
+}
+
+
+def with_catalogue(model: TrainedHRNN, old: Catalogue, new: Catalogue) -> TrainedHRNN:
+    """The model with the items of `new`, in its order; those of `old` are found by id.
+
+    New items are told apart by their fields; a model that reads none gives all of them the mean
+    affinity of the others.
+    """
+    old_position_M = torch.from_numpy(old.encode(new.item_ids))
+    encodings = model.encodings.model_copy(update={"num_items": len(new)})
+    bags = FieldBags.encode(encodings.item_fields, new.fields, len(new))
+    network = HRNNMeta(
+        model.network.settings, encodings, bags, with_trend=model.network.log_beta is not None
+    )
+    state = model.network.state_dict()
+    for name in NEW_ITEM.keys() & state.keys():
+        state[name] = _rows(state[name], old_position_M, len(old), NEW_ITEM[name])
+    network.load_state_dict(state)
+    network.eval()
+    transitions = model.transitions
+    if transitions is not None:
+        transitions = _remapped(transitions, old_position_M.numpy(), new.encode(old.item_ids))
+    trend_log = model.trend_log
+    if trend_log is not None:
+        trend_log = trend_log.with_items(new.encode(old.item_ids))
+    return replace(
+        model, network=network, encodings=encodings, transitions=transitions, trend_log=trend_log
+    )
+
+
+def _rows(table: Tensor, old_position_M: Tensor, num_old: int, new_value: float | None) -> Tensor:
+    """The table's rows in the new order; rows beyond the items stay last."""
+    rows = table[old_position_M.clamp(min=0)].clone()
+    rows[old_position_M < 0] = table[:num_old].mean(dim=0) if new_value is None else new_value
+    return torch.cat([rows, table[num_old:]])
+
+
+def _remapped(
+    transitions: Transitions,
+    old_position_M: NDArray[np.int64],
+    new_position_J: NDArray[np.int64],
+) -> Transitions:
+    """The same counts between the items that are left."""
+    offset_J1, item_Z = transitions.offset_R1.numpy(), transitions.item_Z.numpy()
+    row_Z = new_position_J[np.repeat(np.arange(len(new_position_J)), np.diff(offset_J1))]
+    column_Z = new_position_J[item_Z]
+    kept = np.flatnonzero((row_Z >= 0) & (column_Z >= 0))
+    kept = kept[np.lexsort((column_Z[kept], row_Z[kept]))]
+    offset_M1 = np.searchsorted(row_Z[kept], np.arange(len(old_position_M) + 1))
+    return Transitions(
+        len(old_position_M),
+        torch.from_numpy(offset_M1.astype(np.int64)),
+        torch.from_numpy(column_Z[kept]),
+        transitions.probability_Z[torch.from_numpy(kept)],
+    )
