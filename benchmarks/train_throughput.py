@@ -1,74 +1,315 @@
-"""Training throughput against the machine's own matrix-multiplication limit, by catalogue size.
+"""Training throughput and memory by catalogue size, against the machine's limit and other steps.
 
-    python -m benchmarks.train_throughput --items 1000 10000
+    python -m benchmarks.train_throughput                       # the table of docs/results.md
+    python -m benchmarks.train_throughput --gru4rec FOLDER      # and the official GRU4Rec's step
+    python -m benchmarks.train_throughput --only 1000000:128:sampled --profile
 
-The limit is what the arithmetic of one event would allow at the GEMM speed measured in the same
-run: 6 FLOPs per weight that an event passes through (2 forward, 4 backward).
+Every configuration runs in a process of its own, on steps alone (no validation), on a log with
+Zipf-popular items; the network is the plain one that is compared (ids and times in, a GRU of the
+same size as the embedding; no fields, no transition counts) unless `--full` is given. Memory is the
+peak of the process beyond what importing took and beyond the tables: the items' vectors and, with
+sampled softmax, their moving average.
+
+The limit is what the arithmetic of an event would allow at the float32 matrix-product speed
+measured beside it: 6 FLOPs per weight an event passes through (2 forward, 4 backward). FOLDER holds
+`gru4rec_pytorch.py` of the official PyTorch GRU4Rec (hidasib/GRU4Rec_PyTorch_Official); its model,
+loss and optimiser are stepped as its `fit` does, at batch 1,024.
 """
 
 import argparse
+import importlib.util
 import json
+import resource
+import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 
+from benchmarks.machine import copy_bytes, gemm_flops
 from model.catalogue import Catalogue
 from model.network import NetworkSettings
+from model.schema import Schema
 from model.sequences import Histories
-from model.training import TrainSettings, fit
+from model.train_settings import Precision, Softmax, TrainSettings
+from model.trainer import EpochState, Trainer
+
+BPTT, BATCH = 32, 1024
+LENGTH = 200  # events of a user
 
 
-def gemm_flops(size: int = 1536, seconds: float = 1.0) -> float:
-    """Measured float32 FLOP/s of a square matrix product."""
-    a, b = torch.rand(size, size), torch.rand(size, size)
-    a @ b
-    rounds, started = 0, time.perf_counter()
-    while time.perf_counter() - started < seconds:
-        a @ b
-        rounds += 1
-    return 2 * size**3 * rounds / (time.perf_counter() - started)
-
-
-def random_log(num_users: int, length: int, num_items: int, seed: int) -> Histories:
+def random_log(num_events: int, num_items: int, seed: int) -> Histories:
     """Zipf-popular items, exponential gaps."""
     rng = np.random.default_rng(seed)
-    item_E = np.minimum(rng.zipf(1.3, num_users * length) - 1, num_items - 1)
-    gap_UL = rng.exponential(3600, (num_users, length))
+    num_users = max(2, num_events // LENGTH)
+    item_E = np.minimum(rng.zipf(1.1, num_users * LENGTH) - 1, num_items - 1)
+    gap_UL = rng.exponential(3600, (num_users, LENGTH))
     return Histories(
         user_ids=tuple(map(str, range(num_users))),
-        item_E=item_E.astype(np.int64),
+        item_E=rng.permutation(num_items)[item_E].astype(np.int64),
         timestamp_E=(1e9 + np.cumsum(gap_UL, axis=1)).astype(np.int64).ravel(),
-        offset_U1=np.arange(num_users + 1, dtype=np.int64) * length,
+        offset_U1=np.arange(num_users + 1, dtype=np.int64) * LENGTH,
     )
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class _TimeIsUp(Exception):  # noqa: N818 - no error
+    pass
+
+
+def ours(config: dict[str, Any]) -> dict[str, Any]:
+    """Events per second of our trainer's steps."""
+    size, items = config["hidden"], config["items"]
+    network = NetworkSettings(
+        embedding=size, hidden=size, dropout=0.1, transitions=config["full"], ratings=False
+    )
+    settings = TrainSettings(
+        network=network,
+        softmax=Softmax(config["softmax"]),
+        negatives=config["negatives"],
+        bptt=config["bptt"],
+        batch_events=config["batch"],
+        precision=Precision(config["precision"]),
+        trend_decomposition=False,
+    )
+    before = peak_bytes()
+    num_events = max(100_000, 40 * config["batch"])
+    log = random_log(num_events, items, seed=0)
+    catalogue = Catalogue(tuple(map(str, range(items))))
+    trainer = Trainer(log, catalogue, settings, None, Schema())
+    done: EpochState = trainer.start_epoch()
+    warm, seconds = config["warm"], config["seconds"]
+    started, first = 0.0, 0
+
+    def after_step() -> None:
+        nonlocal started, first
+        if done.batches == warm:
+            started, first = time.perf_counter(), done.batches
+        elif done.batches > warm and time.perf_counter() - started >= seconds:
+            raise _TimeIsUp
+
+    def run() -> None:
+        nonlocal done
+        try:
+            while True:
+                trainer.epoch(done, after_step)
+                done = trainer.start_epoch()
+                done.batches = 0
+        except _TimeIsUp:
+            pass
+
+    profile = None
+    if config["profile"]:
+        with torch.profiler.profile() as profile:
+            run()
+    else:
+        run()
+    steps = done.batches - first
+    speed = steps * config["batch"] / (time.perf_counter() - started)
+    copies = 2 if config["softmax"] == "sampled" else 1
+    tables = copies * trainer.network.items.embedding.weight.nbytes
+    result = {
+        "events_per_second": speed,
+        "extra_bytes": peak_bytes() - before - tables,
+        "flops_per_event": flops(config),
+        "step_ms": 1e3 * config["batch"] / speed,
+        "precision": str(trainer.dtype).removeprefix("torch."),
+    }
+    if profile is not None:
+        result["profile"] = profile.key_averages().table(
+            sort_by="self_cpu_time_total", row_limit=25
+        )
+    return result
+
+
+def flops(config: dict[str, Any]) -> float:
+    """Of one event: input and recurrent products of the GRU, the query, the scores."""
+    size = config["hidden"]
+    columns = config["items"] if config["softmax"] == "dense" else config["negatives"] + 1
+    weights = 3 * size * (size + 17 + size) + size * size + size * columns
+    return 6.0 * weights
+
+
+def plain_dense(config: dict[str, Any]) -> dict[str, Any]:
+    """The step one would write first: full scores, cross entropy, autograd, Adam over all."""
+    size, items = config["hidden"], config["items"]
+    before = peak_bytes()
+    embedding = nn.Embedding(items, size)
+    cell, query = nn.GRU(size, size), nn.Linear(size, size)
+    parameters = [*embedding.parameters(), *cell.parameters(), *query.parameters()]
+    optimiser = torch.optim.Adam(parameters)
+    item = torch.randint(items, (config["bptt"] + 1, config["batch"] // config["bptt"]))
+
+    def step() -> None:
+        optimiser.zero_grad()
+        h, _ = cell(embedding(item[:-1]))
+        scores = query(h).flatten(0, 1) @ embedding.weight.t()
+        F.cross_entropy(scores, item[1:].flatten()).backward()
+        optimiser.step()
+
+    speed = _steps_per_second(step, config) * config["batch"]
+    return {
+        "events_per_second": speed,
+        "extra_bytes": peak_bytes() - before - embedding.weight.nbytes,
+        "flops_per_event": flops(config),
+        "step_ms": 1e3 * config["batch"] / speed,
+    }
+
+
+def official(config: dict[str, Any]) -> dict[str, Any]:
+    """One step of the official GRU4Rec: in-batch negatives and as many samples as ours has."""
+    spec = importlib.util.spec_from_file_location(
+        "gru4rec_pytorch", Path(config["gru4rec"]) / "gru4rec_pytorch.py"
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    size, items, batch = config["hidden"], config["items"], 1024
+    before = peak_bytes()
+    model = module.GRU4RecModel(items, [size], embedding=size, constrained_embedding=False)
+    if config["tied"]:
+        model = module.GRU4RecModel(items, [size], constrained_embedding=True)
+    loss = module.GRU4Rec([size], batch_size=batch, n_sample=config["negatives"], device="cpu")
+    optimiser = module.IndexedAdagradM(model.parameters(), 0.05)
+    state = [torch.zeros(batch, size)]
+    log = torch.from_numpy(random_log(200_000, items, seed=0).item_E)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(n: int) -> torch.Tensor:
+        return log[torch.randint(len(log), (n,), generator=generator)]
+
+    def step() -> None:
+        item, target = draw(batch), torch.cat([draw(batch), draw(config["negatives"])])
+        for h in state:
+            h.detach_()
+        model.zero_grad()
+        scores = model.forward(item, state, target, training=True)
+        (loss.loss_function(scores, target, batch) / batch).backward()
+        optimiser.step()
+
+    speed = _steps_per_second(step, config) * batch
+    tables = 2 * items * size * 4
+    return {
+        "events_per_second": speed,
+        "extra_bytes": peak_bytes() - before - tables,
+        "step_ms": 1e3 * batch / speed,
+    }
+
+
+def _steps_per_second(step: Any, config: dict[str, Any]) -> float:
+    for _ in range(config["warm"]):
+        step()
+    started, steps = time.perf_counter(), 0
+    while steps == 0 or time.perf_counter() - started < config["seconds"]:
+        step()
+        steps += 1
+    return steps / (time.perf_counter() - started)
+
+
+KINDS = {"ours": ours, "plain": plain_dense, "official": official}
+
+
+def measure(kind: str, **config: Any) -> dict[str, Any]:
+    """Run one configuration in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.train_throughput", "--one", kind]
+    done = subprocess.run(
+        [*command, json.dumps(config)], capture_output=True, text=True, check=False, timeout=280
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--items", type=int, nargs="+", default=[1000, 10_000])
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--events", type=int, default=50_000)
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="ITEMS:HIDDEN:SOFTMAX[:PRECISION]",
+        default=[
+            "1000:128:dense",
+            "10000:128:dense",
+            "10000:128:dense:bfloat16",
+            "10000:128:sampled",
+            "100000:43:sampled",
+            "100000:128:sampled",
+            "1000000:43:sampled",
+            "1000000:128:sampled",
+            "1000000:128:sampled:bfloat16",
+        ],
+    )
+    parser.add_argument("--negatives", type=int, default=1000)
+    parser.add_argument("--batches", type=int, nargs="+", default=[BATCH], help="events per step")
+    parser.add_argument("--bptt", type=int, default=BPTT)
+    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--full", action="store_true", help="with transition counts")
+    parser.add_argument("--gru4rec", metavar="FOLDER")
+    parser.add_argument("--plain", action="store_true", help="the plain dense step beside ours")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--one", nargs=2, metavar=("KIND", "JSON"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    network = NetworkSettings(hidden=options.hidden)
-    settings = TrainSettings(network=network, max_epochs=2)
-    valid = random_log(2, 5, min(options.items), seed=1)
-    limit = gemm_flops()
-    print(f"GEMM limit {limit / 1e9:.0f} GFLOP/s")
-    print("| items | events/s | share of the GEMM limit |\n|---|---|---|")
+    if options.one:
+        print(json.dumps(KINDS[options.one[0]](json.loads(options.one[1]))))
+        return 0
+    limit, half, copied = gemm_flops(), gemm_flops(torch.bfloat16), copy_bytes()
+    print(
+        f"{torch.get_num_threads()} threads; matrix products {limit / 1e9:.0f} GFLOP/s float32, "
+        f"{half / 1e9:.0f} bfloat16; copy {copied / 1e9:.1f} GB/s\n"
+    )
+    print(
+        "| items | hidden | step | batch | events/s | step, ms | memory beyond the tables | "
+        "share of the float32 limit |\n|---|---|---|---|---|---|---|---|"
+    )
     rows = []
-    for num_items in options.items:
-        log = random_log(options.events // 100, 100, num_items, seed=0)
-        model = fit(log, valid, Catalogue(tuple(map(str, range(num_items)))), settings, None)
-        # The first epoch warms caches and allocators up.
-        speed = log.num_events / (model.curve[-1]["seconds"])
-        inputs = network.embedding + network.control + 1
-        weights = 3 * network.hidden * (inputs + network.hidden)
-        weights += network.hidden * network.embedding + network.embedding * num_items
-        share = 6 * weights * speed / limit
-        rows.append({"items": num_items, "events_per_second": speed, "gemm_share": share})
-        print(f"| {num_items:,} | {speed:,.0f} | {share:.0%} |", flush=True)
-    print(json.dumps({"gemm_flops": limit, "hidden": options.hidden, "rows": rows}))
+    for chosen in options.only:
+        items, hidden, softmax, *rest = chosen.split(":")
+        shared = {
+            "items": int(items),
+            "hidden": int(hidden),
+            "softmax": softmax,
+            "negatives": options.negatives,
+            "bptt": options.bptt,
+            "seconds": options.seconds,
+            "warm": 1 if softmax == "dense" and int(items) > 100_000 else 5,
+        }
+        runs: list[tuple[str, str, dict[str, Any]]] = []
+        for batch in options.batches:
+            name = f"{softmax}{', full' * options.full}"
+            extra = {"precision": rest[0] if rest else "float32", "full": options.full}
+            extra |= {"batch": batch, "profile": options.profile}
+            runs.append(("ours", name, extra))
+        if options.plain and softmax == "dense":
+            runs.append(("plain", "plain dense", {"batch": options.batches[0]}))
+        if options.gru4rec and softmax == "sampled" and not rest:
+            for tied in (True, False):
+                name = f"official GRU4Rec, {'tied' if tied else 'untied'}"
+                runs.append(
+                    ("official", name, {"gru4rec": options.gru4rec, "tied": tied, "batch": 1024})
+                )
+        for kind, name, extra in runs:
+            got = measure(kind, **shared, **extra)
+            share = got.get("flops_per_event", 0.0) * got["events_per_second"] / limit
+            rows.append({**shared, **extra, "step": name, **got, "share": share})
+            precision = (
+                f", {got['precision']}" if got.get("precision", "float32") != "float32" else ""
+            )
+            print(
+                f"| {int(items):,} | {hidden} | {name}{precision} | {extra['batch']:,} | "
+                f"{got['events_per_second']:,.0f} | {got['step_ms']:.1f} | "
+                f"{got['extra_bytes'] / 1e9:.2f} GB | {f'{share:.0%}' if share else ''} |",
+                flush=True,
+            )
+            if "profile" in got:
+                print(got.pop("profile"))
+    print(json.dumps({"gemm_flops": limit, "bf16_flops": half, "copy": copied, "rows": rows}))
     return 0
 
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,8 +122,10 @@ class CheckpointFile:
         return Checkpoint(tensors, state)
 
     def remove(self) -> None:
-        """The run is over: what it was is in the bundle."""
+        """The run is over: its result is elsewhere."""
         self.path.unlink(missing_ok=True)
+        with suppress(OSError):  # others' files may be there
+            self.folder.rmdir()
 
 
 def digest_of(*parts: Any) -> str:

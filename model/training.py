@@ -51,8 +51,8 @@ def fit(
         trend: trend decomposition to train under, None to train without.
         schema: kinds of the user, item and context fields; None: the model reads none.
         progress: receives one line per epoch.
-        checkpoints: a folder of this run; every few minutes what is needed to go on is written
-            there, and a run that finds it goes on from it. It is removed at the end.
+        checkpoints: a folder of this run's own; every few minutes what is needed to go on is
+            written there, and a run that finds it goes on from it. It is removed at the end.
 
     Raises:
         InputError: nothing to train on, a setting needs what the log does not have, the loss

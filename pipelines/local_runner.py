@@ -72,6 +72,7 @@ def run(
         "cache": str(workspace.absolute() / "datasets"),
         "feature_store": str(workspace.absolute() / "features"),
         "model_store": str(workspace.absolute() / "models"),
+        "checkpoints": str(workspace.absolute() / "checkpoints"),
         **settings.to_arguments(),
     }
     folder = _run("train_and_deploy", arguments, workspace, settings, say, verbose, deadline)

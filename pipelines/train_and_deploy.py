@@ -25,6 +25,7 @@ def train_and_deploy(
     cache: str = "",
     feature_store: str = "",
     model_store: str = "/stores/models",
+    checkpoints: str = "/stores/checkpoints",
     ingest_settings: dict = {},  # noqa: B006 - KFP reads the default, nothing mutates it
     validate_settings: dict = {},  # noqa: B006
     features_settings: dict = {},  # noqa: B006
@@ -54,7 +55,9 @@ def train_and_deploy(
         trend=trend_settings,
         settings=features_settings,
     )
-    trained = train(clean=clean, trend=trend_settings, settings=train_settings)
+    trained = train(
+        clean=clean, trend=trend_settings, settings=train_settings, checkpoints=checkpoints
+    )
     # Locally steps run one at a time; without this the order of independent ones varies.
     trained.after(stored)
     measured = evaluate(clean=clean, bundle=trained.outputs["bundle"], settings=evaluate_settings)
@@ -72,7 +75,7 @@ def train_and_deploy(
         resources(task, cpu="1", memory="4Gi")
     resources(judged, cpu="100m", memory="512Mi")
     resources(stored, cpu="1", memory="4Gi")
-    for task in (tables, stored):
+    for task in (tables, stored, trained):
         stores(task)
     resources(trained, cpu="4", memory="16Gi")
     gpu(trained)

@@ -10,12 +10,22 @@ def train(
     clean: dsl.Input[dsl.Dataset],
     trend: dict,
     settings: dict,
+    checkpoints: str,
     bundle: dsl.Output[dsl.Model],
 ) -> None:
-    """Train HRNN on the clean tables and write a model bundle."""
+    """Train HRNN on the clean tables and write a model bundle.
+
+    `checkpoints`: a folder where an interrupted step finds what it had done; empty: none.
+    """
     from pathlib import Path
 
     from components.train import steps
 
-    manifest = steps.run(Path(clean.path), Path(bundle.path), trend=trend, settings=settings)
+    manifest = steps.run(
+        Path(clean.path),
+        Path(bundle.path),
+        trend=trend,
+        settings=settings,
+        checkpoints=Path(checkpoints) if checkpoints else None,
+    )
     bundle.metadata["model_version"] = manifest.model_version

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from model import bundle as bundles
+from model.checkpoint import digest_of
 from model.splits import split_users
 from model.tables import Log
 from model.training import TrainSettings, fit
@@ -15,12 +16,22 @@ __all__ = ["TrainSettings", "run"]
 
 
 def run(
-    clean: Path, bundle: Path, *, trend: dict[str, Any], settings: dict[str, Any]
+    clean: Path,
+    bundle: Path,
+    *,
+    trend: dict[str, Any],
+    settings: dict[str, Any],
+    checkpoints: Path | None = None,
 ) -> bundles.Manifest:
     """Train on the training users of `clean` and write a bundle.
 
+    Args:
+        checkpoints: a folder that outlives this process; every training run has a folder of its
+            own in it, named by its settings and data, and a run that was interrupted goes on there.
+
     Raises:
         InputError: wrong settings, or too little data.
+        UnavailableError: a checkpoint cannot be written.
     """
     train_settings = TrainSettings.parse(settings, "train")
     trend_settings = TrendSettings.parse(trend, "trend")
@@ -42,6 +53,9 @@ def run(
         trend_settings,
         table_items=len(catalogue),
     )
+    if checkpoints is not None:
+        data = histories.item_E, histories.timestamp_E, list(catalogue.item_ids)
+        checkpoints = checkpoints / digest_of(settings, trend, *data)[:16]
     model = fit(
         split.train,
         split.valid,
@@ -50,6 +64,7 @@ def run(
         resolved if train_settings.trend_decomposition else None,
         schema,
         progress=lambda line: print(line, flush=True),
+        checkpoints=checkpoints,
     )
     # "Now" is the log's own end: everything that happened up to it counts.
     as_of = int(histories.timestamp_E.max()) + 1
