@@ -1,0 +1,310 @@
+"""The real serving processes under load, next to a KServe chain that does nothing.
+
+    python -m benchmarks.serving --items 1682 100000 1000000
+    python -m benchmarks.serving --items 1682 --only overload swap refresh
+    python -m benchmarks.serving --items 1682 --only soak --seconds 1800
+
+Redis (features), predictor, transformer and load generator share this machine, as does the no-op
+chain, which is driven in the same run, before and after: only the ratios are claims. Every request
+is `recommend` with 25 results for one of 1,000 users with histories of 100 events.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import numpy as np
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.bundles import NOW, random_bundle
+from benchmarks.load import Grpc, Rest, closed_loop, open_loop
+from feature_repo.settings import FeatureStoreSettings
+from model.query import Event
+from model.recommender import Recommender
+from model.store import Lineage, ModelStore
+from model.trends import snapshot_from_counts
+from serving.launcher import LocalServing
+from serving.settings import ServeSettings
+from tests.feature_store import fill
+from tests.servers import RedisServer
+
+USERS, EVENTS, RESULTS = 1000, 100, 25
+PATH = "/v1/models/{}:predict"
+SCENARIOS = ("steady", "overload", "swap", "refresh", "soak")
+
+
+def bodies():
+    instances = (
+        {"user_id": f"u{k}", "timestamp": NOW, "num_results": RESULTS} for k in range(USERS)
+    )
+    return [json.dumps({"instances": [i]}, separators=(",", ":")).encode() for i in instances]
+
+
+def histories(num_items, seed=0):
+    draw = random.Random(seed)  # noqa: S311
+    return {
+        f"u{k}": [
+            Event(f"i{min(int(draw.paretovariate(0.5)), num_items) - 1:07}", float(NOW - 60 * e))
+            for e in range(EVENTS, 0, -1)
+        ]
+        for k in range(USERS)
+    }
+
+
+def free_ports(count):
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+class Target:
+    """Something to ask: ports and the model's name."""
+
+    def __init__(self, http_port, grpc_port, model):
+        self.http_port, self.grpc_port, self.model = http_port, grpc_port, model
+
+    def rest(self):
+        return Rest(self.http_port, PATH.format(self.model))
+
+    def run(self, connections, seconds, protocol="rest"):
+        async def drive():
+            if protocol == "rest":
+                return await closed_loop(self.rest, bodies(), connections, seconds)
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{self.grpc_port}") as channel:
+                make = lambda: Grpc(channel, self.model)  # noqa: E731 - one line
+                return await closed_loop(make, bodies(), connections, seconds)
+
+        return asyncio.run(drive())
+
+    def flood(self, rate, seconds):
+        return asyncio.run(open_loop(self.rest, bodies(), rate, seconds))
+
+
+@contextmanager
+def noop_chain():
+    """KServe's own chain, ready."""
+    http, grpc_port, p_http, p_grpc = free_ports(4)
+    commands = [("predictor", p_http, p_grpc), ("transformer", http, grpc_port, p_grpc)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.noop_chain", *map(str, command)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for command in commands
+    ]
+    target = Target(http, grpc_port, "noop")
+    try:
+        deadline = time.monotonic() + 60
+        while target.run(1, 0.1).counts.get("200", 0) == 0:
+            assert time.monotonic() < deadline, "the no-op chain did not start"
+            time.sleep(0.2)
+        yield target
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
+
+
+class Service(Target):
+    """Our processes on a model store of two generated models and a feature store in Redis."""
+
+    def __init__(self, folder, num_items):
+        self.folder, self.num_items = folder, num_items
+        self.redis = RedisServer()
+        self.features = FeatureStoreSettings(
+            root=str(folder / "features"), online="redis", redis_url=self.redis.database()
+        )
+        self.store = ModelStore(str(folder / "models"))
+        self.versions = []
+        for seed in range(2):
+            bundle = random_bundle(folder / f"bundle-{seed}", num_items, seed)
+            self.versions.append(self.store.publish(bundle, Lineage()))
+        self.store.promote(self.versions[0])
+        self.trend = Recommender.load(folder / "bundle-0").trend
+        fill(self.features, histories(num_items), self.trend)
+        settings = ServeSettings(model_refresh_seconds=0.5, trend_refresh_seconds=0.5)
+        self.serving = LocalServing(
+            folder / "models", self.features, settings.with_free_ports(), folder / "logs"
+        )
+        s = self.serving.settings
+        super().__init__(s.transformer_http_port, s.transformer_grpc_port, s.model_name)
+
+    def __enter__(self):
+        self.serving.start(timeout=300)
+        return self
+
+    def __exit__(self, *_):
+        self.serving.stop()
+        self.redis.close()
+
+    def memory(self):
+        """Resident bytes of both processes."""
+        return sum(psutil.Process(p.pid).memory_info().rss for p in self.serving.processes.values())
+
+    def during(self, change, every, connections, seconds):
+        """A closed loop while `change(k)` is done again and again."""
+
+        async def drive():
+            async def changing():
+                for k in range(1, 10**6):
+                    await asyncio.to_thread(change, k)
+                    await asyncio.sleep(every)
+
+            task = asyncio.create_task(changing())
+            try:
+                return await closed_loop(self.rest, bodies(), connections, seconds)
+            finally:
+                task.cancel()
+
+        return asyncio.run(drive())
+
+
+def steady(service, noop, seconds):
+    rows = []
+    for protocol, connections in (("rest", 1), ("rest", 16), ("grpc", 1), ("grpc", 16)):
+        service.run(connections, 1.0, protocol)
+        row = service.run(connections, seconds, protocol).row()
+        row |= {"scenario": f"{protocol}, {connections} connections"}
+        if protocol == "rest":
+            noop.run(connections, 1.0)
+            base = noop.run(connections, seconds).row()
+            row |= {
+                "throughput / no-op": round(row["per_second"] / base["per_second"], 2),
+                "p99 / no-op": round(row["p99_ms"] / base["p99_ms"], 2),
+                "p50 beyond no-op ms": round(row["p50_ms"] - base["p50_ms"], 2),
+            }
+            rows.append(base | {"scenario": f"no-op chain, {protocol}, {connections} connections"})
+        rows.append(row)
+    return rows
+
+
+def overload(service, noop, seconds):
+    """Three times as many requests as can be answered; the steady state before it as yardstick."""
+    calm = service.run(16, seconds)
+    before = service.memory()
+    flood = service.flood(3 * calm.rate, seconds)
+    after = service.memory()
+    row = flood.row() | {
+        "scenario": f"3 × {calm.rate:.0f}/s offered",
+        "p99 / steady": round(flood.ms(99) / calm.ms(99), 2),
+        "p99 of 503 ms": round(flood.ms(99, "503"), 2),
+        "memory growth MB": round((after - before) / 1e6, 1),
+    }
+    return [calm.row() | {"scenario": "steady, 16 connections"}, row]
+
+
+def swap(service, noop, seconds):
+    calm = service.run(4, seconds)
+    changed = service.during(
+        lambda k: service.store.promote(service.versions[k % 2]), 2.0, 4, 2 * seconds
+    )
+    return [
+        calm.row() | {"scenario": "steady, 4 connections"},
+        changed.row()
+        | {
+            "scenario": "a model swap every 2 s",
+            "p99 / steady": round(changed.ms(99) / calm.ms(99), 2),
+        },
+    ]
+
+
+def refresh(service, noop, seconds):
+    from feature_repo import snapshot as snapshots
+    from feature_repo.connection import open_existing
+    from feature_repo.names import CATALOGUE_ID, TREND_SNAPSHOT
+    from feature_repo.online import protos, write_rows
+
+    store = open_existing(service.features)
+    ids = service.trend.item_ids
+
+    def push(k):
+        counts = np.random.default_rng(k).zipf(1.3, len(ids)).clip(max=10**6)
+        new = snapshot_from_counts(
+            ids, counts, num_items=service.num_items, smoothing=1.0, as_of=NOW + k, window_seconds=0
+        )
+        row = protos(snapshots.to_row(new))
+        write_rows(store, TREND_SNAPSHOT, [(CATALOGUE_ID, row, new.as_of)])
+
+    calm = service.run(4, seconds)
+    changed = service.during(push, 1.0, 4, 2 * seconds)
+    return [
+        calm.row() | {"scenario": "steady, 4 connections"},
+        changed.row()
+        | {
+            "scenario": "a trend refresh every 1 s",
+            "p99 / steady": round(changed.ms(99) / calm.ms(99), 2),
+        },
+    ]
+
+
+def soak(service, noop, seconds):
+    """Memory over time; the slope by least squares after a tenth of the time."""
+    samples, start = [], time.monotonic()
+    total, slice_seconds = 0, max(2.0, seconds / 60)
+    while time.monotonic() - start < seconds:
+        total += sum(service.run(4, slice_seconds).counts.values())
+        samples.append((time.monotonic() - start, service.memory()))
+    at, memory = np.array(samples).T
+    warm = at > seconds / 10
+    slope = np.polyfit(at[warm], memory[warm], 1)[0] * 600 / memory[warm].mean()
+    return [
+        {
+            "scenario": f"soak, {seconds:.0f} s",
+            "requests": total,
+            "memory MB": round(memory[-1] / 1e6),
+            "memory slope per 10 min": f"{slope:+.2%}",
+        }
+    ]
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--items", type=int, nargs="+", default=[1682, 100_000, 1_000_000])
+    parser.add_argument("--only", nargs="+", choices=SCENARIOS, default=list(SCENARIOS[:4]))
+    parser.add_argument("--seconds", type=float, default=8.0, help="of one measurement")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children are stopped
+    found, console = {}, Console(width=180)
+    for num_items in options.items:
+        with (
+            tempfile.TemporaryDirectory(prefix="hrnn-bench-") as folder,
+            Service(Path(folder), num_items) as service,
+            noop_chain() as noop,
+        ):
+            rows = []
+            for name in options.only:
+                rows += globals()[name](service, noop, options.seconds)
+            found[num_items] = rows
+        show(f"{num_items:,} items", rows, console)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+def show(title, rows, console):
+    columns = list(dict.fromkeys(["scenario", *(name for row in rows for name in row)]))
+    table = Table(*columns, title=title)
+    for row in rows:
+        table.add_row(*(str(row.get(column, "")) for column in columns))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
