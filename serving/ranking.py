@@ -10,10 +10,11 @@ lockstep with one call to the predictor per round.
 """
 
 import math
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from model.query import Recommendation
 from model.trends import TrendSnapshot
@@ -113,6 +114,7 @@ class Search:
         self._top_n = max(k + 1, first_ask)
         self._asked = 0  # how many of trend.item_ids have been asked for
         self.known: dict[str, float] = {}
+        self._scored: _Scored | None = None  # of everything known, once a round needed it
         self.coefficient = 0.0
         self.rounds = 0
         # Without weight the order is the predictor's own: no trending item is needed.
@@ -132,6 +134,7 @@ class Search:
         self.known.update(zip(answer.item_ids, answer.affinities, strict=True))
         self.known.update(answer.scored)
         self._asked = self._depth
+        self._scored = None
         if answer.exhausted or self._proved(answer):
             self.question = None
             return
@@ -152,11 +155,8 @@ class Search:
         if not answer.affinities:
             return False
         bound = answer.affinities[-1] + self.coefficient * self._best_unseen_log_q()
-        score_C = np.fromiter(
-            (a + self.coefficient * self._trend.get(i) for i, a in self.known.items()),
-            np.float64,
-            len(self.known),
-        )
+        self._scored = _Scored.of(self.known, self._trend, self.coefficient)
+        score_C = self._scored.score_C
         kth = float(np.partition(score_C, len(score_C) - self._k)[len(score_C) - self._k])
         return kth > bound  # strictly: an unseen item could tie and come first by its id
 
@@ -172,24 +172,51 @@ class Search:
 
     def results(self) -> list[Recommendation]:
         """The top k; call when `question` is None."""
-        return ranked(self.known.items(), self._trend, self.coefficient, self._k)
+        scored = self._scored or _Scored.of(self.known, self._trend, self.coefficient)
+        return scored.best(self._k)
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """Items C with their parts; score = affinity + trend."""
+
+    item_ids: list[str]
+    affinity_C: NDArray[np.float64]
+    trend_C: NDArray[np.float64]
+    score_C: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, affinities: Mapping[str, float], trend: Trend, coefficient: float) -> "_Scored":
+        get, floor = trend.by_item.get, trend.floor
+        item_ids = list(affinities)
+        affinity_C = np.array(list(affinities.values()), np.float64)
+        log_q_C = np.array([get(item, floor) for item in item_ids], np.float64)
+        # + 0.0 turns the −0.0 of a zero coefficient into 0.0
+        trend_C = coefficient * log_q_C + 0.0
+        return cls(item_ids, affinity_C, trend_C, affinity_C + trend_C)
+
+    def best(self, k: int) -> list[Recommendation]:
+        """The first k by score descending, ties by item id."""
+        score_C = self.score_C
+        kept = np.arange(len(score_C))
+        if k < len(score_C):
+            cut = np.partition(score_C, len(score_C) - k)[len(score_C) - k]
+            kept = np.flatnonzero(score_C >= cut)
+        rows = zip(
+            (-score_C[kept]).tolist(),
+            [self.item_ids[c] for c in kept.tolist()],
+            self.affinity_C[kept].tolist(),
+            self.trend_C[kept].tolist(),
+            strict=True,
+        )
+        return [Recommendation(item, -minus, a, t) for minus, item, a, t in sorted(rows)[:k]]
 
 
 def ranked(
-    affinities: Iterable[tuple[str, float]], trend: Trend, coefficient: float, k: int
+    affinities: Mapping[str, float], trend: Trend, coefficient: float, k: int
 ) -> list[Recommendation]:
     """Sort items by affinity + coefficient·log q descending, ties by item id; the first k."""
-    # + 0.0 turns the −0.0 of a zero coefficient into 0.0
-    scored = [(i, a, coefficient * trend.get(i) + 0.0) for i, a in affinities]
-    score_C = np.fromiter((a + t for _, a, t in scored), np.float64, len(scored))
-    if k < len(scored):
-        cut = np.partition(score_C, len(scored) - k)[len(scored) - k]
-        kept = np.flatnonzero(score_C >= cut).tolist()
-    else:
-        kept = list(range(len(scored)))
-    score = score_C.tolist()
-    kept.sort(key=lambda c: (-score[c], scored[c][0]))
-    return [Recommendation(scored[c][0], score[c], *scored[c][1:]) for c in kept[:k]]
+    return _Scored.of(affinities, trend, coefficient).best(k)
 
 
 def _check(answer: Candidates) -> None:

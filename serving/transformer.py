@@ -146,7 +146,7 @@ class Work:
                 return
             coefficient = self.instance.trend_weight * candidates.beta
             known = candidates.scored
-            self._answer(ranked(known.items(), self.trend, coefficient, self._k))
+            self._answer(ranked(known, self.trend, coefficient, self._k))
             self._count_explored(known, coefficient)
             return
         self._search.tell(candidates)
@@ -178,7 +178,7 @@ class Work:
         """Items that the bonus brought in, as far as the items seen tell."""
         if not self._bonus:
             return
-        plain = ((item, a - self._bonus.get(item, 0.0)) for item, a in known.items())
+        plain = {item: a - self._bonus.get(item, 0.0) for item, a in known.items()}
         usual = {r.item_id for r in ranked(plain, self.trend, coefficient, self._k)}
         self.explored = sum(item["item_id"] not in usual for item in self._items_out or ())
 
@@ -206,11 +206,11 @@ class Work:
             candidates = sorted(include)
         else:
             candidates = list(self.trend.item_ids)
-        passing = [
-            (i, 0.0)
+        passing = {
+            i: 0.0
             for i in candidates
             if i not in exclude and (include is None or i in include) and not item_filter.where
-        ]
+        }
         self._answer(ranked(passing, self.trend, 1.0, self._k))
 
     @property
