@@ -29,7 +29,7 @@ class TrendSettings(SettingsBase):
 
     period_seconds: int | None = None  # how often q is refreshed
     window_seconds: int | None = None  # how far back it counts; 0 = everything before
-    smoothing: float = 1.0  # pseudo-count added to every item
+    smoothing: float | None = None  # pseudo-count added to every item
 
 
 @dataclass(frozen=True)
@@ -296,6 +296,8 @@ class TrendTable:
         return (count + self.trend.smoothing).log_().sub_(total.log().float())
 
 
+SMOOTHINGS = (1.0, 0.3, 0.1, 0.03, 0.01)  # a short window of a large catalogue bears little
+TIE = 1e-6  # nats per event that rounding may make between two equal candidates
 MAX_TABLE_CELLS = 2**27  # float32 cells of a TrendTable that is kept whole: 512 MiB
 MAX_CHOICE_EVENTS = 5_000_000  # that `choose_trend` is given, about; some 500 MB while it chooses
 MIN_CHOICE_ITEMS = 1000  # fewer say little about a catalogue
@@ -323,9 +325,9 @@ def choose_trend(
     *,
     table_items: int | None = None,
 ) -> ResolvedTrend:
-    """Fill in period and window by the likelihood of the log under its own past popularity.
+    """Fill in period, window and smoothing by the log's likelihood under its own past popularity.
 
-    Every candidate (period, window) is scored by Σ log q_{t}(a_t) over all events, q counting
+    Every candidate is scored by Σ log q_{t}(a_t) over all events, q counting
     only events before the event's period: the choice needs no model and leaks nothing. A fast
     catalogue (news) gets hours, a film catalogue the whole past.
 
@@ -339,6 +341,7 @@ def choose_trend(
     periods = [settings.period_seconds] if settings.period_seconds else [HOUR, DAY, 7 * DAY]
     rows = table_items or num_items
     usable = [p for p in periods if (span // p + 1) * rows <= MAX_TABLE_CELLS] or periods[-1:]
+    smoothings = SMOOTHINGS if settings.smoothing is None else (settings.smoothing,)
     best: tuple[float, ResolvedTrend] | None = None
     for period in usable:
         if settings.window_seconds is not None:
@@ -347,11 +350,12 @@ def choose_trend(
             windows = [w for w in (period, 6 * HOUR, DAY, 7 * DAY, 30 * DAY) if period <= w < span]
             windows = [*dict.fromkeys(windows), 0]
         for window in windows:
-            likelihood = _prequential_log_likelihood(
-                item_E, timestamp_E, num_items, period, window, settings.smoothing
+            likelihoods = _prequential_log_likelihood(
+                item_E, timestamp_E, num_items, period, window, smoothings
             )
-            if best is None or likelihood > best[0]:
-                best = likelihood, ResolvedTrend(period, window, settings.smoothing)
+            for smoothing, likelihood in zip(smoothings, likelihoods, strict=True):
+                if best is None or likelihood > best[0] + TIE * len(item_E):
+                    best = float(likelihood), ResolvedTrend(period, window, smoothing)
     assert best is not None  # noqa: S101 - both candidate lists are never empty
     return best[1]
 
@@ -362,14 +366,16 @@ def _prequential_log_likelihood(
     num_items: int,
     period_seconds: int,
     window_seconds: int,
-    smoothing: float,
-) -> float:
-    total = 0.0
+    smoothings: Sequence[float],
+) -> NDArray[np.float64]:
+    """Σ log q_t(a_t) under each smoothing."""
+    alpha_A = np.asarray(smoothings)
+    total_A = np.zeros(len(alpha_A))
     for _, events, count_M in _window_counts(
         item_E, timestamp_E, num_items, period_seconds, window_seconds
     ):
         in_window = events.start if not window_seconds else int(count_M.sum())
-        item_N = item_E[events]
-        total += float(np.log(count_M[item_N] + smoothing).sum())
-        total -= len(item_N) * float(np.log(in_window + smoothing * num_items))
-    return total
+        count_N = count_M[item_E[events]]
+        total_A += np.log(count_N + alpha_A[:, None]).sum(axis=1)
+        total_A -= len(count_N) * np.log(in_window + alpha_A * num_items)
+    return total_A

@@ -179,12 +179,18 @@ def _popularity(
 
 
 def _resolve(log: Log, settings: TrendSettings) -> ResolvedTrend:
-    if settings.period_seconds and settings.window_seconds is not None:
-        return ResolvedTrend(settings.period_seconds, settings.window_seconds, settings.smoothing)
+    period, window, smoothing = (
+        settings.period_seconds,
+        settings.window_seconds,
+        settings.smoothing,
+    )
+    if period and window is not None and smoothing is not None:
+        return ResolvedTrend(period, window, smoothing)
     resolved = choose_trend(*log.for_choice(), settings, table_items=log.num_items)
     print(
         f"trend: refreshed every {resolved.period_seconds:,} s, counted over"
-        f" {f'{resolved.window_seconds:,} s' if resolved.window_seconds else 'everything before'}",
+        f" {f'{resolved.window_seconds:,} s' if resolved.window_seconds else 'everything before'},"
+        f" {resolved.smoothing:g} added to every item's count",
         flush=True,
     )
     return resolved

@@ -140,3 +140,19 @@ def test_too_little_data_is_refused():
     log = synthetic.histories([[0]], [[1]])
     with pytest.raises(InputError, match="cannot train"):
         fit(log, log, synthetic.catalogue(1), TrainSettings(), None)
+
+
+def test_a_trend_of_weight_zero_is_no_trend():
+    log = synthetic.successor(30, 8, 12, seed=0)
+    model, _ = _fit(log, 12, trend=ResolvedTrend(3600, 0, 1.0), max_epochs=1)
+    weighted, plain = (
+        np.concatenate([score.numpy() for _, score in model.iter_scores(log, 64)])
+        for model.trend_log in (log, None)
+    )
+    assert np.abs(weighted - plain).max() > 0.1
+    model.trend_log = log
+    with torch.no_grad():
+        model.network.log_beta.fill_(-torch.inf)
+    np.testing.assert_array_equal(
+        np.concatenate([score.numpy() for _, score in model.iter_scores(log, 64)]), plain
+    )

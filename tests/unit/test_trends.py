@@ -71,9 +71,12 @@ def test_memory_of_a_table_follows_the_events():
 def test_likelihood_of_the_choice_equals_the_naive_sum(log, period, window):
     log = sorted(log, key=lambda event: event[1])
     item, time = (np.array(column) for column in zip(*log, strict=True))
-    naive = sum(naive_log_q(item, time, 5, period, window, 0.5, t)[j] for j, t in log)
-    value = _prequential_log_likelihood(item, time, 5, period, window, 0.5)
-    assert value == pytest.approx(naive)
+    naive = [
+        sum(naive_log_q(item, time, 5, period, window, alpha, t)[j] for j, t in log)
+        for alpha in (0.5, 2.0)
+    ]
+    value = _prequential_log_likelihood(item, time, 5, period, window, (0.5, 2.0))
+    assert value.tolist() == pytest.approx(naive)
 
 
 @settings(max_examples=30, deadline=None)
@@ -106,7 +109,20 @@ def test_news_gets_hours_and_films_the_whole_past():
     assert p.sum() == pytest.approx(1)
     assert choose_trend(films, time, 50, TrendSettings()).window_seconds == 0
     fixed = TrendSettings(period_seconds=DAY, window_seconds=7 * DAY)
-    assert choose_trend(films, time, 50, fixed) == ResolvedTrend(DAY, 7 * DAY, 1.0)
+    resolved = choose_trend(films, time, 50, fixed)
+    assert resolved.period_seconds == DAY and resolved.window_seconds == 7 * DAY
+    fixed = TrendSettings(period_seconds=DAY, window_seconds=7 * DAY, smoothing=2.0)
+    assert choose_trend(films, time, 50, fixed) == ResolvedTrend(DAY, 7 * DAY, 2.0)
+
+
+def test_smoothing_does_not_drown_a_short_window():
+    """Of 5,000 articles a few are read in an hour: one pseudo-count each would outweigh them."""
+    rng = np.random.default_rng(0)
+    hours = np.repeat(np.arange(24 * 7), 100)
+    time = hours * HOUR + rng.integers(0, HOUR, len(hours))
+    item = (hours + rng.integers(0, 3, len(hours))) * 7 % 5000
+    resolved = choose_trend(item, time, 5000, TrendSettings())
+    assert resolved.window_seconds == HOUR and resolved.smoothing < 0.2
 
 
 def test_of_a_long_log_the_choice_sees_a_sample_of_items_and_chooses_the_same(monkeypatch):
