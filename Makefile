@@ -47,7 +47,7 @@ compile: $(STAMP) ## compile the pipelines to build/*.yaml
 	$(VENV)/bin/hrnn compile -o build
 
 golden: $(STAMP) ## write the golden files anew, to be reviewed with git diff
-	$(VENV)/bin/hrnn compile -o tests/golden
+	HRNN_CODE_DIGEST=golden $(VENV)/bin/hrnn compile -o tests/golden
 
 clean: ## remove everything that was generated
 	rm -rf $(VENV) workspace build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

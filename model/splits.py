@@ -4,7 +4,10 @@ Shapes: E events, N cases (events that are read out), U users, M items, J held-o
 R relevant (case, item) pairs.
 """
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,8 +68,14 @@ def later_events(histories: Histories) -> NDArray[np.int64]:
 
 
 class SplitSettings(SettingsBase):
-    """User split (§4.1): whole users are held out; every event of theirs is predicted."""
+    """User split (§4.1): whole users are held out; every event of theirs is predicted.
 
+    `assign`: `permutation` is the published protocol's and gives exact shares; when users join,
+    others change sides. With `hash` a user's side depends on the id and the seed alone, so that a
+    log that grows never trains a later model on the test users of an earlier one.
+    """
+
+    assign: Literal["permutation", "hash"] = "permutation"
     test_share: float = 0.2
     valid_share: float = 0.08
     min_events: int = 5  # users with fewer events are left out of all three parts
@@ -91,12 +100,28 @@ def split_users(
         as_text: numeric user ids are sorted as text (1, 10, 2), as some published splits do.
     """
     kept = histories.subset(_natural_order(histories, settings.min_events, as_text))
+    if settings.assign == "hash":
+        place_U = _hashed(kept.user_ids, settings.seed)
+        # Without any user on a side (there are few), the ones nearest to it go there.
+        last_test = max(settings.test_share, place_U.min(initial=1.0))
+        rest_U = place_U[place_U > last_test]
+        last_valid = max(settings.test_share + settings.valid_share, rest_U.min(initial=1.0))
+        sides = (place_U > last_valid, (place_U > last_test) & (place_U <= last_valid))
+        train, valid, test = (np.flatnonzero(s) for s in (*sides, place_U <= last_test))
+        return UserSplit(*(kept.subset(part) for part in (train, valid, test)))
     # The legacy generator is the published protocol's, so that results can be compared.
     order = np.random.RandomState(settings.seed).permutation(len(kept))
     num_test = max(1, round(settings.test_share * len(kept)))
     num_valid = max(1, round(settings.valid_share * len(kept)))
     test, valid, train = np.split(order, [num_test, num_test + num_valid])
     return UserSplit(*(kept.subset(np.sort(part)) for part in (train, valid, test)))
+
+
+def _hashed(user_ids: Sequence[str], seed: int) -> NDArray[np.float64]:
+    """A place in (0, 1] for every user, uniform over users, from id and seed alone: `[U]`."""
+    digests = (hashlib.blake2b(f"{seed}/{u}".encode(), digest_size=8).digest() for u in user_ids)
+    number_U = np.fromiter((int.from_bytes(d, "big") for d in digests), np.float64, len(user_ids))
+    return (number_U + 1.0) / 2.0**64
 
 
 def _natural_order(histories: Histories, min_events: int, as_text: bool) -> NDArray[np.int64]:

@@ -53,6 +53,15 @@ def run(
     workspace: Workspace = Path("workspace"),
     assignments: Assignments = None,
     settings_file: SettingsFile = None,
+    override: Annotated[
+        str,
+        typer.Option(
+            help="Deploy even if the gate refuses; say why, it is recorded.", metavar="WHY"
+        ),
+    ] = "",
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Do every step anew, also those done before.")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="End with one JSON object on stdout.")
     ] = False,
@@ -60,14 +69,24 @@ def run(
 ) -> None:
     """Run train_and_deploy on this machine.
 
+    Run again after a stop, it goes on where it was.
+
     Exit code 0: deployed; 3: refused by the gate (the champion stays); 2: bad input; 1: failed.
     """
     from pipelines import local_runner
     from pipelines.settings import load
 
     source = _source(dataset, interactions, users, items)
-    settings = load(settings_file, assignments or [])
-    result = local_runner.run(source, workspace, settings, say=_say, verbose=verbose)
+    settings = load(settings_file, assignments or [], own_data=not source.dataset)
+    result = local_runner.run(
+        source,
+        workspace,
+        settings,
+        say=_say,
+        override=override,
+        fresh=fresh,
+        verbose=verbose,
+    )
     if as_json:
         print(json.dumps(result))
     else:
@@ -76,7 +95,7 @@ def run(
         evaluation_table(result, sys.stderr)
         paths_table(result, workspace, sys.stderr)
     for reason in result["reasons"]:
-        _say(f"refused: {reason}")
+        _say(f"{'overridden' if result['override'] else 'refused'}: {reason}")
     if result["verdict"] == "refused":
         raise typer.Exit(REFUSED)
 

@@ -12,18 +12,12 @@ CLAIM, CLAIM_PATH = "hrnn-stores", "/stores"
 GPU = "nvidia.com/gpu"
 LABELS = {"app.kubernetes.io/part-of": "hrnn-meta"}
 
-CONFIGURED = (
-    "HRNN_FEATURE_ROOT",
-    "HRNN_ONLINE_STORE",
-    "HRNN_REDIS_URL",
-    "HRNN_REGISTRY_URL",
-    "HRNN_EVENT_LOG",
-)
+CONFIGURED = ("HRNN_FEATURE_ROOT", "HRNN_ONLINE_STORE", "HRNN_REDIS_URL", "HRNN_EVENT_LOG")
 # Addresses that hold a password may be in the secret instead: a later variable wins, and a key
 # that the secret lacks sets nothing.
 SECRETS = (
+    "HRNN_NOTIFY_URL",
     "HRNN_REDIS_URL",
-    "HRNN_REGISTRY_URL",
     "HRNN_EVENT_LOG",
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
@@ -75,8 +69,8 @@ def gpu(task: dsl.PipelineTask, *, count: int = 1, shared_memory: str = "2Gi") -
     )
 
 
-def stores(task: dsl.PipelineTask) -> None:
-    """The step reaches the feature store, the model store and the event log."""
+def configured(task: dsl.PipelineTask) -> None:
+    """The step gets its addresses and secrets from the cluster, as environment variables."""
     kubernetes.use_config_map_as_env(
         task,
         config_map_name=CONFIG_MAP,
@@ -89,4 +83,18 @@ def stores(task: dsl.PipelineTask) -> None:
         secret_key_to_env={name: name for name in SECRETS},
         optional=True,
     )
+
+
+def stores(task: dsl.PipelineTask) -> None:
+    """The step reaches the feature store, the model store and the event log."""
+    configured(task)
     kubernetes.mount_pvc(task, pvc_name=CLAIM, mount_path=CLAIM_PATH)
+
+
+def retried(task: dsl.PipelineTask, times: int = 2) -> None:
+    """Try again after a minute, then two: nodes are drained, stores restart.
+
+    A pod cannot tell the cluster that its error was the user's, so steps that refuse input are
+    not retried; by the time later steps run, their input has been checked.
+    """
+    task.set_retry(num_retries=times, backoff_duration="60s", backoff_factor=2.0)

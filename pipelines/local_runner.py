@@ -1,6 +1,8 @@
 """Runs the pipeline on this machine: progress, logs, one readable error, no process left behind."""
 
 import contextlib
+import fcntl
+import hashlib
 import json
 import os
 import re
@@ -25,7 +27,7 @@ _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _STARTED = re.compile(r"Executing task '([\w-]+)'")
 _FINISHED = re.compile(r"Task '([\w-]+)' finished with status (\w+)")
 _RAISED = re.compile(r"^model\.errors\.(\w+): (.*)$")
-_EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit)\b.*$")
+_EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit)(?::.*)?$")
 DEADLINE_SECONDS = 24 * 3600.0
 
 
@@ -49,12 +51,19 @@ def run(
     settings: Settings,
     *,
     say: Callable[[str], None],
+    override: str = "",
+    fresh: bool = False,
     verbose: bool = False,
     deadline: float = DEADLINE_SECONDS,
 ) -> dict[str, Any]:
     """Run `train_and_deploy` and return the run's result (docs/architecture.md, "Steps").
 
+    Steps that an earlier run in this workspace finished, with the same data, settings and code,
+    are not done again: a run that was killed goes on where it was.
+
     Args:
+        override: deploy even if the gate refuses, for this reason, which is recorded.
+        fresh: do every step anew.
         say: receives progress lines.
         verbose: pass every line of the log to `say`.
         deadline: seconds after which the run is stopped.
@@ -65,6 +74,8 @@ def run(
         StepError: a step failed otherwise.
     """
     arguments = {
+        "source_digest": _source_digest(source),
+        "override": override,
         "dataset": source.dataset,
         "interactions": _absolute(source.interactions),
         "users": _absolute(source.users),
@@ -75,7 +86,9 @@ def run(
         "checkpoints": str(workspace.absolute() / "checkpoints"),
         **settings.to_arguments(),
     }
-    folder = _run("train_and_deploy", arguments, workspace, settings, say, verbose, deadline)
+    folder = _run(
+        "train_and_deploy", arguments, workspace, settings, say, verbose, deadline, fresh=fresh
+    )
     result = _result(folder.name, folder, workspace.absolute() / "models")
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
@@ -129,29 +142,47 @@ def _run(
     verbose: bool,
     deadline: float,
     variables: Mapping[str, str] | None = None,
+    fresh: bool = False,
 ) -> Path:
     """Run a pipeline to its end; returns the run's folder, whose name is the run's id.
 
     Args:
         variables: further environment variables of its steps.
+        fresh: take nothing from the cache.
+
+    Raises:
+        UnavailableError: another run is under way in this workspace, or its disk is full.
     """
     run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
     folder = workspace.absolute() / "runs" / run_id
+    if pipeline == "train_and_deploy":
+        arguments = {**arguments, "run_id": run_id}
+    cache = workspace.absolute() / "runs" / ".cache"
+    document = {
+        "pipeline": pipeline,
+        "arguments": arguments,
+        "root": str(folder),
+        "cache": None if fresh else str(cache),
+    }
+    specification, log = folder / "run.json", folder / "run.log"
     try:
-        (folder / "tmp").mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--workspace {workspace}: {error.strerror}") from None
-    (folder / "settings.json").write_text(json.dumps(settings.to_json(), indent=1) + "\n")
-    specification = folder / "run.json"
-    document = {"pipeline": pipeline, "arguments": arguments, "root": str(folder)}
-    specification.write_text(json.dumps(document))
-    log = folder / "run.log"
-    say(f"run {run_id}, log {log}")
-    reader = _LogReader(say, verbose)
-    environment = {**_environment(folder), **(variables or {})}
-    code = _run_child(specification, environment, log, reader, deadline)
-    if code != 0:
-        raise reader.error(log)
+    with _only_run(folder.parent / f".{pipeline}.lock", run_id) as lock:
+        reader = _LogReader(say, verbose)
+        environment = {**_environment(folder), **(variables or {})}
+        try:
+            (folder / "tmp").mkdir(parents=True)
+            settings_text = json.dumps(settings.to_json(), indent=1) + "\n"
+            (folder / "settings.json").write_text(settings_text)
+            specification.write_text(json.dumps(document))
+            say(f"run {run_id}, log {log}")
+            code = _run_child(specification, environment, log, reader, deadline, lock)
+        except OSError as error:
+            raise UnavailableError(f"cannot write to {folder}: {error.strerror}") from None
+        if code != 0:
+            raise reader.error(log)
     shutil.rmtree(folder / "tmp", ignore_errors=True)  # kfp leaves one folder per step
     return folder
 
@@ -166,11 +197,17 @@ def _run_child(
     log: Path,
     reader: "_LogReader",
     deadline: float,
+    lock: int,
 ) -> int:
-    """Run the child to its end; whatever happens here, its whole process group is gone after."""
+    """Run the child to its end; whatever happens here, its whole process group is gone after.
+
+    The child sees the end of its input when this process dies, and ends too; it holds the
+    workspace's lock until then.
+    """
     child = subprocess.Popen(
         [sys.executable, "-u", "-m", "pipelines.local_child", str(specification)],
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
+        pass_fds=(lock,),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env=environment,
@@ -238,12 +275,52 @@ def _terminate_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextlib.contextmanager
+def _only_run(path: Path, run_id: str) -> Iterator[int]:
+    """Hold the pipeline's lock; the kernel frees it when the last process of a run is gone.
+
+    Raises:
+        UnavailableError: another run holds it.
+    """
+    with path.open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise UnavailableError(
+                f"run {lock.read() or 'another'} is under way in this workspace: wait for it, stop "
+                "it, or use another --workspace"
+            ) from None
+        lock.truncate(0)  # opened to append: what is written next stands at the start
+        lock.write(run_id)
+        lock.flush()
+        yield lock.fileno()
+
+
+def _source_digest(source: Source) -> str:
+    """Digest of the files a run reads; "" when their content is not known beforehand."""
+    if source.dataset:
+        return source.dataset  # checked against its published digest when it is obtained
+    digest = hashlib.sha256()
+    for path in (source.interactions, source.users, source.items):
+        if "://" in path:
+            return ""
+        if path:
+            with Path(path).open("rb") as f:
+                digest.update(hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _place(step: str) -> str:
+    return f"{STEPS.index(step) + 1}/{len(STEPS)} " if step in STEPS else ""
+
+
 class _LogReader:
     """Turns kfp's log into progress lines and finds the error of a failed step."""
 
     def __init__(self, say: Callable[[str], None], verbose: bool) -> None:
         self._say, self._verbose = say, verbose
-        self._step = ""
+        self._step, self._next = "", 0  # under way; place of the one after it
         self._started = time.monotonic()
         self._own_output = False  # inside the step's own lines, after kfp's preamble
         self._failed_step = ""
@@ -255,10 +332,10 @@ class _LogReader:
             self._say(line)
         text = line.strip()
         if started := _STARTED.search(line):
+            self._say_skipped(started[1])
             self._step, self._own_output = started[1], False
             self._started = time.monotonic()
-            place = f"{STEPS.index(self._step) + 1}/{len(STEPS)} " if self._step in STEPS else ""
-            self._say(f"[{place}{self._step}]")
+            self._say(f"[{_place(self._step)}{self._step}]")
         elif finished := _FINISHED.search(line):
             seconds = time.monotonic() - self._started
             self._own_output = False
@@ -280,6 +357,13 @@ class _LogReader:
             self._own_output = False
         elif self._own_output and text and not self._verbose:
             self._say(f"  {text}")
+
+    def _say_skipped(self, step: str) -> None:
+        """kfp says nothing of the steps that it takes from the cache."""
+        if step in STEPS:
+            for skipped in STEPS[self._next : STEPS.index(step)]:
+                self._say(f"[{_place(skipped)}{skipped}]\n  done before, not again")
+            self._next = STEPS.index(step) + 1
 
     def error(self, log: Path) -> HrnnError:
         """What to tell the user of a failed run."""
@@ -306,14 +390,14 @@ def _result(run_id: str, folder: Path, model_store: Path) -> dict[str, Any]:
         raise StepError(f"the run left no verdict in {folder}: see run.log there")
     measured, judged = json.loads(evaluation.read_text()), json.loads(verdict.read_text())
     deployment = only("deploy/deployment")
-    bundle = only("train/bundle")
+    clean, bundle = (Path(measured["inputs"][name]) for name in ("clean", "bundle"))
     if deployment is not None:
         bundle = model_store / json.loads(deployment.read_text())["path"]
     paths = {
         "bundle": bundle,
         "report": only("evaluate/report"),
-        "data_report": only("validate/data_report"),
-        "clean": only("validate/clean"),
+        "data_report": clean.parent / "data_report",
+        "clean": clean,
         "log": folder / "run.log",
     }
     return {
@@ -321,6 +405,8 @@ def _result(run_id: str, folder: Path, model_store: Path) -> dict[str, Any]:
         "verdict": "deployed" if deployment is not None else "refused",
         "model_version": measured["model_version"],
         "metrics": measured["models"],
+        "champion": judged["champion"],
+        "override": judged["override"],
         "reasons": [rule["reason"] for rule in judged["rules"] if not rule["passed"]],
         **{name: str(_with_suffix(path)) for name, path in paths.items() if path is not None},
     }

@@ -53,8 +53,15 @@ class Settings:
         }
 
 
-def load(file: Path | None = None, assignments: Iterable[str] = ()) -> Settings:
+def load(
+    file: Path | None = None, assignments: Iterable[str] = (), *, own_data: bool = False
+) -> Settings:
     """Defaults, overridden by a YAML or JSON file, overridden by `section.key=value` texts.
+
+    Args:
+        own_data: for a log that may grow: users keep their side of the split (`assign: hash`), so
+            that candidate and champion can be compared fairly. Named datasets keep the published
+            protocol's permutation.
 
     Raises:
         InputError: names the wrong key or value and the keys that exist.
@@ -69,7 +76,16 @@ def load(file: Path | None = None, assignments: Iterable[str] = ()) -> Settings:
             raise InputError(f"no settings section {name!r}{_hint(name, SECTIONS)}")
         if not isinstance(values[name], dict):
             raise InputError(f"settings section {name} holds keys, e.g. --set {name}.KEY=VALUE")
-    return Settings({n: cls.parse(values.get(n, {}), n) for n, cls in SECTIONS.items()})
+    if own_data:
+        split = values.setdefault("train", {}).setdefault("split", {})
+        if isinstance(split, dict):
+            split.setdefault("assign", "hash")
+    sections = {n: cls.parse(values.get(n, {}), n) for n, cls in SECTIONS.items()}
+    gate = sections["gate"]
+    if isinstance(gate, GateSettings):
+        sections["gate"] = gate.pinned()  # read and checked before anything starts
+        gate.resolved()
+    return Settings(sections)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -8,8 +8,11 @@ from components.image import IMAGE
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def deploy(
     bundle: dsl.Input[dsl.Model],
+    evaluation: dsl.Input[dsl.Artifact],
     verdict: dsl.Input[dsl.Artifact],
     model_store: str,
+    run_id: str,
+    job: str,
     settings: dict,
     deployment: dsl.Output[dsl.Artifact],
 ) -> None:
@@ -18,5 +21,8 @@ def deploy(
 
     from components.deploy import steps
 
-    paths = (Path(bundle.path), Path(verdict.path), model_store, Path(deployment.path))
-    steps.run(*paths, settings=settings)
+    inputs = (Path(artifact.path) for artifact in (bundle, evaluation, verdict))
+    record = steps.run(
+        *inputs, model_store, Path(deployment.path), settings=settings, run_id=run_id or job
+    )
+    deployment.metadata["version"] = record["version"]

@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import Field
 
-from model.errors import InputError
+from model import bundle as bundles
+from model.errors import BundleError, InputError
 from model.settings import SettingsBase
 from model.store import Lineage, ModelStore
 
@@ -19,25 +20,37 @@ class DeploySettings(SettingsBase):
 
 
 def run(
-    bundle: Path, verdict: Path, model_store: str, deployment: Path, *, settings: dict[str, Any]
+    bundle: Path,
+    evaluation: Path,
+    verdict: Path,
+    model_store: str,
+    deployment: Path,
+    *,
+    settings: dict[str, Any],
+    run_id: str = "",
 ) -> dict[str, Any]:
     """Publish the bundle and make it the champion.
 
     Doing it twice changes nothing: a run that was killed half-way can be run again.
 
     Raises:
-        InputError: the verdict did not pass.
+        InputError: the verdict did not pass, or is about another model.
         BundleError: the bundle is damaged.
         ConflictError: another run deployed since this one was compared with the champion.
         UnavailableError: the store cannot be written.
     """
     chosen = DeploySettings.parse(settings, "deploy")
-    judged = json.loads(verdict.read_text())
-    if judged.get("passed") is not True:
+    judged, measured = (json.loads(path.read_text()) for path in (verdict, evaluation))
+    if judged.get("deploy") is not True:
         raise InputError("the gate refused this model: it is not deployed")
+    manifest = bundles.verify(bundle)
+    if judged["model_version"] != manifest.model_version:
+        raise InputError(
+            f"the verdict is about {judged['model_version']}, not {manifest.model_version}"
+        )
     store = ModelStore(model_store)
-    version = store.publish(bundle, Lineage(verdict=judged))
-    champion = store.promote(version, reason="deploy")
+    version = store.publish(bundle, _lineage(bundle, measured, judged, run_id))
+    champion = store.promote(version, replaces=judged["champion"], reason="deploy")
     removed = store.retain(chosen.keep)
     record = {**asdict(champion), "store": model_store, "removed": removed}
     deployment.parent.mkdir(parents=True, exist_ok=True)
@@ -46,3 +59,26 @@ def run(
     if removed:
         print(f"removed {len(removed)} old versions")
     return record
+
+
+def _lineage(
+    bundle: Path, measured: dict[str, Any], judged: dict[str, Any], run_id: str
+) -> Lineage:
+    try:
+        parameters = json.loads((bundle / "settings.json").read_text())["train"]
+    except (ValueError, KeyError) as error:
+        raise BundleError(f"{bundle / 'settings.json'} has no training settings: {error}") from None
+    figures = {
+        model: {r: all_figures[r] for r in ("every", "last") if r in all_figures}
+        for model, all_figures in measured["models"].items()
+    }
+    return Lineage(
+        data_digest=measured["data_digest"],
+        code_digest=measured["code_digest"],
+        run_id=run_id,
+        parent=judged["champion"],
+        parameters={"train": parameters},
+        metrics=figures,
+        verdict={name: judged[name] for name in ("passed", "rules")},
+        override=judged["override"],
+    )

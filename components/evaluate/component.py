@@ -9,14 +9,24 @@ from components.image import IMAGE
 def evaluate(
     clean: dsl.Input[dsl.Dataset],
     bundle: dsl.Input[dsl.Model],
+    model_store: str,
     settings: dict,
     evaluation: dsl.Output[dsl.Artifact],
     report: dsl.Output[dsl.HTML],
+    metrics: dsl.Output[dsl.Metrics],
 ) -> None:
-    """Measure the candidate and the baselines on held-out users."""
+    """Measure the candidate, the champion and the baselines on held-out users."""
     from pathlib import Path
 
     from components.evaluate import steps
 
     paths = (clean.path, bundle.path, evaluation.path, report.path)
-    steps.run(*map(Path, paths), settings=settings)
+    document = steps.run(
+        *map(Path, paths),
+        settings=settings,
+        model_store=model_store,
+        inputs={"clean": clean.uri, "bundle": bundle.uri},
+    )
+    for model, figures in document["models"].items():
+        for metric, value in figures["every"].items():
+            metrics.log_metric(f"{model} {metric}", value)

@@ -4,7 +4,7 @@ Shapes: E events, N cases of all groups, G groups of cases, X columns (group, mo
 R resamplings.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,19 @@ from model.sequences import Histories
 class Measured:
     """Plain JSON values by model, group and metric.
 
-    `intervals`: {"value", "low", "high"}. `against`: of every model but the reference, the
-    comparison with it, {"value", "low", "high", "excludes_zero"}: of `ppl` the ratio, of the other
-    metrics the difference. Groups without cases have no metrics.
+    `intervals`: {"value", "low", "high"}. `against`: by reference, of every other model, the
+    comparison with it, {"value", "low", "high", "excludes_zero", "quantiles"}: of `ppl` the ratio,
+    of the other metrics the difference; `quantiles` of its resamplings by probability, for those
+    who want another confidence. Groups without cases have no metrics.
     """
 
     intervals: dict[str, dict[str, dict[str, Any]]]
-    against: dict[str, dict[str, dict[str, Any]]]
+    against: dict[str, dict[str, dict[str, dict[str, Any]]]]
+
+
+# One-sided confidences that the gate may ask for, and their counterparts.
+CONFIDENCES = (0.8, 0.9, 0.95, 0.975, 0.99, 0.995)
+QUANTILES = tuple(sorted({*CONFIDENCES, *(round(1 - c, 3) for c in CONFIDENCES)}))
 
 
 def measure(
@@ -35,7 +41,7 @@ def measure(
     groups: Mapping[str, NDArray[np.int64]],
     histories: Histories,
     *,
-    reference: str,
+    references: Sequence[str],
     level: float,
     samples: int,
     seed: int,
@@ -44,7 +50,7 @@ def measure(
 
     Args:
         groups: events by name of the group.
-        reference: the model that the others are compared with.
+        references: the models that all others are compared with.
     """
     k = next(iter(results.values())).k
     # With one relevant item a case, recall is hit and precision is hit / k: they tell nothing more.
@@ -66,14 +72,16 @@ def measure(
     mean_GAM = sums.mean_X.reshape(shape)
     mean_RGAM = sums.resampled(samples, seed).reshape(samples, *shape)
     names = list(results)
-    of_reference = names.index(reference)
     intervals: dict[str, dict[str, Any]] = {name: {} for name in names}
-    against: dict[str, dict[str, Any]] = {name: {} for name in names if name != reference}
+    against: dict[str, dict[str, dict[str, Any]]] = {
+        reference: {name: {} for name in names if name != reference} for reference in references
+    }
     for g, (group, group_N) in enumerate(groups.items()):
         for a, name in enumerate(names):
             intervals[name][group] = {"cases": len(group_N)}
-            if name != reference:
-                against[name][group] = {"cases": len(group_N)}
+            others = [r for r in references if r != name]
+            for reference in others:
+                against[reference][name][group] = {"cases": len(group_N)}
             if not len(group_N):
                 continue
             for m, metric in enumerate(metrics):
@@ -81,11 +89,19 @@ def measure(
                 value, value_R = mean_GAM[g, a, m], mean_RGAM[:, g, a, m]
                 [interval] = intervals_of(value[None], value_R[:, None], transform, level)
                 intervals[name][group][metric] = interval.to_json()
-                if name == reference:
-                    continue
-                other, other_R = mean_GAM[g, of_reference, m], mean_RGAM[:, g, of_reference, m]
-                [comparison] = comparisons_of(
-                    (value - other)[None], (value_R - other_R)[:, None], transform, level
-                )
-                against[name][group][metric] = comparison.to_json()
+                for reference in others:
+                    r = names.index(reference)
+                    change, change_R = value - mean_GAM[g, r, m], value_R - mean_RGAM[:, g, r, m]
+                    [comparison] = comparisons_of(change[None], change_R[:, None], transform, level)
+                    against[reference][name][group][metric] = {
+                        **comparison.to_json(),
+                        "quantiles": _quantiles(transform(change_R)),
+                    }
     return Measured(intervals, against)
+
+
+def _quantiles(figure_R: NDArray[np.float64]) -> dict[str, float]:
+    if np.isnan(figure_R).all():
+        return {}
+    values = np.nanquantile(figure_R, QUANTILES)
+    return {f"{q:g}": float(v) for q, v in zip(QUANTILES, values, strict=True)}

@@ -8,12 +8,18 @@ from components.image import IMAGE
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def gate(
     evaluation: dsl.Input[dsl.Artifact],
+    override: str,
     settings: dict,
     verdict: dsl.Output[dsl.Artifact],
+    summary: dsl.Output[dsl.Markdown],
 ) -> bool:
     """Decide whether the candidate may be deployed."""
     from pathlib import Path
 
     from components.gate import steps
 
-    return steps.run(Path(evaluation.path), Path(verdict.path), settings=settings)
+    result = steps.run(
+        Path(evaluation.path), Path(verdict.path), settings=settings, override=override
+    )
+    Path(summary.path).write_text(steps.markdown(result))
+    return result["deploy"]

@@ -12,15 +12,22 @@ def ingest(
     users: str,
     items: str,
     cache: str,
+    code: str,
+    source_digest: str,
     settings: dict,
     tables: dsl.Output[dsl.Dataset],
-) -> None:
-    """Bring a named dataset or the user's files into canonical tables."""
+) -> str:
+    """Bring a named dataset or the user's files into canonical tables; returns their digest.
+
+    `code` and `source_digest` are parts of the cache's key and nothing else.
+    """
     from pathlib import Path
 
+    from components.digests import tables_digest
     from components.ingest import steps
 
     files = {"interactions": interactions, "users": users, "items": items}
     place = Path(cache) if cache else None
     source = steps.run(Path(tables.path), dataset=dataset, cache=place, settings=settings, **files)
     tables.metadata["name"] = source["name"]
+    return tables_digest(Path(tables.path))

@@ -8,6 +8,8 @@ from components.image import IMAGE
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def train(
     clean: dsl.Input[dsl.Dataset],
+    data_digest: str,
+    code: str,
     trend: dict,
     settings: dict,
     checkpoints: str,
@@ -16,6 +18,7 @@ def train(
     """Train HRNN on the clean tables and write a model bundle.
 
     `checkpoints`: a folder where an interrupted step finds what it had done; empty: none.
+    `data_digest` and `code` are parts of the cache's key and nothing else.
     """
     from pathlib import Path
 

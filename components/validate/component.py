@@ -8,12 +8,17 @@ from components.image import IMAGE
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def validate(
     tables: dsl.Input[dsl.Dataset],
+    data_digest: str,
+    code: str,
     settings: dict,
     clean: dsl.Output[dsl.Dataset],
     quarantine: dsl.Output[dsl.Dataset],
     data_report: dsl.Output[dsl.HTML],
 ) -> None:
-    """Type, check and sort the tables; bad rows go to quarantine."""
+    """Type, check and sort the tables; bad rows go to quarantine.
+
+    `data_digest` and `code` are parts of the cache's key and nothing else.
+    """
     from pathlib import Path
 
     from components.validate import steps

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -106,23 +107,53 @@ def test_metrics_are_exported_by_both_processes(service):
         assert "hrnn_requests_total" in httpx.get(url, timeout=5).text
 
 
-def test_a_worse_model_is_refused_and_the_first_keeps_serving(deployed):
+COLUMNS = {"ingest.columns": "{user_id: customer, item_id: product_id, timestamp: when}"}
+WORSE = {
+    "train.max_epochs": 1,
+    "train.learning_rate": 1e-9,
+    "train.network": "{embedding: 16, hidden: 32, transitions: false}",  # counts need no epoch
+}
+
+
+def test_a_worse_model_is_refused_and_the_first_keeps_serving(deployed, service):
     workspace, result, _, path = deployed
+    _, client = service
     store = ModelStore(str(workspace / "models"))
     before = store.champion()
-    settings = FAST | {
-        "train.max_epochs": 1,
-        "train.learning_rate": 1e-9,
-        "train.network": "{embedding: 16, hidden: 32, transitions: false}",  # counts need no epoch
-        "ingest.columns": "{user_id: customer, item_id: product_id, timestamp: when}",
-    }
-    done = hrnn_run(workspace, "--interactions", path, settings=settings)
+    done = hrnn_run(workspace, "--interactions", path, settings=FAST | WORSE | COLUMNS)
     assert done.returncode == 3, done.stderr
     refused = json.loads(done.stdout)
     assert refused["verdict"] == "refused"
+    assert refused["champion"] == before.version == result["model_version"]
     assert any("hrnn.every.ppl" in reason for reason in refused["reasons"])
+    assert any("worse than the champion's" in reason for reason in refused["reasons"])
+    assert refused["metrics"]["champion"]["comparable"]["cases"] > 0
+    assert "[1/7 ingest]\n  done before, not again" in done.stderr
+    assert Path(refused["report"]).exists()
     assert store.champion() == before
-    assert before.version == result["model_version"]
+    answer = client.recommend("u7", num_results=3)
+    assert answer.model_version == before.version
+
+
+def test_a_refused_model_is_deployed_only_with_a_reason_that_is_recorded(deployed, tmp_path):
+    workspace, _, _, path = deployed
+    copy = tmp_path / "workspace"
+    shutil.copytree(workspace / "models", copy / "models")
+    store = ModelStore(str(copy / "models"))
+    before = store.champion()
+    done = hrnn_run(
+        copy, "--interactions", path, "--override", "a test", settings=FAST | WORSE | COLUMNS
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["verdict"], result["override"]) == ("deployed", "a test")
+    champion = store.champion()
+    assert (champion.version, champion.previous) == (result["model_version"], before.version)
+    lineage = store.version(champion.version).lineage
+    assert lineage.override == "a test"
+    assert lineage.verdict["passed"] is False
+    assert (lineage.run_id, lineage.parent) == (result["run_id"], before.version)
+    assert store.rollback().version == before.version
 
 
 def test_ctrl_c_stops_everything(tmp_path):

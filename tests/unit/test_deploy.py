@@ -9,7 +9,7 @@ import pytest
 from components.deploy import steps
 from components.train import steps as train
 from model import bundle as bundles
-from model.errors import BundleError, InputError, UnavailableError
+from model.errors import BundleError, ConflictError, InputError, UnavailableError
 from model.store import ModelStore
 from tests import synthetic
 
@@ -25,25 +25,43 @@ def candidates(tmp_path_factory):
     return [folder / "b1", folder / "b2"]
 
 
-@pytest.fixture
-def verdict(tmp_path):
-    path = tmp_path / "verdict"
-    path.write_text(json.dumps({"passed": True, "rules": []}))
-    return path
-
-
-def _deploy(bundle, verdict, tmp_path):
-    return steps.run(bundle, verdict, str(tmp_path / "store"), tmp_path / "out", settings={})
+def _deploy(bundle, tmp_path, champion=None, **verdict):
+    """Deploy as a run does that compared the bundle with `champion`."""
+    version = json.loads((bundle / "manifest.json").read_text())["model_version"]
+    judged = {
+        "passed": True,
+        "deploy": True,
+        "override": None,
+        "champion": champion,
+        "model_version": version,
+        "rules": [],
+    } | verdict
+    measured = {
+        "data_digest": "d",
+        "code_digest": "c",
+        "models": {"hrnn": {"every": {"ppl": 3.0}, "slices": {}}},
+    }
+    for name, value in (("verdict", judged), ("evaluation", measured)):
+        (tmp_path / f"{name}-{version}").write_text(json.dumps(value))
+    return steps.run(
+        bundle,
+        tmp_path / f"evaluation-{version}",
+        tmp_path / f"verdict-{version}",
+        str(tmp_path / "store"),
+        tmp_path / "out" / version,
+        settings={"keep": 3},
+        run_id="run-1",
+    )
 
 
 def _champion(tmp_path):
     return ModelStore(str(tmp_path / "store")).champion()
 
 
-def test_the_champion_is_the_bundle_and_remembers_the_one_before(candidates, verdict, tmp_path):
+def test_the_champion_is_the_bundle_and_remembers_the_one_before(candidates, tmp_path):
     assert _champion(tmp_path) is None
-    first = _deploy(candidates[0], verdict, tmp_path)
-    second = _deploy(candidates[1], verdict, tmp_path)
+    first = _deploy(candidates[0], tmp_path)
+    second = _deploy(candidates[1], tmp_path, champion=first["version"])
     store = tmp_path / "store"
     assert _champion(tmp_path).version == second["version"]
     assert second["previous"] == first["version"]
@@ -51,41 +69,62 @@ def test_the_champion_is_the_bundle_and_remembers_the_one_before(candidates, ver
         assert bundles.verify(store / record["path"]).model_version == record["version"]
 
 
-def test_deploying_twice_changes_nothing(candidates, verdict, tmp_path):
-    first = _deploy(candidates[0], verdict, tmp_path)
-    assert _deploy(candidates[0], verdict, tmp_path) == first
+def test_deploying_twice_changes_nothing(candidates, tmp_path):
+    first = _deploy(candidates[0], tmp_path)
+    assert _deploy(candidates[0], tmp_path) == first
     assert len(list((tmp_path / "store" / "versions").iterdir())) == 1
 
 
 def test_a_refused_model_is_not_deployed(candidates, tmp_path):
-    refused = tmp_path / "refused"
-    refused.write_text(json.dumps({"passed": False, "rules": []}))
     with pytest.raises(InputError, match="refused"):
-        _deploy(candidates[0], refused, tmp_path)
+        _deploy(candidates[0], tmp_path, passed=False, deploy=False)
+    with pytest.raises(InputError, match="about other"):
+        _deploy(candidates[0], tmp_path, model_version="other")
     assert not (tmp_path / "store").exists()
 
 
-def test_a_damaged_bundle_leaves_the_champion(candidates, verdict, tmp_path):
-    first = _deploy(candidates[0], verdict, tmp_path)
-    damaged = shutil.copytree(candidates[1], tmp_path / "damaged")
-    (damaged / "items.parquet").write_bytes(b"x")
-    with pytest.raises(BundleError, match="digest"):
-        _deploy(damaged, verdict, tmp_path)
+def test_lineage_says_where_the_model_comes_from_and_why_it_is_here(candidates, tmp_path):
+    record = _deploy(candidates[0], tmp_path, passed=False, override="needed at once")
+    lineage = ModelStore(str(tmp_path / "store")).version(record["version"]).lineage
+    assert (lineage.data_digest, lineage.code_digest, lineage.run_id) == ("d", "c", "run-1")
+    assert lineage.parent is None
+    assert lineage.parameters["train"]["seed"] == 1
+    assert lineage.metrics == {"hrnn": {"every": {"ppl": 3.0}}}
+    assert lineage.override == "needed at once"
+    assert lineage.verdict["passed"] is False
+
+
+def test_a_model_compared_with_another_champion_is_not_deployed(candidates, tmp_path):
+    first = _deploy(candidates[0], tmp_path)
+    with pytest.raises(ConflictError, match="run again"):
+        _deploy(candidates[1], tmp_path, champion=None)
     assert _champion(tmp_path).version == first["version"]
 
 
-def test_a_store_that_cannot_be_written_says_so(candidates, verdict, tmp_path):
+def test_a_damaged_bundle_leaves_the_champion(candidates, tmp_path):
+    first = _deploy(candidates[0], tmp_path)
+    damaged = shutil.copytree(candidates[1], tmp_path / "damaged")
+    (damaged / "items.parquet").write_bytes(b"x")
+    with pytest.raises(BundleError, match="digest"):
+        _deploy(damaged, tmp_path)
+    assert _champion(tmp_path).version == first["version"]
+
+
+def test_a_store_that_cannot_be_written_says_so(candidates, tmp_path):
     (tmp_path / "store").write_text("a file where a folder should be")
     with pytest.raises(UnavailableError, match="Not a directory"):
-        _deploy(candidates[0], verdict, tmp_path)
+        _deploy(candidates[0], tmp_path)
 
 
-def test_concurrent_deployments_leave_one_whole_champion(candidates, verdict, tmp_path):
-    with ThreadPoolExecutor(8) as pool:
-        jobs = [pool.submit(_deploy, candidates[i % 2], verdict, tmp_path) for i in range(16)]
-        for job in jobs:
-            job.result()
-    store = tmp_path / "store"
+def test_of_two_runs_at_once_one_deploys_and_the_other_is_told(candidates, tmp_path):
+    def attempt(bundle):
+        try:
+            return _deploy(bundle, tmp_path)["version"]
+        except ConflictError:
+            return None
+
+    with ThreadPoolExecutor(2) as pool:
+        deployed = [v for v in pool.map(attempt, candidates) if v]
     champion = _champion(tmp_path)
-    assert bundles.verify(store / champion.path).model_version == champion.version
-    assert len(list((store / "versions").iterdir())) == 2
+    assert deployed == [champion.version]
+    bundles.verify(tmp_path / "store" / champion.path)

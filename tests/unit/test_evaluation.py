@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from components.evaluate.measure import measure
+from components.evaluate.measure import QUANTILES, measure
 from components.evaluate.steps import EvaluateSettings
 from model.baselines.popularity import Popularity
 from model.bootstrap import paired_difference, paired_ratio
@@ -301,7 +301,7 @@ def test_measured_figures_are_those_of_summaries_and_of_paired_comparisons():
     groups = {"every": later_events(log), "some": np.flatnonzero(masks["history/1-4"])}
     groups["none"] = np.array([], dtype=np.int64)
     draws = {"level": 0.9, "samples": 50, "seed": 5}
-    got = measure(results, groups, log, reference="old", **draws)
+    got = measure(results, groups, log, references=["old"], **draws)
     for group in ("every", "some"):
         event_N = groups[group]
         for name, result in results.items():
@@ -313,12 +313,20 @@ def test_measured_figures_are_those_of_summaries_and_of_paired_comparisons():
         ratio = paired_ratio(
             results["new"].nll_E[event_N], results["old"].nll_E[event_N], user_N, **draws
         )
-        assert got.against["new"][group]["ppl"] == pytest.approx(ratio.to_json())
+        against = got.against["old"]["new"][group]
+        assert _without_quantiles(against["ppl"]) == pytest.approx(ratio.to_json())
+        quantiles = against["ppl"]["quantiles"]
+        assert [float(q) for q in quantiles] == sorted(QUANTILES)
+        assert (quantiles["0.05"], quantiles["0.95"]) == pytest.approx((ratio.low, ratio.high))
         hit = [(results[name].rank_E[event_N] <= 3).astype(float) for name in ("new", "old")]
         difference = paired_difference(*hit, user_N, **draws)
-        assert got.against["new"][group]["hit@3"] == pytest.approx(difference.to_json())
-    assert got.intervals["new"]["none"] == got.against["new"]["none"] == {"cases": 0}
-    assert set(got.against) == {"new"}
+        assert _without_quantiles(against["hit@3"]) == pytest.approx(difference.to_json())
+    assert got.intervals["new"]["none"] == got.against["old"]["new"]["none"] == {"cases": 0}
+    assert set(got.against["old"]) == {"new"}
+
+
+def _without_quantiles(comparison):
+    return {name: value for name, value in comparison.items() if name != "quantiles"}
 
 
 @pytest.mark.parametrize(

@@ -183,3 +183,20 @@ def test_users_can_be_ordered_as_text():
     for as_text, ordered in ((False, ids), (True, tuple(sorted(ids)))):
         split = split_users(log, SplitSettings(), as_text=as_text)
         assert set(split.test.user_ids) == {ordered[u] for u in order[:2]}
+
+
+@pytest.mark.parametrize("users", [3, 10, 400])
+def test_by_hash_users_keep_their_side_when_others_join(users):
+    log = synthetic.successor(2 * users, 6, 10, seed=0)
+    settings = SplitSettings(assign="hash")
+    before, after = split_users(log.subset(np.arange(users)), settings), split_users(log, settings)
+    for part in ("train", "valid", "test"):
+        assert len(getattr(before, part)) >= (0 if part == "train" else 1)
+    sides = [set(before.train.user_ids), set(before.valid.user_ids), set(before.test.user_ids)]
+    assert len(set.union(*sides)) == users == sum(map(len, sides))
+    if users == 400:  # with few users, the nearest fill a side that would be empty
+        assert set(before.test.user_ids) <= set(after.test.user_ids)
+        assert set(before.train.user_ids) <= set(after.train.user_ids)
+        assert len(before.test) / users == pytest.approx(0.2, abs=0.06)
+        other = split_users(log, SplitSettings(assign="hash", seed=1))
+        assert other.test.user_ids != after.test.user_ids

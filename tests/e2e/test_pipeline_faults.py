@@ -1,0 +1,195 @@
+"""Runs that are killed, run twice at once, or meet a broken world: finished later, never half."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from model import bundle as bundles
+from model.store import ModelStore
+from tests import synthetic
+from tests.planted import HRNN_RUN, ITEMS, hrnn_run, interruptible, write_log
+
+STEPS = ("ingest", "validate", "features", "train", "evaluate", "gate", "deploy")
+SMALL = {
+    "train.max_epochs": 3,
+    "train.batch_events": 256,
+    "train.learning_rate": 0.02,
+    "train.network": "{embedding: 8, hidden: 8, control: 2, dropout: 0.0}",
+    "evaluate.samples": 20,
+    "gate.rules": "[{name: some, metric: hrnn.every.cases, at_least: 1}]",
+    "ingest.columns": "{user_id: customer, item_id: product_id, timestamp: when}",
+}
+DEADLINE = 120.0
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory):
+    path = tmp_path_factory.mktemp("log") / "log.csv"
+    return write_log(path, synthetic.successor(60, 8, ITEMS, seed=0))
+
+
+def _start(workspace, log):
+    assignments = [p for k, v in SMALL.items() for p in ("--set", f"{k}={v}")]
+    return subprocess.Popen(
+        [*HRNN_RUN, "--json", "--workspace", workspace, "--interactions", log, *assignments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "HRNN_TEST_MARK": str(workspace)},
+        preexec_fn=interruptible,
+    )
+
+
+def _marked(mark) -> list[int]:
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"HRNN_TEST_MARK={mark}".encode() in environ.read_bytes():
+                found.append(int(environ.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def _wait_until(condition, what):
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+# Validate and gate write nothing but their own artifacts, as ingest and evaluate do.
+KILLED_AT = ("ingest", "features", "train", "evaluate", "deploy")
+
+
+def test_killed_at_every_step_and_run_again_it_finishes_and_deploys_once(tmp_path, log):
+    workspace = tmp_path / "workspace"
+    store = ModelStore(str(workspace / "models"))
+    for step in KILLED_AT:
+        process = _start(workspace, log)
+        seen = []
+        for line in process.stderr:
+            seen.append(line)
+            if line.strip() == f"[{STEPS.index(step) + 1}/7 {step}]":
+                break
+        else:
+            pytest.fail(f"{step} did not begin: {''.join(seen)}")
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+        # Nobody is left who could go on writing while the next run begins.
+        _wait_until(lambda: not _marked(workspace), f"processes outlived the run killed at {step}")
+        champion = store.champion()
+        assert champion is None or bundles.verify(workspace / "models" / champion.path)
+        if step != "deploy":
+            assert champion is None
+    done = hrnn_run(workspace, "--interactions", log, settings=SMALL)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("done before, not again") == 3  # ingest, validate, train
+    champion = store.champion()
+    assert champion.version == json.loads(done.stdout)["model_version"]
+    assert champion.previous is None
+    assert [v.version for v in store.versions()] == [champion.version]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, log):
+    """A workspace with one finished run, for tests that copy its store and its cache."""
+    workspace = tmp_path_factory.mktemp("finished")
+    done = hrnn_run(workspace, "--interactions", log, settings=SMALL)
+    assert done.returncode == 0, done.stderr
+    return workspace
+
+
+def _error(done):
+    """The one message of a failed run."""
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    assert done.stdout == ""
+    return lines[0]
+
+
+def _log_of(message):
+    path = Path(message.rpartition("full log: ")[2].rstrip(")"))
+    assert path.is_file(), message
+    return path.read_text()
+
+
+def test_two_runs_at_once_one_works_and_the_other_is_told(finished, log):
+    process = _start(finished, log)
+    first = process.stderr.readline()
+    try:
+        done = hrnn_run(finished, "--interactions", log, settings=SMALL)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=DEADLINE)
+    assert done.returncode == 1
+    run = first.split()[1].rstrip(",")
+    assert f"run {run} is under way in this workspace" in _error(done)
+
+
+def test_a_champion_that_was_deleted_is_said_and_left(finished, log):
+    store = ModelStore(str(finished / "models"))
+    champion = store.champion()
+    place = finished / "models" / champion.path
+    place.rename(finished / "away")
+    try:
+        done = hrnn_run(finished, "--interactions", log, settings=SMALL)
+        assert done.returncode == 2
+        message = _error(done)
+        assert f"evaluate: the champion {champion.version} cannot be compared with" in message
+        assert "hrnn models promote" in message
+        assert "InputError" in _log_of(message)
+        assert store.champion() == champion
+    finally:
+        (finished / "away").rename(place)
+
+
+def test_a_store_that_cannot_be_used_is_said(finished, log):
+    (finished / "models").rename(finished / "kept")
+    (finished / "models").write_text("")
+    try:
+        done = hrnn_run(finished, "--interactions", log, settings=SMALL)
+        assert done.returncode == 1
+        assert "the model store" in _error(done)
+        assert "Not a directory" in _error(done)
+    finally:
+        (finished / "models").unlink()
+        (finished / "kept").rename(finished / "models")
+
+
+LIMITED = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
+sys.argv[1:] = sys.argv[2:]
+from pipelines.cli import main
+main()
+"""
+
+
+def test_a_full_disk_is_said_with_the_step_it_hit(tmp_path, log):
+    """No file may grow beyond a limit: the kernel refuses the write, as on a full disk."""
+    assignments = [p for k, v in SMALL.items() for p in ("--set", f"{k}={v}")]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", LIMITED, "30000", "run", "--interactions", str(log)),
+            *("--workspace", str(tmp_path / "ws"), *assignments),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+    assert done.returncode in (1, 2)
+    message = _error(done)
+    assert "too large" in message.lower() or "cannot write" in message
+    assert ModelStore(str(tmp_path / "ws" / "models")).champion() is None
