@@ -1,14 +1,17 @@
 """Checks rendered manifests offline: `python -m k8s.validate k8s/overlays/example`.
 
 Core resources against the Kubernetes schemas (kubernetes-validate, strict); the InferenceService
-against KServe's own SDK model, field by field and type by type; the Prometheus operator's
-resources by shape. kubectl's dry run needs an API server, this does not.
+against KServe's own SDK model, field by field and type by type; Kubeflow Trainer's against its
+SDK's; the Prometheus operator's resources by shape. kubectl's dry run needs an API server, this
+does not.
 """
 
+import copy
 import re
 import shutil
 import subprocess
 import sys
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,8 @@ def problems(documents: list[dict[str, Any]]) -> list[str]:
         group = str(document.get("apiVersion", "")).split("/")[0]
         if kind == "InferenceService":
             found += [f"{place}: {p}" for p in _inference_service(document)]
+        elif group == "trainer.kubeflow.org":
+            found += [f"{place}: {p}" for p in _training(document)]
         elif group == "monitoring.coreos.com":
             found += [f"{place}: {p}" for p in _monitoring(document)]
         else:
@@ -66,6 +71,45 @@ def _core(document: dict[str, Any]) -> list[str]:
         return [f"{path}: {error.message}"]
     except (kubernetes_validate.SchemaNotFoundError, kubernetes_validate.InvalidSchemaError) as e:
         return [f"no schema for {document.get('apiVersion')} {document.get('kind')}: {e}"]
+    return []
+
+
+def _training(document: dict[str, Any]) -> list[str]:
+    """Kubeflow Trainer's resources: its SDK's model, and nothing that the model does not know."""
+    import kubeflow_trainer_api.models as models
+    import pydantic
+
+    model = getattr(models, f"TrainerV1alpha1{document.get('kind')}", None)
+    if model is None:
+        return [f"no schema for {document.get('apiVersion')} {document.get('kind')}"]
+    filled = copy.deepcopy(document)
+    try:
+        known = model.model_validate(filled)
+    except pydantic.ValidationError as error:
+        problems = error.errors()
+        for problem in problems:
+            if "ResourceQuantity" not in problem["msg"] or not isinstance(problem["input"], str):
+                return [f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in problems]
+            # The SDK's model of a quantity takes no plain string from a document.
+            *path, last = problem["loc"]
+            place = reduce(lambda value, key: value[key], path, filled)
+            place[last] = models.IoK8sApimachineryPkgApiResourceQuantity(problem["input"])
+        known = model.model_validate(filled)
+    return _unknown(document, known.model_dump(by_alias=True, exclude_none=True), "")
+
+
+def _unknown(value: Any, known: Any, path: str) -> list[str]:
+    """Fields that a model dropped."""
+    if isinstance(value, dict) and isinstance(known, dict):
+        found = [f"{path}.{k}: no such field".lstrip(".") for k in value.keys() - known.keys()]
+        return found + [
+            p
+            for k in value.keys() & known.keys()
+            for p in _unknown(value[k], known[k], f"{path}.{k}")
+        ]
+    if isinstance(value, list) and isinstance(known, list):
+        pairs = enumerate(zip(value, known, strict=True))
+        return [p for i, (v, k) in pairs for p in _unknown(v, k, f"{path}[{i}]")]
     return []
 
 

@@ -7,13 +7,19 @@ would do (dropout apart). Dense gradients travel as one vector; of sparse ones, 
 Shapes: W processes, R rows with a gradient, D size of a row.
 """
 
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from model.errors import HrnnError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,7 @@ class Processes:
     device: torch.device | None = None  # where the group's tensors travel from
 
     @classmethod
-    def current(cls, device: torch.device) -> "Processes":
+    def current(cls, device: torch.device | None = None) -> "Processes":
         """The process group that is open (`torchrun` and `init_process_group`), or one alone."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size(), device)
@@ -38,6 +44,25 @@ class Processes:
         summed = values.to(self.device, copy=True)
         dist.all_reduce(summed)
         return summed.to(values.device)
+
+    def once(self, make: Callable[[], T]) -> T:
+        """What rank 0 makes, for all; an error there is everybody's.
+
+        Raises:
+            HrnnError: raised by `make`.
+        """
+        if self.size == 1:
+            return make()
+        outcome: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                outcome[0] = make()
+            except HrnnError as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
 
     def any(self, here: bool) -> bool:
         """Whether it is so in any process."""
@@ -96,3 +121,18 @@ class Processes:
         gathered = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(gathered, padded)
         return gathered
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Be one of the processes that torchrun started, if it did: NCCL between GPUs, or gloo."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

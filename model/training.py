@@ -15,6 +15,7 @@ from torch import Tensor
 
 from model.catalogue import Catalogue
 from model.checkpoint import Checkpoint, CheckpointFile, digest_of
+from model.distributed import Processes
 from model.errors import InputError
 from model.evaluation import perplexity, squared_errors
 from model.hrnn import TrainedHRNN
@@ -80,7 +81,7 @@ def fit(
         run.restore(saved)
     model = run.finish()
     if file is not None:
-        file.remove()
+        trainer.processes.once(file.remove)
     return model
 
 
@@ -196,16 +197,17 @@ class _Run:
             self._write()
 
     def _write(self) -> None:
-        trainer = self.trainer
+        trainer, file = self.trainer, self.file
         checkpoint = trainer.checkpoint(self.done)
-        if trainer.processes.rank == 0 and self.file is not None:
-            state = {**asdict(self.at), "seconds": self._clock()}
-            best = {f"best/{name}": tensor.cpu() for name, tensor in self.best.items()}
-            self.file.write(
-                Checkpoint(
-                    checkpoint.tensors | best, {"trainer": checkpoint.state, "progress": state}
-                )
-            )
+
+        def write() -> None:
+            if file is not None:
+                state = {**asdict(self.at), "seconds": self._clock()}
+                best = {f"best/{name}": tensor.cpu() for name, tensor in self.best.items()}
+                parts = {"trainer": checkpoint.state, "progress": state}
+                file.write(Checkpoint(checkpoint.tensors | best, parts))
+
+        trainer.processes.once(write)
         self.written = time.perf_counter()
 
     def restore(self, saved: Checkpoint) -> None:
@@ -255,6 +257,7 @@ def _fingerprint(
     chosen = settings.model_dump(mode="json", exclude=FREE_SETTINGS)
     return {
         "settings": digest_of(chosen, None if trend is None else asdict(trend)),
+        "number of processes": str(Processes.current().size),
         "catalogue": digest_of(list(catalogue.item_ids), catalogue.fields, schema.model_dump()),
         "training events": _digest_log(train),
         "validation events": digest_of(cases.event_N, _digest_log(cases.histories)),

@@ -7,6 +7,7 @@ import numpy as np
 
 from model import bundle as bundles
 from model.checkpoint import digest_of
+from model.distributed import Processes
 from model.splits import split_users
 from model.tables import Log
 from model.training import TrainSettings, fit
@@ -25,6 +26,8 @@ def run(
 ) -> bundles.Manifest:
     """Train on the training users of `clean` and write a bundle.
 
+    In a process group (`components.train.job`) all train together; rank 0 prints and writes.
+
     Args:
         checkpoints: a folder that outlives this process; every training run has a folder of its
             own in it, named by its settings and data, and a run that was interrupted goes on there.
@@ -38,9 +41,17 @@ def run(
     log = Log.read(clean)
     schema, catalogue, histories = log.schema, log.catalogue, log.histories
     split = split_users(histories, train_settings.split)
-    print(
+    processes = Processes.current()
+
+    def say(line: str) -> None:
+        if processes.rank == 0:
+            print(line, flush=True)
+
+    say(
         f"{len(split.train):,} training, {len(split.valid):,} validation, {len(split.test):,} test"
         f" users; {split.train.num_events:,} training events; {len(catalogue):,} items"
+        + f"; {processes.size} processes"
+        * (processes.size > 1)
     )
     # On the whole log, like the features step: the trend that is served must be the one
     # trained with.
@@ -63,7 +74,7 @@ def run(
         train_settings,
         resolved if train_settings.trend_decomposition else None,
         schema,
-        progress=lambda line: print(line, flush=True),
+        progress=say,
         checkpoints=checkpoints,
     )
     # "Now" is the log's own end: everything that happened up to it counts.
@@ -82,21 +93,26 @@ def run(
         window_seconds=resolved.window_seconds,
     )
     best = min(model.curve, key=lambda entry: entry["valid_loss"])
-    return bundles.save(
-        bundle,
-        model=model,
-        catalogue=catalogue,
-        schema=schema,
-        settings=train_settings,
-        trend=snapshot,
-        metrics={
-            "training": {
-                "best_epoch": best["epoch"],
-                "valid_ppl": best["valid_ppl"],
-                "seconds": sum(entry["seconds"] for entry in model.curve),
-                "users": len(split.train),
-                "events": split.train.num_events,
-            },
-            "curve": model.curve,
+    metrics = {
+        "training": {
+            "best_epoch": best["epoch"],
+            "valid_ppl": best["valid_ppl"],
+            "seconds": sum(entry["seconds"] for entry in model.curve),
+            "users": len(split.train),
+            "events": split.train.num_events,
         },
-    )
+        "curve": model.curve,
+    }
+
+    def save() -> bundles.Manifest:
+        return bundles.save(
+            bundle,
+            model=model,
+            catalogue=catalogue,
+            schema=schema,
+            settings=train_settings,
+            trend=snapshot,
+            metrics=metrics,
+        )
+
+    return processes.once(save)

@@ -1,6 +1,7 @@
 """Manifests render, are valid and hardened; images are pinned; wrong manifests are refused."""
 
 import copy
+import json
 import re
 import shutil
 from pathlib import Path
@@ -9,10 +10,12 @@ import pytest
 import yaml
 
 from k8s.validate import problems, render
+from model.train_settings import TrainSettings
 from serving.settings import ServeSettings
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("k8s/base", "k8s/overlays/example")
+TRAINING = ROOT / "k8s/training"
 needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl")
 SERVICE = yaml.safe_load((ROOT / "k8s/base/inferenceservice.yaml").read_text())
 
@@ -137,3 +140,42 @@ def test_no_secrets_in_manifests():
     for path in (ROOT / "k8s").rglob("*.yaml"):
         for document in yaml.safe_load_all(path.read_text()):
             assert not document or document.get("kind") != "Secret", path
+
+
+def _training():
+    return [yaml.safe_load((TRAINING / f).read_text()) for f in ("runtime.yaml", "trainjob.yaml")]
+
+
+def test_the_training_runtime_and_its_example_job_are_valid():
+    runtime, job = _training()
+    job["metadata"]["name"] = "generated"
+    assert problems([runtime, job]) == []
+    assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
+    (node,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    pod = node["template"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert (node["name"], container["name"]) == ("node", "node")  # what Trainer looks for
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    # The job calls what this repository has.
+    command = [*job["spec"]["trainer"]["command"], *job["spec"]["trainer"]["args"]]
+    assert command[:3] == ["torchrun", "-m", "components.train.job"]
+    settings = next(a for a in command if a.startswith("--settings=")).partition("=")[2]
+    TrainSettings.parse(json.loads(settings))
+
+
+def test_wrong_training_manifests_are_refused():
+    runtime, job = _training()
+    job["metadata"]["name"] = "generated"
+    job["spec"]["nodes"] = 2
+    runtime["spec"]["mlPolicy"]["numNodes"] = "many"
+    found = problems([runtime, job])
+    assert any("spec.nodes: no such field" in p for p in found)
+    assert any("numNodes" in p for p in found)
+
+
+@needs_kubectl
+def test_the_training_folder_renders():
+    (runtime,) = render(TRAINING)
+    assert problems([runtime]) == []
