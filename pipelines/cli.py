@@ -190,27 +190,64 @@ def serve(
 
 @app.command()
 def recommend(
-    user: Annotated[str, typer.Option(help="User id; unknown ones get what new users get.")],
+    user: Annotated[
+        str | None, typer.Option(help="User id; unknown ones get what new users get.")
+    ] = None,
     at: Annotated[
         str,
         typer.Option(
             help="Request time: Unix seconds, ISO 8601, or +1d, +2h, +30m from now.",
         ),
     ] = "",
-    k: Annotated[int, typer.Option("--num-results", "-k", min=1)] = 10,
+    k: Annotated[int | None, typer.Option("--num-results", "-k", min=1)] = None,
+    task: Annotated[str, typer.Option(help="recommend; rank or rate with --items.")] = "recommend",
+    items: Annotated[
+        list[str] | None, typer.Option(help="What to rank or rate: ids with commas, or repeated.")
+    ] = None,
+    history: Annotated[
+        list[str] | None,
+        typer.Option(help="Instead of the stored one: ITEM or ITEM@TIME, oldest first; repeated."),
+    ] = None,
+    context: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE of the request, e.g. device=tv; repeated.")
+    ] = None,
+    field: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE of the user, e.g. age=30; repeated.")
+    ] = None,
+    where: Annotated[
+        list[str] | None, typer.Option(help="Only items with this NAME=VALUE; repeated.")
+    ] = None,
+    exclude_seen: Annotated[bool, typer.Option(help="Leave out items of the history.")] = False,
+    trend_weight: Annotated[float, typer.Option(help="0: without the trend.")] = 1.0,
+    explore: Annotated[float, typer.Option(help="Weight of the exploration bonus.")] = 0.0,
     url: Annotated[str, typer.Option(help="The running service.")] = "http://127.0.0.1:8080",
     workspace: Workspace = Path("workspace"),
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
 ) -> None:
-    """Ask a running service (`hrnn serve`) for recommendations."""
+    """Ask a running service (`hrnn serve`) for recommendations, rankings or predicted ratings."""
     from dataclasses import asdict
 
+    from pipelines import questions
     from serving.client import Client
 
+    now = time.time()
+    moment = parse_time(at, now) if at else None
+    instance: dict[str, Any] = {
+        "user_id": user,
+        "task": task,
+        "timestamp": moment,
+        "num_results": k or (10 if task == "recommend" else None),
+        "items": questions.items(items),
+        "history": questions.history(history, moment or now),
+        "context": questions.fields("--context", context),
+        "user": questions.fields("--field", field),
+        "filter": questions.item_filter(where),
+        "exclude_seen": exclude_seen,
+        "trend_weight": trend_weight,
+        "exploration_weight": explore,
+    }
     with Client(url) as client:
-        prediction = client.recommend(
-            user, num_results=k, timestamp=parse_time(at, time.time()) if at else None
-        )
+        (prediction,) = client.predict([{n: v for n, v in instance.items() if v is not None}])
     if as_json:
         print(json.dumps(asdict(prediction)))
         return

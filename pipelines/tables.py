@@ -72,15 +72,22 @@ def recommendation_table(
     table = Table()
     for name in ("#", "item", "title"):
         table.add_column(name, justify="right" if name == "#" else "left")
-    for name in ("score", "affinity", "trend"):
+    explored = any(item.exploration for item in prediction.items)
+    parts = ["value"] if prediction.ratings else ["score", "affinity", "trend"]
+    for name in [*parts, *(["exploration"] if explored else [])]:
         table.add_column(name, justify="right")
-    for rank, item in enumerate(prediction.items, start=1):
-        numbers = (f"{v:.3f}" for v in (item.score, item.affinity, item.trend))
-        table.add_row(str(rank), item.item_id, titles.get(item.item_id, ""), *numbers)
+    rows = [
+        (i.item_id, [i.score, i.affinity, i.trend, *([i.exploration] if explored else [])])
+        for i in prediction.items
+    ] + [(r.item_id, [r.value]) for r in prediction.ratings]
+    for rank, (item_id, numbers) in enumerate(rows, start=1):
+        table.add_row(str(rank), item_id, titles.get(item_id, ""), *(f"{v:.3f}" for v in numbers))
     out = console(stream)
     out.print(table)
     if prediction.degraded:
         out.print(f"degraded: {', '.join(prediction.degraded)}")
+    if prediction.unknown_items:
+        out.print(f"{prediction.unknown_items} items that the model does not know")
 
 
 def side_by_side(columns: Mapping[str, list[str]], title: str, stream: IO[str]) -> None:
