@@ -26,6 +26,7 @@ import orjson
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
+from google.protobuf.message import DecodeError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -126,10 +127,29 @@ class StatusInterceptor(AsyncServerInterceptor):
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
 
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        """Messages that cannot be read are refused by `intercept`; gRPC would answer INTERNAL."""
+        handler = await super().intercept_service(  # type: ignore[no-untyped-call]
+            continuation, handler_call_details
+        )
+        if handler is None or handler.request_deserializer is None:
+            return handler
+        read = handler.request_deserializer
+
+        def tolerant(message: bytes) -> Any:
+            try:
+                return read(message)
+            except DecodeError:
+                return None
+
+        return handler._replace(request_deserializer=tolerant)
+
     async def intercept(
         self, method: Callable[..., Any], request: Any, context: Any, method_name: str
     ) -> Any:
         try:
+            if request is None:
+                raise InputError("the message is cut off or is not of this method's type")
             if not method_name.endswith("/ModelInfer"):  # health must be answered when it is full
                 return await method(request, context)
             with self._gate.admit():

@@ -17,6 +17,7 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+from hypothesis import HealthCheck, given, settings
 
 from model.errors import InputError, UnavailableError
 from model.query import Event, ItemFilter, Query
@@ -24,6 +25,7 @@ from model.recommender import Recommender
 from model.trends import snapshot_from_counts
 from serving.client import Client
 from serving.settings import ServeSettings
+from tests import fuzzing
 from tests.e2e.processes import (
     HISTORY,
     ITEMS,
@@ -305,6 +307,43 @@ def test_both_protocols_over_grpc_and_rest_agree(serving, client):
                 pb.RepositoryModelUnloadRequest(model_name="hrnn-meta"), timeout=5
             )
         assert error.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+@pytest.mark.parametrize("role", ["transformer", "predictor"])
+def test_fuzzed_requests_are_answered_or_refused(serving, role):
+    """V1, V2 and gRPC, whole and torn; benchmarks.fuzz_serving sends more."""
+    s = serving.settings
+    base, port = {
+        "transformer": (s.transformer_url, s.transformer_grpc_port),
+        "predictor": (s.predictor_url, s.predictor_grpc_port),
+    }[role]
+    few = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+    with (
+        httpx.Client(base_url=base, timeout=30, trust_env=False) as http,
+        grpc.insecure_channel(f"{s.host}:{port}") as channel,
+    ):
+
+        @few
+        @given(fuzzing.v1_bodies(ITEMS), fuzzing.v2_bodies(ITEMS))
+        def over_http(v1, v2):
+            headers = {"content-type": "application/json"}
+            for path, body in (
+                ("/v1/models/hrnn-meta:predict", v1),
+                ("/v2/models/hrnn-meta/infer", v2),
+            ):
+                fuzzing.refused_or_answered(http.post(path, content=body, headers=headers))
+
+        @few
+        @given(fuzzing.grpc_messages(ITEMS, s.model_name))
+        def over_grpc(message):
+            fuzzing.ask_grpc(channel, message)
+
+        over_http()
+        over_grpc()
+        with pytest.raises(grpc.RpcError) as error:
+            channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")(b"\xff", timeout=30)
+        assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    serving.check()
 
 
 def test_concurrent_requests_get_their_own_answers(serving):
