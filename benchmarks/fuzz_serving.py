@@ -10,6 +10,7 @@ import argparse
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -54,11 +55,15 @@ def report(serving, http, seconds):
     print("no answer but 200 and refusals with a reason")
 
 
-def _endless(strategy, check):
-    run = given(strategy)(check)
-    return settings(
+def _many(strategy, check):
+    @settings(
         max_examples=BATCH, deadline=None, database=None, suppress_health_check=list(HealthCheck)
-    )(run)
+    )
+    @given(strategy)
+    def run(example):
+        check(example)
+
+    return run
 
 
 def http_checks(serving, http):
@@ -68,23 +73,20 @@ def http_checks(serving, http):
             (f"/v1/models/{name}:predict", fuzzing.v1_bodies(ITEMS)),
             (f"/v2/models/{name}/infer", fuzzing.v2_bodies(ITEMS)),
         ):
+            yield _many(bodies, partial(_post, http, base + path))
 
-            def check(body, url=base + path):
-                answer = http.post(url, content=body, headers={"content-type": "application/json"})
-                fuzzing.refused_or_answered(answer)
 
-            yield _endless(bodies, check)
+def _post(http, url, body):
+    answer = http.post(url, content=body, headers={"content-type": "application/json"})
+    fuzzing.refused_or_answered(answer)
 
 
 def grpc_checks(serving):
     s = serving.settings
     for port in (s.transformer_grpc_port, s.predictor_grpc_port):
         channel = grpc.insecure_channel(f"{s.host}:{port}")
-
-        def check(message, channel=channel):
-            fuzzing.ask_grpc(channel, message)
-
-        yield _endless(fuzzing.grpc_messages(ITEMS, s.model_name), check)
+        messages = fuzzing.grpc_messages(ITEMS, s.model_name)
+        yield _many(messages, partial(fuzzing.ask_grpc, channel))
 
 
 if __name__ == "__main__":
