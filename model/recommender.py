@@ -5,6 +5,7 @@ Shapes: B queries, N packed positions, M items (catalogue order: ids ascending),
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from model.hrnn import encode_batches
 from model.inputs import Positions
 from model.network import Encoded
 from model.query import Event, ItemFilter, Query, Recommendation
+from model.retrieval import Allowed, Ask, Retrieval
 from model.schema import FieldKind
 from model.sequences import Histories
 from model.trends import TrendSnapshot
@@ -29,6 +31,20 @@ class _Encoded:
     positions: Positions
     event_B: torch.Tensor
     encoded: Encoded
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """Affinities φ̃ of the best allowed items, descending, ties by item id, and of items asked for.
+
+    `exhausted`: the best are all that is allowed. `scored` leaves out what is not allowed.
+    """
+
+    item_ids: list[str]
+    affinities: list[float]
+    scored: dict[str, float]
+    exhausted: bool
+    extra: dict[str, float]  # what was asked to be added, of the items above; it is in both
 
 
 class Recommender:
@@ -97,6 +113,84 @@ class Recommender:
                 state.encoded.query_ND, self._w_MD, self._b_M, prior_BM
             ).numpy()
         return phi_BM
+
+    @cached_property
+    def retrieval(self) -> Retrieval:
+        """The item vectors, ready to be searched."""
+        return Retrieval(self._w_MD.numpy(), self._b_M.numpy())
+
+    @cached_property
+    def _id_M(self) -> NDArray[np.object_]:
+        ids = np.empty(len(self.item_ids), dtype=object)
+        ids[:] = self.item_ids
+        return ids
+
+    def asks(
+        self,
+        queries: Sequence[Query],
+        restrictions: Sequence[Allowed],
+        top_n: Sequence[int],
+        extras: Sequence[NDArray[np.float64] | None],
+    ) -> list[Ask]:
+        """Encode queries into what `retrieve` looks for.
+
+        Args:
+            restrictions: of `restriction`, one per query.
+            top_n: how many of the best items.
+            extras: what to add to every item's affinity `[M]`; None: nothing.
+        """
+        if not queries:
+            return []
+        with torch.inference_mode():
+            state = self._encode(queries)
+            x_BD = state.encoded.query_ND.numpy()
+            bonuses = self._bonuses(state)
+        return [
+            Ask(x_D, n, allowed, *bonus, extra_M)
+            for x_D, n, allowed, bonus, extra_M in zip(
+                x_BD, top_n, restrictions, bonuses, extras, strict=True
+            )
+        ]
+
+    def retrieve(self, asks: Sequence[Ask], items: Sequence[Sequence[str]]) -> list[Retrieved]:
+        """For each query its best items by affinity, and the affinities of some more.
+
+        What `affinities` and sorting give, without scoring every item.
+
+        Args:
+            items: which others; unknown ones and those not allowed are left out.
+        """
+        answers = []
+        for ask, found, more in zip(asks, self.retrieval.top(asks), items, strict=True):
+            more_C = self._catalogue.encode(more)
+            more_C = more_C[more_C >= 0]
+            if not ask.allowed.unrestricted:
+                more_C = more_C[ask.allowed.passes(more_C)]
+            scored = self.retrieval.score(ask, more_C).tolist()
+            extra: dict[str, float] = {}
+            if ask.extra_M is not None:
+                either_C = np.union1d(found.item_C, more_C)
+                names = self._id_M[either_C].tolist()
+                extra = dict(zip(names, ask.extra_M[either_C].tolist(), strict=True))
+            answers.append(
+                Retrieved(
+                    self._id_M[found.item_C].tolist(),
+                    found.score_C.tolist(),
+                    dict(zip(self._id_M[more_C].tolist(), scored, strict=True)),
+                    found.exhausted,
+                    extra,
+                )
+            )
+        return answers
+
+    def _bonuses(self, state: "_Encoded") -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """What the transition prior adds to which items, for each query."""
+        prior, transitions = self._network.prior, self._bundle.model.transitions
+        if prior is None or transitions is None:
+            nothing = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
+            return [nothing] * len(state.event_B)
+        recent_BR = state.positions.recent_items(state.event_B, prior.recent).numpy()
+        return [prior.sparse(transitions, recent_R) for recent_R in recent_BR]
 
     @property
     def rates(self) -> bool:
@@ -198,21 +292,35 @@ class Recommender:
         Raises:
             InputError: a filter names an item field that does not exist.
         """
-        allowed_M = np.ones(len(self.item_ids), dtype=np.bool_)
+        return self.restriction(query).dense()
+
+    def restriction(self, query: Query) -> Allowed:
+        """The same without a truth value for every item, where none is needed.
+
+        Raises:
+            InputError: a filter names an item field that does not exist.
+        """
         item_filter: ItemFilter = query.filter
+        include, mask = None, None
         if item_filter.include is not None:
-            allowed_M[:] = False
-            allowed_M[self._positions(item_filter.include)] = True
-        if item_filter.exclude:
-            allowed_M[self._positions(item_filter.exclude)] = False
+            include = np.unique(np.array(self._positions(item_filter.include), dtype=np.int64))
         for name, values in item_filter.where.items():
             any_M = np.zeros(len(self.item_ids), dtype=np.bool_)
             for value in values:
                 any_M |= self._mask(name, value)
-            allowed_M &= any_M
+            mask = any_M if mask is None else mask & any_M
+        exclude = self._positions(item_filter.exclude)
         if query.exclude_seen:
-            allowed_M[self._positions([e.item_id for e in query.history])] = False
-        return allowed_M
+            exclude += self._positions([e.item_id for e in query.history])
+        return Allowed(
+            len(self.item_ids), include, np.unique(np.array(exclude, dtype=np.int64)), mask
+        )
+
+    def passing(self, restriction: Allowed, items: Sequence[str]) -> list[str]:
+        """Those of some items that exist and are allowed."""
+        position_C = self._catalogue.encode(items)
+        position_C = position_C[position_C >= 0]
+        return self._id_M[position_C[restriction.passes(position_C)]].tolist()
 
     def _positions(self, item_ids: Sequence[str] | frozenset[str]) -> list[int]:
         index = self._catalogue.index

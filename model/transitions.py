@@ -153,6 +153,30 @@ class Transitions:
         out = value_Z.new_zeros(len(row_NR) * columns)
         return out.index_add_(0, n_Z * columns + item_Z, value_Z).view(len(row_NR), columns)
 
+    def followers(
+        self, row_R: NDArray[np.int64], weight_R: NDArray[np.float32]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Every item j that follows one of some rows, ascending, and Σ_r weight_r · P(j | row_r).
+
+        Args:
+            row_R: rows of the counts; −1 where there is no item.
+        """
+        offset_R1, item_Z = self.offset_R1.numpy(), self.item_Z.numpy()
+        probability_Z = self.probability_Z.numpy()
+        spans = [
+            (slice(offset_R1[r], offset_R1[r + 1]), w)
+            for r, w in zip(row_R, weight_R, strict=True)
+            if r >= 0
+        ]
+        if not spans:
+            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
+        item_S, place_Z = np.unique(
+            np.concatenate([item_Z[span] for span, _ in spans]), return_inverse=True
+        )
+        value_Z = np.concatenate([weight * probability_Z[span] for span, weight in spans])
+        total_S = np.bincount(place_Z, value_Z, minlength=len(item_S))
+        return item_S, total_S.astype(np.float32)
+
     def at(self, row_NR: Tensor, weight_R: Tensor, item_N: Tensor) -> Tensor:
         """Σ_r weight_r · P(item_n | row_r): `[N]`, one item per position."""
         n_Z, item_Z, value_Z = self._entries(row_NR, weight_R)
@@ -214,6 +238,14 @@ class TransitionPrior(nn.Module):
         """The bonus of every item `[N, M]`, or of some: `[N, S]`."""
         inverse_p = self.inverse_p_M if column_S is None else self.inverse_p_M[column_S]
         return self._bonus(transitions.scatter(row_NR, self.alpha_R, column_S).mul_(inverse_p))
+
+    def sparse(
+        self, transitions: Transitions, row_R: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The items whose bonus is not 0 after these recent items, ascending, and the bonus."""
+        item_S, total_S = transitions.followers(row_R, self.alpha_R.numpy()[: len(row_R)])
+        lift_S = torch.from_numpy(total_S) * self.inverse_p_M[torch.from_numpy(item_S)]
+        return item_S, self._bonus(lift_S).numpy()
 
     def at(self, transitions: Transitions, row_NR: Tensor, item_N: Tensor) -> Tensor:
         """The bonus of one item per position: `[N]`."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,9 +26,27 @@ from serving.schemas import ScoreInstance, parse_score_instances
 from serving.server import JsonModel, leave, main
 from serving.settings import PREDICTOR, ServeSettings
 
+if TYPE_CHECKING:  # imports torch
+    from model.retrieval import Allowed
+
 log = logging.getLogger("hrnn.serving")
 
 RATED_AT_ONCE = 20_000  # items over a batch; each takes 1.5 kB or so
+
+
+class Retrieved(Protocol):
+    """What the predictor reads of model.recommender.Retrieved."""
+
+    @property
+    def item_ids(self) -> list[str]: ...
+    @property
+    def affinities(self) -> list[float]: ...
+    @property
+    def scored(self) -> dict[str, float]: ...
+    @property
+    def exhausted(self) -> bool: ...
+    @property
+    def extra(self) -> dict[str, float]: ...
 
 
 class Scorer(Protocol):
@@ -41,9 +59,20 @@ class Scorer(Protocol):
 
     @property
     def rates(self) -> bool: ...
+    def knows(self, item_id: str) -> bool: ...
     def check(self, query: Query) -> None: ...
-    def affinities(self, queries: Sequence[Query]) -> NDArray[np.float32]: ...
-    def allowed(self, query: Query) -> NDArray[np.bool_]: ...
+    def restriction(self, query: Query) -> "Allowed": ...
+    def passing(self, restriction: "Allowed", items: Sequence[str]) -> list[str]: ...
+    def asks(
+        self,
+        queries: Sequence[Query],
+        restrictions: Sequence["Allowed"],
+        top_n: Sequence[int],
+        extras: Sequence[NDArray[np.float64] | None],
+    ) -> Sequence[Any]: ...
+    def retrieve(
+        self, asks: Sequence[Any], items: Sequence[Sequence[str]]
+    ) -> Sequence[Retrieved]: ...
     def rate(
         self, queries: Sequence[Query], items: Sequence[Sequence[str]]
     ) -> list[list[tuple[str, float]]]: ...
@@ -55,10 +84,6 @@ class LoadedModel:
     def __init__(self, scorer: Scorer) -> None:
         self.version = scorer.version
         self._scorer = scorer
-        self._index = {item: j for j, item in enumerate(scorer.item_ids)}
-        order = sorted(range(len(scorer.item_ids)), key=scorer.item_ids.__getitem__)
-        self._id_rank_M = np.empty(len(order), dtype=np.int64)
-        self._id_rank_M[order] = np.arange(len(order))
         self._sigma_M = uncertainty(scorer.trend, scorer.item_ids)
         self._warm_up()
 
@@ -72,10 +97,12 @@ class LoadedModel:
             Query(history=history, timestamp=1000.0, exclude_seen=True),
         ]
         for batch in (queries[:1], queries[2:], queries, queries * 5):
-            for query, phi_M in zip(batch, self._scorer.affinities(batch), strict=True):
-                self._candidates(phi_M, self._scorer.allowed(query), 256)
+            restrictions = [self._scorer.restriction(query) for query in batch]
+            more = [items[:10]] * len(batch)
+            asks = self._scorer.asks(batch, restrictions, [256] * len(batch), [None] * len(batch))
+            self._scorer.retrieve(asks, more)
             if self._scorer.rates:
-                self._scorer.rate(batch, [items[:10]] * len(batch))
+                self._scorer.rate(batch, more)
 
     def score(self, instances: Sequence[ScoreInstance]) -> list[dict[str, Any]]:
         """One answer per instance.
@@ -84,11 +111,11 @@ class LoadedModel:
             InputError: the model cannot read an instance, or cannot do what it asks for.
         """
         queries = [instance.to_query() for instance in instances]
-        allowed_BM = []
+        restrictions = []
         for i, (instance, query) in enumerate(zip(instances, queries, strict=True)):
             try:
                 self._scorer.check(query)
-                allowed_BM.append(self._scorer.allowed(query))
+                restrictions.append(self._scorer.restriction(query))
             except InputError as error:
                 raise InputError(f"instances[{i}].{error}") from None
             if instance.task == "rate" and not self._scorer.rates:
@@ -96,34 +123,34 @@ class LoadedModel:
                     f"instances[{i}].task: this model cannot rate: the log it was trained on has "
                     "no event values, or all are the same"
                 )
+        answers = [self._answer(*one) for one in zip(instances, queries, strict=True)]
         scored = [b for b, instance in enumerate(instances) if instance.task == "score"]
         rated = [b for b, instance in enumerate(instances) if instance.task == "rate"]
-        asked = [self._asked(*one) for one in zip(instances, allowed_BM, strict=True)]
         with metrics.stage("model"):
-            phi_BM = self._scorer.affinities([queries[b] for b in scored])
-            values = self._rate([queries[b] for b in rated], [asked[b] for b in rated])
-        answers = [self._answer(*one) for one in zip(instances, queries, strict=True)]
+            asks = self._scorer.asks(
+                [queries[b] for b in scored],
+                [restrictions[b] for b in scored],
+                [instances[b].top_n for b in scored],
+                [self._bonus(instances[b]) for b in scored],
+            )
+            asked = [self._scorer.passing(restrictions[b], instances[b].score_items) for b in rated]
+            values = self._rate([queries[b] for b in rated], asked)
         with metrics.stage("candidates"):
-            for b, phi_M in zip(scored, phi_BM, strict=True):
-                bonus_M = self._bonus(instances[b])
-                if bonus_M is not None:
-                    phi_M = phi_M + bonus_M
-                best_C, exhausted = self._candidates(phi_M, allowed_BM[b], instances[b].top_n)
-                answers[b] |= {
-                    "item_ids": [self._scorer.item_ids[c] for c in best_C],
-                    "affinities": phi_M[best_C].astype(np.float64).tolist(),
-                    "scored": {item: float(phi_M[self._index[item]]) for item in asked[b]},
-                    "exhausted": exhausted,
-                }
-                if bonus_M is not None:
-                    places = {self._index[item] for item in asked[b]} | set(best_C.tolist())
-                    item_ids = self._scorer.item_ids
-                    answers[b]["bonus"] = {item_ids[c]: float(bonus_M[c]) for c in places}
-            for b, value in zip(rated, values, strict=True):
-                answers[b]["values"] = dict(value)
-            for b, instance in enumerate(instances):
-                if instance.task == "trend":
-                    answers[b]["trend"] = self._scorer.trend.to_json()
+            found = self._scorer.retrieve(asks, [instances[b].score_items for b in scored])
+        for b, one in zip(scored, found, strict=True):
+            answers[b] |= {
+                "item_ids": one.item_ids,
+                "affinities": one.affinities,
+                "scored": one.scored,
+                "exhausted": one.exhausted,
+            }
+            if one.extra:
+                answers[b]["bonus"] = one.extra
+        for b, value in zip(rated, values, strict=True):
+            answers[b]["values"] = dict(value)
+        for b, instance in enumerate(instances):
+            if instance.task == "trend":
+                answers[b]["trend"] = self._scorer.trend.to_json()
         return answers
 
     def _rate(
@@ -145,13 +172,9 @@ class LoadedModel:
         uniform_M = uniform(instance.seed, len(self._sigma_M))
         return instance.exploration_weight * self._sigma_M * uniform_M
 
-    def _asked(self, instance: ScoreInstance, allowed_M: NDArray[np.bool_]) -> list[str]:
-        """Those of `score_items` that exist and are allowed."""
-        places = ((item, self._index.get(item)) for item in instance.score_items)
-        return [item for item, place in places if place is not None and allowed_M[place]]
-
     def _answer(self, instance: ScoreInstance, query: Query) -> dict[str, Any]:
         """An answer without items yet."""
+        knows = self._scorer.knows
         return {
             "item_ids": [],
             "affinities": [],
@@ -160,24 +183,9 @@ class LoadedModel:
             "exhausted": False,
             "beta": self._scorer.beta,
             "model_version": self._scorer.version,
-            "unknown_items": sum(e.item_id not in self._index for e in query.history),
-            "unknown_score_items": sum(item not in self._index for item in instance.score_items),
+            "unknown_items": sum(not knows(e.item_id) for e in query.history),
+            "unknown_score_items": sum(not knows(item) for item in instance.score_items),
         }
-
-    def _candidates(
-        self, phi_M: NDArray[np.floating[Any]], allowed_M: NDArray[np.bool_], top_n: int
-    ) -> tuple[NDArray[np.int64], bool]:
-        """Positions of the top_n allowed items by φ̃ (ties by item id), and whether that is all."""
-        allowed_C = np.flatnonzero(allowed_M)
-        exhausted = top_n >= len(allowed_C)
-        if 0 < top_n < len(allowed_C):
-            phi_C = phi_M[allowed_C]
-            nth = np.partition(phi_C, len(phi_C) - top_n)[len(phi_C) - top_n]
-            allowed_C = allowed_C[phi_C >= nth]
-        elif top_n == 0:
-            allowed_C = allowed_C[:0]
-        order = np.lexsort((self._id_rank_M[allowed_C], -phi_M[allowed_C]))
-        return allowed_C[order][:top_n], exhausted
 
 
 class Predictor(JsonModel):

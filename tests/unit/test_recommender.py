@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from components.train import steps
 from model import bundle as bundles
+from model import retrieval
 from model.encoders import EncoderKind
 from model.errors import BundleError, InputError
 from model.query import Event, ItemFilter, Query
@@ -238,6 +239,49 @@ def test_k_beyond_the_catalogue_gives_all_allowed_items(recommender):
     [all_items], [everything] = recommender.recommend([q], 10**6), recommender.recommend([q], M)
     assert all_items == everything
     assert {i.item_id for i in all_items} == set(IDS) - {"i002", "i005"}
+
+
+FILTERS = [
+    ItemFilter(),
+    ItemFilter(exclude=frozenset(["i003", "i009", "nowhere"])),
+    ItemFilter(include=frozenset(["i002", "i005", "i011", "nowhere"])),
+    ItemFilter(where={"colour": frozenset(["red", "blue"])}),
+    ItemFilter(include=frozenset(IDS[3:20]), where={"colour": frozenset(["green"])}),
+    ItemFilter(include=frozenset()),
+]
+
+
+@pytest.mark.parametrize("method", ["float32", "int8"])
+@pytest.mark.parametrize("seen", [False, True])
+def test_what_is_retrieved_is_what_scoring_and_sorting_give(recommender, monkeypatch, seen, method):
+    monkeypatch.setattr(retrieval, "SMALL", 0)
+    w_MD, b_M = recommender._w_MD.numpy(), recommender._b_M.numpy()
+    index = retrieval.Retrieval(w_MD, b_M, retrieval.Method(method))
+    monkeypatch.setattr(recommender, "retrieval", index)
+    queries = [replace(q, filter=f, exclude_seen=seen) for q in QUERIES for f in FILTERS]
+    restrictions = [recommender.restriction(q) for q in queries]
+    extras = [np.arange(M) * 0.25 if n % 5 == 4 else None for n in range(len(queries))]
+    phi_BM = recommender.affinities(queries).astype(np.float64)
+    for phi_M, extra_M in zip(phi_BM, extras, strict=True):
+        phi_M += 0.0 if extra_M is None else extra_M
+    for batch_from, top_n in ((1, 1), (100, 1), (1, 5), (100, 5), (1, M), (100, 10**9), (1, 0)):
+        index.batch_from = batch_from
+        asks = recommender.asks(queries, restrictions, [top_n] * len(queries), extras)
+        more = [[*IDS[5:15], "nowhere"]] * len(queries)
+        answers = recommender.retrieve(asks, more)
+        for query, phi_M, answer in zip(queries, phi_BM, answers, strict=True):
+            allowed = {IDS[j] for j in np.flatnonzero(recommender.allowed(query))}
+            phi = {i: float(v) for i, v in zip(IDS, phi_M, strict=True) if i in allowed}
+            assert answer.exhausted == (top_n >= len(allowed))
+            assert len(answer.item_ids) == len(set(answer.item_ids)) == min(top_n, len(allowed))
+            expected = sorted(phi.values(), reverse=True)[:top_n]
+            np.testing.assert_allclose(answer.affinities, expected, atol=ROUNDING)
+            np.testing.assert_allclose(
+                answer.affinities, [phi[i] for i in answer.item_ids], atol=ROUNDING
+            )
+            assert answer.scored.keys() == allowed & set(IDS[5:15])
+            for item, value in answer.scored.items():
+                assert abs(value - phi[item]) < ROUNDING
 
 
 def test_unknown_ids_are_skipped(recommender):

@@ -21,6 +21,8 @@ from prometheus_client import REGISTRY
 
 from model.errors import InputError, UnavailableError
 from model.query import Event
+from model.recommender import Retrieved
+from model.retrieval import Allowed
 from model.trends import snapshot_from_counts
 from serving import metrics
 from serving.exploration import uncertainty, uniform
@@ -88,6 +90,36 @@ class FakeScorer:
                 raise InputError(f"filter.where: items have no field {name!r} (fields: parity)")
             allowed &= np.array([["even", "odd"][j % 2] in values for j in range(len(ITEMS))])
         return allowed
+
+    def knows(self, item_id):
+        return item_id in ITEMS
+
+    def restriction(self, query):
+        return Allowed(len(ITEMS), mask=self.allowed(query))
+
+    def passing(self, restriction, items):
+        return [i for i in items if i in ITEMS and restriction.mask[ITEMS.index(i)]]
+
+    def asks(self, queries, restrictions, top_n, extras):
+        return list(zip(queries, restrictions, top_n, extras, strict=True))
+
+    def retrieve(self, asks, items):
+        answers = []
+        for (query, allowed, n, extra_M), more in zip(asks, items, strict=True):
+            phi_M = self._one(query) + (0.0 if extra_M is None else extra_M)
+            phi = dict(zip(ITEMS, phi_M.tolist(), strict=True))
+            passing = self.passing(allowed, ITEMS)
+            best = sorted(passing, key=lambda i: (-phi[i], i))[:n]
+            answers.append(
+                Retrieved(
+                    best,
+                    [phi[i] for i in best],
+                    {i: phi[i] for i in self.passing(allowed, more)},
+                    n >= len(passing),
+                    {} if extra_M is None else dict(zip(ITEMS, extra_M.tolist(), strict=True)),
+                )
+            )
+        return answers
 
 
 SNAPSHOT = snapshot_from_counts(

@@ -105,3 +105,17 @@ def test_some_columns_and_single_items_equal_the_dense_lookup():
     columns, single = torch.tensor([0, 2, 5]), torch.tensor([2, 1, 5])
     torch.testing.assert_close(transitions.scatter(rows, weight, columns), dense[:, columns])
     torch.testing.assert_close(transitions.at(rows, weight, single), dense[range(3), single])
+
+
+@settings(max_examples=50, deadline=None)
+@given(LOGS, st.lists(st.integers(-1, M - 1), min_size=10, max_size=10))
+def test_the_sparse_bonus_is_the_dense_one(users, recent):
+    transitions, prior = Transitions.count(_log(users), M), TransitionPrior(M)
+    prior.inverse_p_M.copy_(torch.arange(1.0, M + 1))
+    with torch.no_grad():
+        dense_M = prior(transitions, torch.tensor([recent]))[0].numpy()
+        item_S, bonus_S = prior.sparse(transitions, np.array(recent))
+    assert (np.diff(item_S) > 0).all()
+    sparse_M = np.zeros(M)
+    sparse_M[item_S] = bonus_S
+    np.testing.assert_allclose(sparse_M, dense_M, atol=1e-6)

@@ -1,0 +1,569 @@
+"""Exact top-N of w_j·x + b_j over a large catalogue, at the speed of reading a quarter of it.
+
+Reading the float32 item vectors is what a scan costs. So the scan reads an int8 copy, which gives
+each item an approximate score and a bound on its error; only items that the bound cannot rule out
+are scored in float32. With ŵ_j, x̂ the rounded vectors,
+
+    |w_j·x − ŵ_j·x̂| = |(w_j − ŵ_j)·x + ŵ_j·(x − x̂)| ≤ ‖w_j − ŵ_j‖·‖x‖ + ‖ŵ_j‖·‖x − x̂‖,
+
+and both item norms are known. If N items are surely at least t, an item that is surely below t is
+not among the top N. Nothing is left to chance: the result is that of scoring every item.
+
+The approximate scores are looked at group by group (a group's maximum is its bound), so that few
+of them are touched twice. Items that a sparse bonus changes (the transition prior) are scored in
+float32 at once and left out of the scan's count.
+
+Shapes: M items, D embedding, B queries, K groups of GROUP items, C candidates, S items with bonus.
+"""
+
+import math
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Float32 = NDArray[np.float32]
+Scores = NDArray[np.float32] | NDArray[np.float64]  # float64 where an extra is added
+Int64 = NDArray[np.int64]
+
+GROUP = 16
+CHUNK = 16_384  # items whose scores for a batch fit a core's cache
+SMALL = 4096  # catalogues up to here are scored whole: no scan pays
+SPARSE = 64  # where at most 1 in 64 items is allowed, these alone are scored
+MANY_EXCLUDED = 4096  # beyond, exclusions become a mask
+MEASURED_ROWS = 131_072  # of the table, to choose the method by time
+WORTH_MEASURING = 2**22  # numbers in the table; below, float32 stays in cache
+
+_NONE: Int64 = np.empty(0, dtype=np.int64)
+
+
+class Method(StrEnum):
+    """What the scan reads."""
+
+    AUTO = "auto"  # the faster one here, by measurement
+    FLOAT32 = "float32"
+    INT8 = "int8"
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """Which of M items may be returned: in `include` and `mask` (None: all), not in `exclude`.
+
+    `include` and `exclude` are positions, ascending and distinct.
+    """
+
+    num_items: int
+    include: Int64 | None = None
+    exclude: Int64 = field(default_factory=lambda: _NONE)
+    mask: NDArray[np.bool_] | None = None
+
+    @property
+    def unrestricted(self) -> bool:
+        """Every item is allowed."""
+        return self.include is None and self.mask is None and not len(self.exclude)
+
+    def passes(self, item_C: Int64) -> NDArray[np.bool_]:
+        """Whether each of these items is allowed: `[C]`."""
+        passes_C = np.ones(len(item_C), dtype=np.bool_)
+        if self.mask is not None:
+            passes_C &= self.mask[item_C]
+        if self.include is not None:
+            passes_C &= _is_in(item_C, self.include)
+        if len(self.exclude):
+            passes_C &= ~_is_in(item_C, self.exclude)
+        return passes_C
+
+    def dense(self) -> NDArray[np.bool_]:
+        """One truth value per item `[M]`."""
+        allowed_M = np.ones(self.num_items, np.bool_) if self.mask is None else self.mask.copy()
+        if self.include is not None:
+            included_M = np.zeros(self.num_items, np.bool_)
+            included_M[self.include] = True
+            allowed_M &= included_M
+        allowed_M[self.exclude] = False
+        return allowed_M
+
+
+def _is_in(item_C: Int64, sorted_S: Int64) -> NDArray[np.bool_]:
+    if not len(sorted_S):
+        return np.zeros(len(item_C), dtype=np.bool_)
+    place_C = np.searchsorted(sorted_S, item_C)
+    return sorted_S[np.minimum(place_C, len(sorted_S) - 1)] == item_C
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One query: x float32 `[D]`, how many items, which ones, and what some get on top.
+
+    `bonus_item_S` (ascending, distinct positions) get `bonus_S` added to w_j·x + b_j, and every
+    item its part of `extra_M`, if given.
+    """
+
+    x_D: Float32
+    top_n: int
+    allowed: Allowed
+    bonus_item_S: Int64
+    bonus_S: Float32
+    extra_M: NDArray[np.float64] | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best allowed items, score descending, ties by position; `exhausted`: all of them."""
+
+    item_C: Int64
+    score_C: Scores
+    exhausted: bool
+
+
+def brute_force(w_MD: Float32, b_M: Float32, ask: Ask) -> Found:
+    """What `Retrieval.top` finds, by scoring and sorting everything."""
+    score_M: Scores = (w_MD @ ask.x_D + b_M).astype(np.float32)
+    score_M[ask.bonus_item_S] += ask.bonus_S
+    if ask.extra_M is not None:
+        score_M = score_M + ask.extra_M
+    item_C = np.flatnonzero(ask.allowed.dense())
+    order = np.lexsort((item_C, -score_M[item_C]))[: max(ask.top_n, 0)]
+    return Found(item_C[order], score_M[item_C[order]], ask.top_n >= len(item_C))
+
+
+@dataclass(frozen=True)
+class _Queries:
+    """B queries as a scan reads them, and what bounds the scan's error."""
+
+    x_DB: torch.Tensor
+    step_B: torch.Tensor  # int8: the size of one step of x
+    norm_B: NDArray[np.float64]  # ‖x‖
+    off_B: NDArray[np.float64]  # ‖x − x̂‖
+    slack_B: NDArray[np.float64]  # of float32 arithmetic, in the scan and in the exact scores
+
+
+class _Scan(ABC):
+    """Approximate scores of rows of the table, and norms that bound their errors."""
+
+    error_M: Float32  # ‖w_j − ŵ_j‖
+    norm_M: Float32  # ‖ŵ_j‖
+
+    def __init__(self, w_MD: Float32, b_M: Float32) -> None:
+        self._size = w_MD.shape[1]
+        self._b_M = torch.from_numpy(b_M)
+        squares_M = np.einsum("md,md->m", w_MD, w_MD)
+        self._largest = math.sqrt(float(squares_M.max(initial=0.0)))
+        self._largest_bias = float(np.abs(b_M).max(initial=0.0))
+
+    def queries(self, x_BD: Float32) -> _Queries:
+        """Prepare queries."""
+        x_DB, step_B, rounded_BD = self._read(x_BD)
+        norm_B = np.linalg.norm(x_BD.astype(np.float64), axis=1)
+        off_B = np.linalg.norm(x_BD - rounded_BD, axis=1)
+        # Of a sum of D products, computed twice: D·2⁻²⁴ of the sum of their sizes each time.
+        slack_B = (self._size + 8) * 2.0**-23 * (1.01 * self._largest * norm_B + self._largest_bias)
+        return _Queries(x_DB, step_B, norm_B, off_B, slack_B)
+
+    @abstractmethod
+    def _read(self, x_BD: Float32) -> tuple[torch.Tensor, torch.Tensor, NDArray[np.float64]]:
+        """x_DB as multiplied with the table, the step of each, and what x became: `[B, D]`."""
+
+    @abstractmethod
+    def scores(
+        self, rows: slice | Int64, queries: _Queries, work: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Approximate scores of rows: float32 `[rows, B]`, into `out`; `work` int32 alike."""
+
+
+class _Float32Scan(_Scan):
+    """The table itself; only rounding stands between its scores and the exact ones."""
+
+    def __init__(self, w_MD: Float32, b_M: Float32) -> None:
+        super().__init__(w_MD, b_M)
+        self._w_MD = w_MD
+        self.error_M = np.zeros(len(w_MD), dtype=np.float32)
+        self.norm_M = self.error_M
+
+    def _read(self, x_BD: Float32) -> tuple[torch.Tensor, torch.Tensor, NDArray[np.float64]]:
+        x_DB = torch.from_numpy(np.ascontiguousarray(x_BD.T))
+        return x_DB, torch.ones(len(x_BD)), x_BD.astype(np.float64)
+
+    def scores(
+        self, rows: slice | Int64, queries: _Queries, work: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        # NumPy's BLAS is twice as fast as torch's here for one query, and alike for many.
+        if out.shape[1] == 1:
+            np.dot(self._w_MD[rows], queries.x_DB.numpy()[:, 0], out=out.numpy()[:, 0])
+        else:
+            np.matmul(self._w_MD[rows], queries.x_DB.numpy(), out=out.numpy())
+        out += self._b_M[rows][:, None]
+
+
+class _Int8Scan(_Scan):
+    """One byte per number, one scale per item; integer dot products are exact."""
+
+    def __init__(self, w_MD: Float32, b_M: Float32) -> None:
+        super().__init__(w_MD, b_M)
+        items = len(w_MD)
+        q_MD = np.empty(w_MD.shape, dtype=np.int8)
+        scale_M = np.empty(items, dtype=np.float32)
+        self.error_M = np.empty(items, dtype=np.float32)
+        self.norm_M = np.empty(items, dtype=np.float32)
+        for start in range(0, items, CHUNK):
+            rows = slice(start, start + CHUNK)
+            w_CD = w_MD[rows].astype(np.float64)
+            scale_C = np.maximum(np.abs(w_CD).max(axis=1) / 127.0, 1e-30).astype(np.float32)
+            q_CD = np.clip(np.rint(w_CD / scale_C[:, None]), -127, 127)
+            rounded_CD = q_CD * scale_C[:, None].astype(np.float64)
+            q_MD[rows], scale_M[rows] = q_CD, scale_C
+            # A little more than the norm, so that rounding to float32 keeps it a bound.
+            self.error_M[rows] = np.linalg.norm(w_CD - rounded_CD, axis=1) * 1.00001
+            self.norm_M[rows] = np.linalg.norm(rounded_CD, axis=1) * 1.00001
+        self._q_MD = torch.from_numpy(q_MD)
+        self._scale_M = torch.from_numpy(scale_M)
+
+    def _read(self, x_BD: Float32) -> tuple[torch.Tensor, torch.Tensor, NDArray[np.float64]]:
+        x64_BD = x_BD.astype(np.float64)
+        step_B = np.maximum(np.abs(x64_BD).max(axis=1, initial=0.0) / 127.0, 1e-30)
+        step_B = step_B.astype(np.float32)
+        q_BD = np.clip(np.rint(x64_BD / step_B[:, None]), -127, 127)
+        x_DB = torch.from_numpy(np.ascontiguousarray(q_BD.T.astype(np.int8)))
+        return x_DB, torch.from_numpy(step_B), q_BD * step_B[:, None].astype(np.float64)
+
+    def scores(
+        self, rows: slice | Int64, queries: _Queries, work: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        if isinstance(rows, slice):
+            q_RD, scale_R, b_R = self._q_MD[rows], self._scale_M[rows], self._b_M[rows]
+        else:
+            q_RD = torch.from_numpy(self._q_MD.numpy().take(rows, axis=0))
+            scale_R = torch.from_numpy(self._scale_M.numpy().take(rows))
+            b_R = torch.from_numpy(self._b_M.numpy().take(rows))
+        torch._int_mm(q_RD, queries.x_DB, out=work)
+        out.copy_(work)
+        if out.shape[1] == 1:
+            step = float(queries.step_B[0])
+            torch.addcmul(b_R[:, None], out, scale_R[:, None], value=step, out=out)
+        else:
+            out.mul_(scale_R[:, None]).mul_(queries.step_B).add_(b_R[:, None])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Why a method was chosen: seconds per item scanned, for one query and for each of 32."""
+
+    one: dict[Method, float]
+    batch: dict[Method, float]
+
+
+class Retrieval:
+    """Item vectors ready to be searched; safe to share between threads."""
+
+    def __init__(self, w_MD: Float32, b_M: Float32, method: Method = Method.AUTO) -> None:
+        """
+        Args:
+            w_MD: item vectors, float32, C-contiguous; not copied.
+            b_M: item biases, float32.
+            method: what the scan reads; AUTO measures (a tenth of a second).
+        """
+        self._w_MD = np.ascontiguousarray(w_MD, dtype=np.float32)
+        self._b_M = np.ascontiguousarray(b_M, dtype=np.float32)
+        self.num_items = len(b_M)
+        self.measured: Measured | None = None
+        self.batch_from = 8  # queries from which one pass over the table for all is faster
+        if method is Method.AUTO:
+            method = self._choose()
+        self.method = method
+        scan: type[_Scan] = _Int8Scan if method is Method.INT8 else _Float32Scan
+        self._scan = scan(self._w_MD, self._b_M)
+        # As many equal chunks as needed; a group is every (CHUNK / GROUP)-th item of a chunk, so
+        # that maxima over groups are taken with whole vectors of items side by side.
+        self._chunks = max(1, -(-self.num_items // CHUNK))
+        self._groups = -(-self.num_items // (self._chunks * GROUP))  # per chunk
+        self._chunk = self._groups * GROUP
+        self._padded = self._chunks * self._chunk > self.num_items
+        self._error_K = self._group_max(self._scan.error_M)
+        self._norm_K = self._group_max(self._scan.norm_M)
+        self._local = threading.local()
+
+    def _group_max(self, value_M: Float32) -> Float32:
+        padded = np.zeros(self._chunks * self._chunk, dtype=np.float32)
+        padded[: self.num_items] = value_M
+        return padded.reshape(self._chunks, GROUP, self._groups).max(axis=1).ravel()
+
+    def _choose(self) -> Method:
+        """The faster method here, on a part of the table."""
+        if self._w_MD.size < WORTH_MEASURING:
+            return Method.FLOAT32
+        rows = slice(0, MEASURED_ROWS)
+        w_RD, b_R = self._w_MD[rows], self._b_M[rows]
+        one: dict[Method, float] = {}
+        batch: dict[Method, float] = {}
+        for method, kind in ((Method.FLOAT32, _Float32Scan), (Method.INT8, _Int8Scan)):
+            if method is Method.INT8 and not int8_products_are_exact(w_RD.shape[1]):
+                continue
+            scan = kind(w_RD, b_R)
+            one[method] = _seconds_per_item(scan, w_RD[:1], len(w_RD))
+            batch[method] = _seconds_per_item(scan, w_RD[:32], len(w_RD)) / 32
+        self.measured = Measured(one, batch)
+        best = min(one, key=one.__getitem__)
+        self.batch_from = max(2, math.ceil(32 * batch[best] / one[best]))
+        return best
+
+    def top(self, asks: Sequence[Ask]) -> list[Found]:
+        """The best allowed items of every query: exactly those of scoring all items."""
+        found: list[Found | None] = [None] * len(asks)
+        scanned = []
+        for i, ask in enumerate(asks):
+            rows = self._few(ask)
+            if rows is None:
+                scanned.append(i)
+            else:
+                found[i] = self._sorted(ask, rows, self.score(ask, rows), len(rows))
+        # Masks and extras change the scores themselves, which only a pass for one query keeps.
+        together = [i for i in scanned if asks[i].extra_M is None and not _dense(asks[i].allowed)]
+        if len(together) >= self.batch_from:
+            for i, result in zip(together, self._batch([asks[i] for i in together]), strict=True):
+                found[i] = result
+        for i in scanned:
+            if found[i] is None:
+                found[i] = self._single(asks[i])
+        return [f for f in found if f is not None]
+
+    def score(self, ask: Ask, item_C: Int64) -> Scores:
+        """Exact scores of some items, bonus and extra included: `[C]`."""
+        everything = len(item_C) == self.num_items
+        w_CD = self._w_MD if everything else self._w_MD.take(item_C, axis=0)
+        score_C: Float32 = np.einsum("cd,d->c", w_CD, ask.x_D)  # each row by itself
+        score_C += self._b_M[item_C]
+        if len(ask.bonus_item_S) and len(item_C):
+            place_C = np.searchsorted(ask.bonus_item_S, item_C)
+            place_C = np.minimum(place_C, len(ask.bonus_item_S) - 1)
+            hit_C = ask.bonus_item_S[place_C] == item_C
+            score_C[hit_C] += ask.bonus_S[place_C[hit_C]]
+        return score_C if ask.extra_M is None else score_C + ask.extra_M[item_C]
+
+    def _few(self, ask: Ask) -> Int64 | None:
+        """The allowed items, where scoring them all is cheaper than a scan; None: scan."""
+        allowed = ask.allowed
+        if ask.top_n <= 0 or self.num_items == 0:
+            # Nothing is asked for; whether there is anything decides `exhausted`.
+            return np.flatnonzero(allowed.dense())[: max(1, -ask.top_n)]
+        if allowed.include is not None:
+            return allowed.include[allowed.passes(allowed.include)]
+        if self.num_items <= SMALL or ask.top_n > self.num_items // 4:
+            return np.flatnonzero(allowed.dense())
+        if allowed.mask is not None:
+            count = int(np.count_nonzero(allowed.mask))
+            if count <= self.num_items // SPARSE or ask.top_n >= count // 4:
+                item_C = np.flatnonzero(allowed.mask)
+                return item_C[allowed.passes(item_C)]
+        return None
+
+    @staticmethod
+    def _sorted(ask: Ask, item_C: Int64, score_C: Scores, num_allowed: int) -> Found:
+        """The first `top_n` of candidates that hold them."""
+        top_n = max(ask.top_n, 0)
+        if 0 < top_n < len(item_C):
+            nth = np.partition(score_C, len(score_C) - top_n)[len(score_C) - top_n]
+            kept = np.flatnonzero(score_C >= nth)
+            item_C, score_C = item_C[kept], score_C[kept]
+        order = np.lexsort((item_C, -score_C))[:top_n]
+        return Found(item_C[order], score_C[order], ask.top_n >= num_allowed)
+
+    def _single(self, ask: Ask) -> Found:
+        """One pass for one query; all approximate scores are kept."""
+        queries = self._scan.queries(ask.x_D[None])
+        work_P1, score_P1 = self._buffers(self._chunks * self._chunk, 1)
+        rows = slice(0, self.num_items)
+        self._scan.scores(rows, queries, work_P1[rows], score_P1[rows])
+        score_P1[self.num_items :] = -torch.inf
+        score_P = score_P1[:, 0]
+        if ask.extra_M is not None:
+            score_P[rows] += torch.from_numpy(ask.extra_M)
+            largest = max(abs(float(ask.extra_M.max())), abs(float(ask.extra_M.min())))
+            queries = replace(queries, slack_B=queries.slack_B * 2 + 2.0**-22 * largest)
+        mask_M = ask.allowed.dense() if _dense(ask.allowed) else None
+        if mask_M is not None:
+            np.copyto(score_P.numpy()[rows], -np.inf, where=~mask_M)
+        max_K = score_P.view(self._chunks, GROUP, self._groups).amax(dim=1).flatten().numpy()
+        num_allowed = self.num_items if mask_M is None else int(np.count_nonzero(mask_M))
+        return self._select(ask, queries, max_K, score_P.numpy().take, mask_M, num_allowed)
+
+    def _batch(self, asks: Sequence[Ask]) -> list[Found]:
+        """One pass for all queries; of the approximate scores only the groups' maxima are kept."""
+        queries = self._scan.queries(np.stack([ask.x_D for ask in asks]))
+        work_CB, score_CB = self._buffers(self._chunk, len(asks))
+        max_HGB = torch.empty(self._chunks, self._groups, len(asks))
+        for chunk in range(self._chunks):
+            start = chunk * self._chunk
+            size = max(0, min(self._chunk, self.num_items - start))
+            if size:
+                rows = slice(start, start + size)
+                self._scan.scores(rows, queries, work_CB[:size], score_CB[:size])
+            score_CB[size:] = -torch.inf
+            torch.amax(score_CB.view(GROUP, self._groups, -1), dim=0, out=max_HGB[chunk])
+        max_BK = max_HGB.flatten(0, 1).T.contiguous().numpy()
+        found = []
+        for b, ask in enumerate(asks):
+            one = _Queries(
+                queries.x_DB[:, b : b + 1].contiguous(),
+                queries.step_B[b : b + 1],
+                queries.norm_B[b : b + 1],
+                queries.off_B[b : b + 1],
+                queries.slack_B[b : b + 1],
+            )
+            again = self._again(one)
+            found.append(self._select(ask, one, max_BK[b], again, None, self.num_items))
+        return found
+
+    def _again(self, queries: _Queries) -> Callable[[Int64], Float32]:
+        """Approximate scores of rows, computed once more."""
+
+        def scores(row_C: Int64) -> Float32:
+            out_C1 = torch.empty(len(row_C), 1)
+            work_C1 = torch.empty(len(row_C), 1, dtype=torch.int32)
+            self._scan.scores(row_C, queries, work_C1, out_C1)
+            return out_C1[:, 0].numpy()
+
+        return scores
+
+    def _select(
+        self,
+        ask: Ask,
+        queries: _Queries,
+        max_K: Float32,
+        approximate: Callable[[Int64], Float32],
+        mask_M: NDArray[np.bool_] | None,
+        num_allowed: int,
+    ) -> Found:
+        """The top N from the groups' maxima.
+
+        Args:
+            queries: prepared `ask.x_D` alone.
+            approximate: the approximate scores of rows.
+            mask_M: what the maxima already respect; None: exclusions are still to be left out.
+        """
+        top_n = ask.top_n
+        # A little more, so that float32 keeps the sum a bound.
+        norm, off = np.float32(queries.norm_B * 1.00001), np.float32(queries.off_B * 1.00001)
+        slack = np.float32(queries.slack_B)
+        exclude = ask.allowed.exclude if mask_M is None else _NONE
+        left_out = np.concatenate([exclude, ask.bonus_item_S])
+        skip_M = self._skip()
+        skip_M[left_out] = True
+
+        def look(group_C: Int64) -> tuple[Int64, Float32]:
+            """The groups' items that count, and their approximate scores."""
+            row_C = self._rows(group_C)
+            keep_C = ~skip_M[row_C]
+            if mask_M is not None:
+                keep_C &= mask_M[row_C]
+            row_C = row_C[keep_C]
+            return row_C, approximate(row_C)
+
+        # First the N groups that look best, but for those whose maximum may not count. The N-th
+        # exact score among their items is one that N items surely reach.
+        best_K = max_K.copy()
+        best_K[self._group_of(left_out)] = -np.inf
+        cut = len(best_K) - min(top_n, len(best_K))
+        first_C = np.argpartition(best_K, cut)[cut:] if cut else np.arange(len(best_K))
+        row_C, rough_C = look(first_C)
+        surely = -np.inf
+        exact_C = np.zeros(len(row_C), dtype=np.bool_)
+        items: list[Int64] = []
+        scores: list[Scores] = []
+        if len(row_C) >= top_n:
+            exact_C[np.argpartition(rough_C, len(row_C) - top_n)[len(row_C) - top_n :]] = True
+            items.append(row_C[exact_C])
+            scores.append(self.score(ask, items[0]))
+            surely = scores[0].min()
+        # Then every group and item that its bound cannot rule out.
+        bound_K = norm * self._error_K + off * self._norm_K + slack
+        open_K = max_K + bound_K >= surely
+        open_K[first_C] = False
+        more_C, more_rough_C = look(np.flatnonzero(open_K))
+        row_C, rough_C = np.concatenate([row_C, more_C]), np.concatenate([rough_C, more_rough_C])
+        skip_M[left_out] = False
+        bound_C = norm * self._scan.error_M[row_C] + off * self._scan.norm_M[row_C] + slack
+        possible_C = rough_C + bound_C >= surely
+        possible_C[: len(exact_C)] &= ~exact_C
+        items.append(row_C[possible_C])
+        scores.append(self.score(ask, items[-1]))
+        changed = ask.bonus_item_S[ask.allowed.passes(ask.bonus_item_S)]
+        items.append(changed)
+        scores.append(self.score(ask, changed))
+        score_C: Scores = np.concatenate(scores)  # type: ignore[assignment]
+        return self._sorted(ask, np.concatenate(items), score_C, num_allowed - len(exclude))
+
+    def _rows(self, group_C: Int64) -> Int64:
+        """The items of some groups."""
+        chunk_C, place_C = np.divmod(group_C, self._groups)
+        first_C = chunk_C * self._chunk + place_C
+        row_C = (first_C[:, None] + np.arange(GROUP) * self._groups).ravel()
+        return row_C[row_C < self.num_items] if self._padded else row_C
+
+    def _group_of(self, item_C: Int64) -> Int64:
+        """The group of each item: inverse of `_rows`."""
+        chunk_C, place_C = np.divmod(item_C, self._chunk)
+        return chunk_C * self._groups + place_C % self._groups
+
+    def _buffers(self, rows: int, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Int32 and float32 scratch `[rows, queries]` of this thread."""
+        size = rows * queries
+        kept = getattr(self._local, "buffers", None)
+        if kept is None or kept[0].numel() < size:
+            kept = torch.empty(size, dtype=torch.int32), torch.empty(size, dtype=torch.float32)
+            self._local.buffers = kept
+        work, score = kept
+        return work[:size].view(rows, queries), score[:size].view(rows, queries)
+
+    def _skip(self) -> NDArray[np.bool_]:
+        """All false `[M]`, to be left so; this thread's own."""
+        skip_M: NDArray[np.bool_] | None = getattr(self._local, "skip", None)
+        if skip_M is None:
+            skip_M = self._local.skip = np.zeros(self.num_items, dtype=np.bool_)
+        return skip_M
+
+
+def _dense(allowed: Allowed) -> bool:
+    """Whether a mask, or so many exclusions that one is better, has to be applied."""
+    return allowed.mask is not None or len(allowed.exclude) > MANY_EXCLUDED
+
+
+def int8_products_are_exact(size: int) -> bool:
+    """Whether this machine's int8 matrix product is right at the extremes.
+
+    Without VNNI instructions some kernels add pairs in 16 bits, which overflow.
+    """
+    w = torch.full((32, size), 127, dtype=torch.int8)
+    w[1::2] = -127
+    w[2::4, ::2] = -127
+    for columns in (1, 32):
+        x = torch.full((size, columns), 127, dtype=torch.int8)
+        x[:, ::2] = -127
+        out = torch.empty(len(w), columns, dtype=torch.int32)
+        try:
+            torch._int_mm(w, x, out=out)
+        except RuntimeError:
+            return False
+        if not torch.equal(out.long(), w.long() @ x.long()):
+            return False
+    return True
+
+
+def _seconds_per_item(scan: _Scan, x_BD: Float32, rows: int, rounds: int = 5) -> float:
+    """Best of some passes over the first `rows` items, by chunks for more than one query."""
+    queries = scan.queries(x_BD)
+    size = rows if len(x_BD) == 1 else min(rows, CHUNK)
+    work = torch.empty(size, len(x_BD), dtype=torch.int32)
+    out = torch.empty(size, len(x_BD))
+    best = math.inf
+    for _ in range(rounds):
+        started = time.perf_counter()
+        for start in range(0, rows - size + 1, size):
+            scan.scores(slice(start, start + size), queries, work, out)
+        best = min(best, time.perf_counter() - started)
+    return best / (rows // size * size)
