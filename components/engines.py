@@ -5,6 +5,7 @@ Spark is optional (`pip install "hrnn-meta[spark]"`, Java 17) and imported when 
 
 import re
 import shutil
+import zlib
 from pathlib import Path
 from typing import Literal
 
@@ -64,11 +65,28 @@ def open_engine(
     try:
         session = builder.getOrCreate()
         session.sparkContext.setLogLevel("ERROR")
+        # What DuckDB has and Ibis has no word for.
+        session.sql(
+            "CREATE OR REPLACE TEMPORARY FUNCTION epoch_us(moment TIMESTAMP) RETURNS BIGINT"
+            " RETURN unix_micros(moment)"
+        )
         return ibis.pyspark.connect(session)
     except (PySparkException, OSError) as error:
         raise UnavailableError(
             f"Spark at {spark_master} cannot be started: {type(error).__name__}"
         ) from error
+
+
+def read_numbered(backend: BaseBackend, path: Path, name: str) -> ir.Table:
+    """A Parquet file with the place of each row in it, from 1, as a further column."""
+    if isinstance(backend, DuckDB):
+        table = backend.read_parquet(path, file_row_number=True)
+        return table.mutate(**{name: table.file_row_number + 1}).drop("file_row_number")
+    rows = backend._session.read.parquet(str(path))
+    numbered = rows.selectExpr("*", f"_metadata.row_index + 1 AS `{name}`")
+    view = f"numbered_{zlib.crc32(str(path).encode()):08x}"
+    numbered.createOrReplaceTempView(view)
+    return backend.table(view)
 
 
 def write_parquet(backend: BaseBackend, expression: ir.Table, path: Path) -> int:

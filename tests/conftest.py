@@ -1,9 +1,15 @@
 """Real Redis and PostgreSQL for all tests, started when first needed, one of each a test run."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 from feature_repo.settings import FeatureStoreSettings
 from tests.servers import PostgresServer, RedisServer
+
+# Read by Spark's JVM when the first test needs it.
+os.environ.setdefault("SPARK_CONF_DIR", str(Path(__file__).with_name("spark")))
 
 
 @pytest.fixture(scope="session")

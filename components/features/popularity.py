@@ -89,9 +89,23 @@ def count_changes(events: ir.Table, moments: Moments) -> ir.Table:
         )
         left = events.select("item_id", moment=leave.cast("int64"), change=-1)
         changes = changes.union(left.filter(left.moment.notnull()))
-    changes = changes.group_by("item_id", "moment").agg(change=changes.change.sum().cast("int64"))
-    first = changes.moment.min().over(ibis.window(group_by="item_id"))
-    return changes.filter((changes.change != 0) | (changes.moment == first))
+    changes = changes.group_by("item_id", "moment").agg(change=_sum(changes.change))
+    # As a column first: a filter on a window does not compile for Spark.
+    changes = changes.mutate(start=changes.moment.min().over(ibis.window(group_by="item_id")))
+    return changes.filter((changes.change != 0) | (changes.moment == changes.start)).drop("start")
+
+
+def _whole(value: ir.IntegerValue) -> ir.IntegerValue:
+    """A sum as int64: DuckDB's is HUGEINT, which Parquet stores as a float.
+
+    Through float64, as Ibis leaves out a cast to what it believes is the type already; exact up to
+    2^53 events.
+    """
+    return value.cast("float64").cast("int64")
+
+
+def _sum(column: ir.IntegerColumn) -> ir.IntegerScalar:
+    return _whole(column.sum())
 
 
 def write_popularity(
@@ -129,7 +143,7 @@ def write_popularity(
         ),
         folder / source_name(ITEM_POPULARITY),
     )
-    totals = changes.group_by("moment").agg(change=changes.change.sum().cast("int64"))
+    totals = changes.group_by("moment").agg(change=_sum(changes.change))
     totals = _in_force(totals, None, moments.last, first)
     every = totals.select(
         total=totals["count"],
@@ -155,7 +169,7 @@ def _in_force(changes: ir.Table, key: str | None, last: int, first: int) -> ir.T
     over = ibis.window(group_by=key, order_by="moment")
     running = ibis.cumulative_window(group_by=key, order_by="moment")
     counts = changes.mutate(
-        count=changes.change.sum().over(running).cast("int64"),
+        count=_whole(changes.change.sum().over(running)),
         until=ibis.coalesce(changes.moment.lead().over(over), last + 1).cast("int64"),
     ).drop("change")
     counts = counts.filter(counts.until > first)

@@ -16,6 +16,7 @@ from components.tables import LIST_DELIMITER
 from components.validate.timestamps import SECOND, Unit, as_number, microseconds
 from model.schema import FieldKind
 
+SEPARATOR = "\x1f"
 ROW, MICROS, REASON = "__row", "__micros", "__reason"
 
 
@@ -71,7 +72,8 @@ def text_list(column: ir.Value) -> ir.ArrayValue:
     if isinstance(column.type(), dt.Array):
         parts = column.cast("array<string>")
     else:
-        parts = text(column).split(LIST_DELIMITER)
+        # By a character that means nothing in a regular expression, which Spark splits by.
+        parts = text(column).replace(LIST_DELIMITER, SEPARATOR).split(SEPARATOR)
     return parts.map(lambda part: part.strip()).filter(lambda part: part != "")
 
 

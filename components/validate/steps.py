@@ -14,16 +14,16 @@ from typing import Any
 
 import ibis
 import ibis.expr.types as ir
-from ibis.backends.duckdb import Backend
+from ibis.backends import BaseBackend
 from pydantic import Field
 
+from components.engines import EngineName, open_engine, read_numbered, write_parquet
 from components.tables import (
     ID_COLUMN,
     INTERACTIONS,
     ITEMS,
     TABLES,
     USERS,
-    connect,
     malformed_path,
     table_path,
 )
@@ -52,7 +52,9 @@ class ValidateSettings(SettingsBase):
     min_events: int = Field(20, ge=1)
     now: int | None = None  # Unix seconds; None: the clock. A day later is the future
     timestamp_unit: Unit | None = None  # of numeric timestamps; None: by magnitude
-    memory_limit: str = "2GB"  # of DuckDB; beyond it spills to disk
+    memory_limit: str = "2GB"  # of the engine; beyond it spills to disk
+    engine: EngineName = "duckdb"
+    spark_master: str = "local[*]"
 
 
 def run(
@@ -80,7 +82,9 @@ def run(
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     with tempfile.TemporaryDirectory(prefix="validate-", dir=clean.parent) as scratch:
-        backend = connect(Path(scratch), config.memory_limit)
+        backend = open_engine(
+            config.engine, Path(scratch), config.memory_limit, config.spark_master
+        )
         try:
             report = _Validation(backend, tables, clean, quarantine, Path(scratch), config).run(
                 schema
@@ -110,7 +114,7 @@ class _Validation:
 
     def __init__(
         self,
-        backend: Backend,
+        backend: BaseBackend,
         tables: Path,
         clean: Path,
         quarantine: Path,
@@ -152,14 +156,13 @@ class _Validation:
         }
 
     def _read(self, path: Path) -> ir.Table:
-        return self.backend.read_parquet(path)
+        return self.backend.read_parquet(str(path))
 
     def _read_raw(self, table: str) -> ir.Table:
-        raw = self.backend.read_parquet(table_path(self.tables, table), file_row_number=True)
-        return raw.mutate(**{ROW: raw.file_row_number + 1}).drop("file_row_number")
+        return read_numbered(self.backend, table_path(self.tables, table), ROW)
 
     def _write(self, expression: ir.Table, path: Path) -> ir.Table:
-        self.backend.to_parquet(expression, path, compression="zstd")
+        write_parquet(self.backend, expression, path)
         return self._read(path)
 
     def _interactions(

@@ -5,6 +5,7 @@ Understood: integer or fractional Unix time in seconds, milliseconds, microsecon
 dates and timestamps with or without a zone.
 """
 
+import sys
 from enum import StrEnum
 
 import ibis
@@ -39,7 +40,8 @@ class Unit(StrEnum):
 def as_number(column: ir.Value) -> ir.FloatingValue:
     """A column as finite float64; null where it is none."""
     number = column.try_cast("float64")
-    finite = ~(number.isnan() | number.isinf())
+    # NaN is above every number, in DuckDB and in Spark.
+    finite = number.abs() <= sys.float_info.max
     return finite.ifelse(number, ibis.null("float64"))
 
 
@@ -81,7 +83,10 @@ def microseconds(column: ir.Value, unit: Unit) -> ir.IntegerValue:
     return number.notnull().ifelse(from_number, from_text)
 
 
+@ibis.udf.scalar.builtin
+def epoch_us(moment: dt.timestamp) -> dt.int64:
+    """Microseconds since 1970: DuckDB's function; `engines` teaches Spark the same one."""
+
+
 def _from_calendar(moment: ir.TimestampValue) -> ir.IntegerValue:
-    # Whole seconds and the rest apart: engines differ in whether an epoch keeps its fraction.
-    whole = moment.truncate("s").epoch_seconds().try_cast("int64")
-    return whole * SECOND + moment.microsecond().cast("int64")
+    return epoch_us(moment)
