@@ -46,7 +46,12 @@ def run(
         str, typer.Option(help=f"Named dataset; default {DEFAULT_DATASET} when no file is given.")
     ] = "",
     interactions: Annotated[
-        str, typer.Option(help="CSV or Parquet of who did what when.", metavar="FILE")
+        str,
+        typer.Option(
+            help="CSV or Parquet of who did what when, or the event log: sqlite:///PATH, "
+            "postgresql://…, or `event-log` for the one in HRNN_EVENT_LOG.",
+            metavar="SOURCE",
+        ),
     ] = "",
     users: Annotated[str, typer.Option(help="User fields.", metavar="FILE")] = "",
     items: Annotated[str, typer.Option(help="Item fields.", metavar="FILE")] = "",
@@ -101,7 +106,7 @@ def run(
 
 
 def _source(dataset: str, interactions: str, users: str, items: str) -> Any:
-    from pipelines.local_runner import Source
+    from pipelines.local_runner import CONFIGURED, Source
 
     if dataset and interactions:
         raise InputError("give either --dataset or --interactions, not both")
@@ -111,7 +116,8 @@ def _source(dataset: str, interactions: str, users: str, items: str) -> Any:
         # A missing file is better said now than after the pipeline has started.
         files = {"--interactions": interactions, "--users": users, "--items": items}
         for option, path in files.items():
-            if path and "://" not in path and not Path(path).is_file():
+            local = path and "://" not in path and path != CONFIGURED
+            if local and not Path(path).is_file():
                 raise InputError(f"{option} {path}: no such file")
         return Source("", interactions, users, items)
     from components.ingest.datasets import find

@@ -23,6 +23,9 @@ from model.errors import HrnnError, InputError, UnavailableError
 from pipelines.settings import REFRESH, Settings
 
 STEPS = ("ingest", "validate", "features", "train", "evaluate", "gate", "deploy")
+# As in components.ingest.event_log, which takes seconds to import.
+CONFIGURED, EVENT_LOG = "event-log", "HRNN_EVENT_LOG"
+SQL_SCHEMES = ("sqlite:", "postgresql:", "postgresql+psycopg:", "postgres:")
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _STARTED = re.compile(r"Executing task '([\w-]+)'")
 _FINISHED = re.compile(r"Task '([\w-]+)' finished with status (\w+)")
@@ -73,11 +76,14 @@ def run(
         UnavailableError: something a step needs cannot be reached, or the deadline passed.
         StepError: a step failed otherwise.
     """
+    # An address may hold a password, and a pipeline's parameters are written to its log.
+    in_database = source.interactions.startswith(SQL_SCHEMES)
+    variables = {EVENT_LOG: source.interactions} if in_database else {}
     arguments = {
         "source_digest": _source_digest(source),
         "override": override,
         "dataset": source.dataset,
-        "interactions": _absolute(source.interactions),
+        "interactions": CONFIGURED if in_database else _absolute(source.interactions),
         "users": _absolute(source.users),
         "items": _absolute(source.items),
         "cache": str(workspace.absolute() / "datasets"),
@@ -87,7 +93,15 @@ def run(
         **settings.to_arguments(),
     }
     folder = _run(
-        "train_and_deploy", arguments, workspace, settings, say, verbose, deadline, fresh=fresh
+        "train_and_deploy",
+        arguments,
+        workspace,
+        settings,
+        say,
+        verbose,
+        deadline,
+        variables,
+        fresh=fresh,
     )
     result = _result(folder.name, folder, workspace.absolute() / "models")
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -119,7 +133,7 @@ def refresh_trends(
         "feature_store": str(workspace.absolute() / "features"),
         **settings.to_arguments(REFRESH),
     }
-    variables = {"HRNN_EVENT_LOG": interactions} if in_database else {}
+    variables = {EVENT_LOG: interactions} if in_database else {}
     folder = _run(
         "refresh_trends", arguments, workspace, settings, say, verbose, deadline, variables
     )
@@ -188,7 +202,8 @@ def _run(
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).absolute()) if path and "://" not in path else path
+    local = path and "://" not in path and path != CONFIGURED
+    return str(Path(path).absolute()) if local else path
 
 
 def _run_child(

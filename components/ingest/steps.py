@@ -10,6 +10,7 @@ from typing import Any
 
 import duckdb
 
+from components.ingest import event_log
 from components.ingest.columns import MAPPING_SETTING, normalise, recognise, title_column
 from components.ingest.datasets import find, obtain
 from components.ingest.download import to_local
@@ -81,7 +82,9 @@ def run(
 
     Args:
         dataset: a name from `datasets.DATASETS`, or empty when files are given.
-        interactions, users, items: paths or fsspec URIs; the last two may be empty.
+        interactions, users, items: paths or fsspec URIs; the last two may be empty. As
+            interactions also an event log (`sqlite:///PATH`, `postgresql://…`, or `event-log`:
+            the one in HRNN_EVENT_LOG), whose users and items are taken unless others are given.
         cache: where named datasets are kept between runs.
 
     Raises:
@@ -108,6 +111,11 @@ def run(
             kinds = {
                 s: {n: k for n, k in f.items() if n not in config.ignore} for s, f in kinds.items()
             }
+        elif (url := event_log.address(interactions)) is not None:
+            paths = event_log.export(url, scratch / "log", config.memory_limit)
+            uri = event_log.CONFIGURED  # the address may hold a password
+            sides = {USERS: users, ITEMS: items}
+            paths |= {t: to_local(text, scratch / t) for t, text in sides.items() if text}
         else:
             paths = {t: to_local(text, scratch / t) for t, text in given.items() if text}
         _check_ignored(paths, config, scratch)
@@ -124,7 +132,7 @@ def run(
     )
     schema.save(tables / "schema.json")
     source = {
-        "name": dataset or Path(interactions).name,
+        "name": dataset or (uri if uri == event_log.CONFIGURED else Path(interactions).name),
         "uri": uri,
         "rows": {t: d.rows + d.malformed for t, d in done.items()},
         "sha256": digests,

@@ -1,0 +1,153 @@
+"""The event log as tables to train on: events, users and items as Parquet files like anyone's.
+
+Deleted users are not in it. Fields lie in the log as JSON objects; each becomes a column.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+import sqlalchemy as sa
+
+from components.event_sources import is_sql
+from components.ingest.reader import quote_name, quote_text
+from components.tables import INTERACTIONS, ITEMS, USERS
+from feature_repo import event_tables as log
+from feature_repo.event_tables import cause, open_engine
+from model.errors import InputError, UnavailableError
+
+CONFIGURED = "event-log"  # as interactions: the log that HRNN_EVENT_LOG names
+VARIABLE = "HRNN_EVENT_LOG"
+ROWS = 20_000  # in memory at a time
+MAX_FIELDS = 500  # columns that the fields of one table may make
+
+_POINTER = "'/' || replace(replace(key, '~', '~0'), '/', '~1')"  # to `key`, in JSON
+
+_TEXTS = pa.list_(pa.string())
+_SCHEMAS = {
+    INTERACTIONS: (
+        log.events,
+        "context",
+        {
+            "event_id": pa.string(),
+            "user_id": pa.string(),
+            "item_id": pa.string(),
+            "timestamp": pa.int64(),
+            "event_type": pa.string(),
+            "event_value": pa.float64(),
+            "impression": _TEXTS,
+        },
+    ),
+    USERS: (log.users, "fields", {"user_id": pa.string()}),
+    ITEMS: (log.items, "fields", {"item_id": pa.string(), "created_at": pa.int64()}),
+}
+
+
+def address(interactions: str) -> str | None:
+    """The log that `interactions` means; None: it is something else.
+
+    Raises:
+        InputError: it is the configured one, and none is configured.
+    """
+    if interactions != CONFIGURED:
+        return interactions if is_sql(interactions) else None
+    url = os.environ.get(VARIABLE, "")
+    if not url:
+        raise InputError(f"interactions is {CONFIGURED!r}, but {VARIABLE} is not set")
+    return url
+
+
+def export(url: str, folder: Path, memory_limit: str) -> dict[str, Path]:
+    """Write the tables that have rows, all of one moment; returns their paths.
+
+    Raises:
+        InputError: no event log, or no event in it.
+        UnavailableError: the database cannot be read.
+    """
+    folder.mkdir(parents=True)
+    engine = open_engine(url)
+    written = {}
+    try:
+        with engine.connect() as connection:
+            if connection.dialect.name == "postgresql":
+                connection = connection.execution_options(isolation_level="REPEATABLE READ")
+            with connection.begin():
+                for table in _SCHEMAS:
+                    path = folder / f"{table}.parquet"
+                    if rows := _stream(connection, table, path):
+                        written[table] = path
+                        print(f"event log: {rows:,} rows of {table}", flush=True)
+    except sa.exc.SQLAlchemyError as error:
+        raise UnavailableError(f"cannot read the event log: {cause(error)}") from error
+    finally:
+        engine.dispose()
+    if INTERACTIONS not in written:
+        raise InputError("the event log holds no events yet")
+    with duckdb.connect(config={"memory_limit": memory_limit}) as database:
+        for table, path in written.items():
+            _spread(database, path, _SCHEMAS[table][1], [*_SCHEMAS[table][2]])
+    return written
+
+
+def _stream(connection: sa.Connection, table: str, path: Path) -> int:
+    source, fields, columns = _SCHEMAS[table]
+    names = [*columns, fields]
+    query = sa.select(*(source.c[name] for name in names)).order_by(source.c.seq)
+    schema = pa.schema([*columns.items(), (fields, pa.string())])
+    rows = 0
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        result = connection.execution_options(yield_per=ROWS).execute(query)
+        for part in result.partitions():
+            values = list(zip(*part, strict=True))
+            values[-1] = [None if v is None else json.dumps(v) for v in values[-1]]
+            arrays = [pa.array(v, t) for v, t in zip(values, schema.types, strict=True)]
+            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+            rows += len(part)
+    return rows
+
+
+def _spread(database: duckdb.DuckDBPyConnection, path: Path, source: str, kept: list[str]) -> None:
+    """Replace the column of JSON objects by a column for each of their keys, typed by its values.
+
+    Lists become lists, columns of numbers only become numbers, everything else text.
+    """
+    relation, column = f"read_parquet({quote_text(str(path))})", quote_name(source)
+    found = database.execute(
+        f"""
+        SELECT key, bool_and(kind = 'ARRAY'), bool_and(kind IN ('DOUBLE', 'BIGINT', 'UBIGINT'))
+        FROM (SELECT key, json_type({column}, {_POINTER}) AS kind
+              FROM (SELECT {column}, unnest(json_keys({column})) AS key FROM {relation}))
+        WHERE kind <> 'NULL' GROUP BY key ORDER BY key LIMIT {MAX_FIELDS + 1}
+        """  # noqa: S608 - our own names
+    ).fetchall()
+    if len(found) > MAX_FIELDS:
+        raise InputError(f"{path.stem} of the event log have more than {MAX_FIELDS} fields")
+    selected = [quote_name(name) for name in kept]
+    taken = {name.lower(): name for name in kept}
+    for key, is_list, is_number in found:
+        before = taken.get(key.lower())
+        if before in kept:
+            print(f"event log: field {key!r} of {path.stem} is left out, as {before} is a column")
+            continue
+        if before is not None:
+            raise InputError(
+                f"{path.stem} of the event log have fields {before!r} and {key!r}, which differ"
+                " only in upper and lower case; write one of them"
+            )
+        taken[key.lower()] = key
+        pointer = quote_text("/" + key.replace("~", "~0").replace("/", "~1"))
+        value = f"{column} ->> {pointer}"
+        if is_list:
+            value = f"CAST(json_extract({column}, {pointer}) AS VARCHAR[])"
+        elif is_number:
+            value = f"CAST({value} AS DOUBLE)"
+        selected.append(f"{value} AS {quote_name(key)}")
+    target = path.with_suffix(".wide")
+    database.execute(
+        f"COPY (SELECT {', '.join(selected)} FROM {relation})"  # noqa: S608 - quoted names
+        f" TO {quote_text(str(target))} (FORMAT parquet, COMPRESSION zstd)"
+    )
+    target.replace(path)
