@@ -115,7 +115,7 @@ class Transaction:
 
     def append(self, new: Sequence[NewEvent]) -> list[Outcome]:
         """Add events; the first one with an `event_id` counts."""
-        known = self._known("event_id", (e.event_id for e in new))
+        known = self._event_ids(e.event_id for e in new)
         deleted = self._deleted({e.user_id for e in new})
         outcomes, rows = [], []
         for event in new:
@@ -144,6 +144,16 @@ class Transaction:
         if rows:
             self._connection.execute(events.insert(), rows)
         return outcomes
+
+    def known(self, key: str, ids: Iterable[str]) -> set[str]:
+        """Those that have fields in the log already, or are deleted; `key`: user_id or item_id."""
+        tables = {"user_id": (users, deleted_users), "item_id": (items,)}[key]
+        found: set[str] = set()
+        for batch in batches(ids):
+            for table in tables:
+                query = sa.select(table.c[key]).where(table.c[key].in_(batch))
+                found.update(self._connection.scalars(query))
+        return found
 
     def put_user(self, user_id: str, fields: Fields) -> None:
         """Set all fields of a user."""
@@ -183,10 +193,10 @@ class Transaction:
         self._connection.execute(table.delete().where(key == row[key.name]))
         self._connection.execute(table.insert(), {**row, "seq": self._next()})
 
-    def _known(self, column: str, values: Iterable[str]) -> set[str]:
+    def _event_ids(self, ids: Iterable[str]) -> set[str]:
         found: set[str] = set()
-        for batch in batches(values):
-            query = sa.select(events.c[column]).where(events.c[column].in_(batch))
+        for batch in batches(ids):
+            query = sa.select(events.c.event_id).where(events.c.event_id.in_(batch))
             found.update(self._connection.scalars(query))
         return found
 

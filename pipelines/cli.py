@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from model.errors import HrnnError, InputError
-from pipelines import cli_models
+from pipelines import cli_events, cli_models
 
 DEFAULT_DATASET = "movielens-100k"
 REFUSED, BAD_INPUT, FAILED, INTERRUPTED = 3, 2, 1, 130  # exit codes; 0 = done
@@ -25,6 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(cli_models.app, name="models")
+app.add_typer(cli_events.app, name="events")
 
 Workspace = Annotated[Path, typer.Option(help="Folder for data, runs, features and models.")]
 Assignments = Annotated[
@@ -188,6 +189,7 @@ def serve(
 
     with local_serving(workspace, port=port) as serving:
         _say(f"serving at {serving.predict_url}")
+        _say(f"events to {serving.settings.collector_url}/events")
         for role, url in serving.metrics_urls.items():
             _say(f"{role} metrics: {url}")
         _say("Ctrl-C stops it")

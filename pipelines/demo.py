@@ -3,7 +3,9 @@
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -15,9 +17,11 @@ from pipelines.serving import champion_catalogue, local_serving
 from pipelines.settings import load
 from pipelines.tables import console, evaluation_table, paths_table, side_by_side
 from serving.client import Client, Prediction
+from serving.event_client import EventClient, Sent
 
 DATASET, USER, SHOWN = "movielens-100k", "196", 8
 DAY = 86_400
+VISIBLE_SECONDS = 60
 
 
 def main(workspace: Path, say: Callable[[str], None]) -> None:
@@ -31,8 +35,12 @@ def main(workspace: Path, say: Callable[[str], None]) -> None:
     history = _history(Path(result["clean"]) / "interactions.parquet", USER)
     catalogue = champion_catalogue(workspace)
     say("starting the servers")
-    with local_serving(workspace) as serving, Client(serving.url) as client:
-        _ask(client, catalogue, history)
+    with (
+        local_serving(workspace) as serving,
+        Client(serving.url) as client,
+        EventClient(serving.settings.collector_url) as events,
+    ):
+        _ask(client, events, catalogue, history)
         example = serving.predict_url.replace(serving.url, "http://127.0.0.1:8080")
     out = console(sys.stdout)
     paths_table(result, workspace, sys.stdout)
@@ -48,7 +56,7 @@ def main(workspace: Path, say: Callable[[str], None]) -> None:
     )
 
 
-def _ask(client: Client, catalogue: Catalogue, history: list[Event]) -> None:
+def _ask(client: Client, events: EventClient, catalogue: Catalogue, history: list[Event]) -> None:
     """Known user, the same a day later, the same after one more film, a new user."""
     titles = catalogue.titles
 
@@ -58,20 +66,38 @@ def _ask(client: Client, catalogue: Catalogue, history: list[Event]) -> None:
     # The log is from 1998: its last moment is this user's "now".
     now = history[-1].timestamp + 60
     known = client.recommend(USER, num_results=SHOWN, timestamp=now, exclude_seen=True)
-    later = client.recommend(USER, num_results=SHOWN, timestamp=now + DAY, exclude_seen=True)
-    watched = known.items[0].item_id
-    more = client.recommend(
+    later = client.recommend(
+        # As if nothing had happened since: the event log may hold the events of earlier demos.
         USER,
-        history=[*history, Event(watched, now, "rating", 5.0)],
-        timestamp=now + 60,
+        history=history,
+        timestamp=now + DAY,
         num_results=SHOWN,
         exclude_seen=True,
     )
+    watched = known.items[0].item_id
+    event = {
+        "event_id": f"demo-{USER}-{watched}",
+        "user_id": USER,
+        "item_id": watched,
+        "timestamp": now + 1,
+        "event_type": history[-1].event_type,
+        "event_value": history[-1].value and 5.0,
+    }
+    sending = time.monotonic()
+    sent = _until_visible(events, {k: v for k, v in event.items() if v is not None})
+    seconds = time.monotonic() - sending
+    more = client.recommend(USER, timestamp=now + 60, num_results=SHOWN, exclude_seen=True)
     new = client.recommend("nobody-yet", num_results=SHOWN, timestamp=now)
     out = console(sys.stdout)
     out.print(f"\nUser {USER} watched last:", markup=False)
     for event in history[-3:]:
         out.print(f"  {titles.get(event.item_id, event.item_id)}", markup=False)
+    out.print(
+        f"\nPOST /events: user {USER} watches {titles.get(watched, watched)}"
+        f" ({'stored' if sent.stored else 'known from an earlier demo'} and visible after"
+        f" {1000 * seconds:.0f} ms)",
+        markup=False,
+    )
     side_by_side(
         {
             f"user {USER}": shown(known),
@@ -82,6 +108,16 @@ def _ask(client: Client, catalogue: Catalogue, history: list[Event]) -> None:
         "Recommendations over HTTP",
         sys.stdout,
     )
+
+
+def _until_visible(events: EventClient, event: dict[str, Any]) -> Sent:
+    """Store an event and wait until the online features have it: the first one may find the
+    collector still connecting to the feature store."""
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    first = sent = events.send([event])
+    while not sent.visible and time.monotonic() < deadline:
+        sent = events.send([event])  # a duplicate, stored once
+    return replace(first, visible=sent.visible)
 
 
 def _history(interactions: Path, user: str) -> list[Event]:

@@ -3,9 +3,12 @@
 Deleted users are not in it. Fields lie in the log as JSON objects; each becomes a column.
 """
 
+import hashlib
 import json
 import os
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -14,14 +17,18 @@ import sqlalchemy as sa
 
 from components.event_sources import is_sql
 from components.ingest.reader import quote_name, quote_text
-from components.tables import INTERACTIONS, ITEMS, USERS
+from components.tables import INTERACTIONS, ITEMS, USERS, table_path
 from feature_repo import event_tables as log
+from feature_repo.event_log import EventLog, NewEvent, Outcome
 from feature_repo.event_tables import cause, open_engine
+from feature_repo.names import item_fields
 from model.errors import InputError, UnavailableError
+from model.schema import Schema
 
 CONFIGURED = "event-log"  # as interactions: the log that HRNN_EVENT_LOG names
 VARIABLE = "HRNN_EVENT_LOG"
 ROWS = 20_000  # in memory at a time
+TRANSACTION_ROWS = 5000
 MAX_FIELDS = 500  # columns that the fields of one table may make
 
 _POINTER = "'/' || replace(replace(key, '~', '~0'), '/', '~1')"  # to `key`, in JSON
@@ -90,6 +97,84 @@ def export(url: str, folder: Path, memory_limit: str) -> dict[str, Path]:
         for table, path in written.items():
             _spread(database, path, _SCHEMAS[table][1], [*_SCHEMAS[table][2]])
     return written
+
+
+def import_clean(events: EventLog, clean: Path) -> dict[str, tuple[int, int]]:
+    """Put clean tables into a log; returns rows added and rows read, by table.
+
+    Events without an id get one made of their contents, so that a repeated import adds nothing.
+    Users and items that the log knows already stay as they are: it is newer.
+
+    Raises:
+        InputError: no clean tables there.
+    """
+    path = table_path(clean, INTERACTIONS)
+    if not path.is_file():
+        raise InputError(f"{clean}: no {path.name} there; give the `clean` folder of a run")
+    schema = Schema.load(clean / "schema.json")
+    counts = {INTERACTIONS: (0, 0)}
+    equal: Counter[str] = Counter()  # rows of one user and second that say the same, so far
+    last: tuple[str, int] | None = None
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=TRANSACTION_ROWS):
+            new = []
+            for row in batch.to_pylist():
+                if last != (row["user_id"], row["timestamp"]):
+                    last = (row["user_id"], row["timestamp"])
+                    equal.clear()
+                new.append(_new_event(row, schema, equal))
+            with events.write() as transaction:
+                stored = sum(o is Outcome.STORED for o in transaction.append(new))
+            added, read = counts[INTERACTIONS]
+            counts[INTERACTIONS] = (added + stored, read + len(new))
+    for table, key, fields in (
+        (USERS, "user_id", schema.users),
+        (ITEMS, "item_id", item_fields(schema)),
+    ):
+        path = table_path(clean, table)
+        if path.is_file():
+            counts[table] = _import_side(events, path, key, [*fields])
+    return counts
+
+
+def _new_event(row: dict[str, Any], schema: Schema, equal: Counter[str]) -> NewEvent:
+    context = {n: v for n in schema.context if (v := row.get(n)) is not None}
+    event_id = row.get("event_id")
+    if event_id is None:
+        content = json.dumps(row, sort_keys=True, ensure_ascii=False)
+        equal[content] += 1
+        content += f" {equal[content]}"
+        event_id = "import-" + hashlib.sha256(content.encode()).hexdigest()[:32]
+    return NewEvent(
+        event_id,
+        row["user_id"],
+        row["item_id"],
+        row["timestamp"],
+        row.get("event_type"),
+        row.get("event_value"),
+        None if row.get("impression") is None else tuple(row["impression"]),
+        context or None,
+    )
+
+
+def _import_side(events: EventLog, path: Path, key: str, fields: list[str]) -> tuple[int, int]:
+    added = read = 0
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=TRANSACTION_ROWS):
+            rows = batch.to_pylist()
+            read += len(rows)
+            with events.write() as transaction:
+                known = transaction.known(key, [row[key] for row in rows])
+                for row in rows:
+                    if row[key] in known:
+                        continue
+                    added += 1
+                    values = {n: row[n] for n in fields if row.get(n) is not None}
+                    if key == "user_id":
+                        transaction.put_user(row[key], values)
+                    else:
+                        transaction.put_item(row[key], values, row.get("created_at"))
+    return added, read
 
 
 def _stream(connection: sa.Connection, table: str, path: Path) -> int:

@@ -1,5 +1,6 @@
 """The event log as a source of training: through ingest and validate, nothing lost or made up."""
 
+import csv
 from contextlib import closing
 
 import pyarrow.parquet as pq
@@ -140,3 +141,36 @@ def test_a_flood_of_fields_is_refused(log, log_url, tmp_path):
             transaction.put_user(f"v{n}", {f"f{n}-{k}": "x" for k in range(100)})
     with pytest.raises(InputError, match="more than 500 fields"):
         run(tmp_path / "tables", interactions=log_url)
+
+
+def check(folder):
+    paths = [folder / name for name in ("tables", "clean", "q", "r.html")]
+    validate.run(*paths, settings={"min_users": 1, "min_items": 1, "min_events": 1})
+
+
+def test_a_run_is_imported_once_and_trains_to_the_same_tables(log, log_url, tmp_path):
+    rows = [("u1", "song", START, "tv")] * 2 + [("u2", HARSH[3], START + 1, "")]
+    with (tmp_path / "log.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("user_id", "item_id", "timestamp", "device"), *rows])
+    (tmp_path / "items.csv").write_text("item_id,title,colour\nsong,A song,red\nnew,B,blue\n")
+    kinds = {"fields": {"items": {"colour": "categorical"}, "context": {"device": "categorical"}}}
+    given = {"interactions": str(tmp_path / "log.csv"), "items": str(tmp_path / "items.csv")}
+    run(tmp_path / "tables", **given, settings=kinds)
+    check(tmp_path)
+    with log.write() as transaction:
+        transaction.put_item("new", {"title": "Newer"})
+    added = event_log.import_clean(log, tmp_path / "clean")
+    assert added == {"interactions": (3, 3), "items": (1, 2)}
+    assert event_log.import_clean(log, tmp_path / "clean")["interactions"] == (0, 3)
+    again = tmp_path / "again"
+    run(again / "tables", interactions=log_url, settings=kinds)
+    check(again)
+    before, after = (
+        pq.read_table(folder / "clean" / "interactions.parquet")
+        .select(["user_id", "item_id", "timestamp", "device"])
+        .to_pylist()
+        for folder in (tmp_path, again)
+    )
+    assert before == after
+    items = pq.read_table(again / "clean" / "items.parquet").to_pylist()
+    assert {i["item_id"]: i["title"] for i in items} == {"song": "A song", "new": "Newer"}
