@@ -16,6 +16,7 @@ from typing import Any, Self
 import sqlalchemy as sa
 
 from feature_repo import event_tables
+from feature_repo.batches import batches
 from feature_repo.event_tables import (
     WRITES,
     cause,
@@ -26,7 +27,6 @@ from feature_repo.event_tables import (
     open_engine,
     users,
 )
-from feature_repo.online import batches
 from model.errors import InputError, UnavailableError
 from model.query import Event, FieldValue
 
@@ -422,11 +422,11 @@ def _errors(action: str) -> Iterator[None]:
         # Only the type: messages hold rows, addresses and sometimes passwords.
         message = f"cannot {action} the event log: {cause(error)}"
         if _is_full(error):
-            raise StorageFullError(f"{message}: its disk is full") from error
+            raise StorageFullError(f"{message}: its disk is full or refuses writes") from error
         raise UnavailableError(message) from error
 
 
 def _is_full(error: sa.exc.SQLAlchemyError) -> bool:
     original = getattr(error, "orig", None)
     names = (getattr(original, "sqlite_errorname", ""), getattr(original, "sqlstate", "") or "")
-    return names[0] == "SQLITE_FULL" or names[1] == "53100"
+    return names[0] in ("SQLITE_FULL", "SQLITE_IOERR_WRITE") or names[1] == "53100"

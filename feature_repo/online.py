@@ -1,15 +1,14 @@
 """Rows into the online store, as they are: one level below Feast's data frames."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from feature_repo.batches import batches
 from feature_repo.names import JOIN_KEY, VIEW_ENTITY
 
 if TYPE_CHECKING:
     from feast import FeatureStore
-
-BATCH_ROWS = 500  # rows written to, or users read from, the online store at a time
 
 Row = tuple[str, dict[str, Any], float]  # key, value protos by feature, event time (Unix seconds)
 
@@ -69,14 +68,3 @@ def write_rows(store: "FeatureStore", view: str, rows: Iterable[Row]) -> None:
             ],
             None,
         )
-
-
-def batches(items: Iterable[Any]) -> Iterator[list[Any]]:
-    batch: list[Any] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == BATCH_ROWS:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

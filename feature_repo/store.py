@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 
 from feature_repo import snapshot as snapshots
+from feature_repo.batches import BATCH_ROWS
 from feature_repo.connection import open_existing, open_store, quiet, unavailable
 from feature_repo.histories import events_of, merge, values_of
 from feature_repo.names import (
@@ -45,7 +46,7 @@ from feature_repo.names import (
     VIEW_ENTITY,
     ViewOptions,
 )
-from feature_repo.online import BATCH_ROWS, Row, protos, write_rows
+from feature_repo.online import Row, protos, write_rows
 from feature_repo.settings import FeatureStoreSettings
 from model.errors import UnavailableError
 from model.query import Event, FieldValue

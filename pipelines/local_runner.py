@@ -318,7 +318,7 @@ def _source_digest(source: Source) -> str:
         return source.dataset  # checked against its published digest when it is obtained
     digest = hashlib.sha256()
     for path in (source.interactions, source.users, source.items):
-        if "://" in path:
+        if "://" in path or path == CONFIGURED:
             return ""
         if path:
             with Path(path).open("rb") as f:

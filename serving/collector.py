@@ -26,7 +26,6 @@ from feature_repo.event_log import (
     NewEvent,
     Outcome,
 )
-from feature_repo.settings import FeatureStoreSettings
 from model.errors import HrnnError, InputError, UnavailableError
 from model.schema import FieldKind, Schema
 from serving import collector_metrics as metrics
@@ -57,8 +56,8 @@ from serving.collector_schemas import (
     parse_events,
 )
 from serving.follower import Follower, Live
-from serving.server import (
-    _Uvicorn,
+from serving.process import (
+    Uvicorn,
     configure_logging,
     exit_with_parent,
     leave,
@@ -123,7 +122,8 @@ class Collector:
     def _open_live(self) -> Live:
         if not self.settings.feature_root:
             raise UnavailableError("no feature store: set HRNN_FEATURE_ROOT")
-        from feature_repo.live import LiveFeatures
+        from feature_repo.live import LiveFeatures  # slow to import
+        from feature_repo.settings import FeatureStoreSettings
 
         where = FeatureStoreSettings(
             root=self.settings.feature_root,
@@ -370,7 +370,7 @@ def serve(settings: ServeSettings) -> None:
     """Serve until SIGTERM or SIGINT; what was acknowledged or is being written is finished."""
     with reserve(settings.host, settings.collector_http_port) as http_socket:
         collector = Collector(settings)
-        server = _Uvicorn(
+        server = Uvicorn(
             uvicorn.Config(
                 application(collector),
                 log_config=None,

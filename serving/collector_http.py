@@ -20,7 +20,7 @@ from model.errors import UnavailableError
 from serving import collector_metrics as metrics
 from serving.appender import QueueFullError
 from serving.collector_schemas import MAX_ID, Problem
-from serving.server import log_failure
+from serving.process import log_failure
 
 
 class _Rest(Convertor[str]):

@@ -22,8 +22,9 @@ from model.trends import TrendSnapshot
 from serving import metrics
 from serving.champions import Champions
 from serving.exploration import uncertainty, uniform
+from serving.process import leave
 from serving.schemas import ScoreInstance, parse_score_instances
-from serving.server import JsonModel, leave, main
+from serving.server import JsonModel, main
 from serving.settings import PREDICTOR, ServeSettings
 
 if TYPE_CHECKING:  # imports torch

@@ -17,10 +17,11 @@ from model.query import Event, Recommendation
 from model.trends import TrendSnapshot
 from serving import metrics
 from serving.features import Features, Reader, UserFeatures
+from serving.process import leave
 from serving.ranking import AnswerError, Question, Search, Trend, ranked
 from serving.schemas import Filter, Instance, parse_instances, to_events
 from serving.scoring import PredictorClient, PredictorError, Scored
-from serving.server import JsonModel, leave, main
+from serving.server import JsonModel, main
 from serving.settings import MULTIPROCESS, TRANSFORMER, ServeSettings
 
 log = logging.getLogger("hrnn.serving")

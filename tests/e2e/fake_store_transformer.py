@@ -12,7 +12,8 @@ from types import SimpleNamespace
 
 from model.query import Event
 from model.trends import TrendSnapshot
-from serving.server import leave, main
+from serving.process import leave
+from serving.server import main
 from serving.settings import TRANSFORMER
 from serving.transformer import Transformer
 

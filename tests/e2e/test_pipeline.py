@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import httpx
@@ -13,6 +14,7 @@ import pytest
 from model.errors import InputError
 from model.query import Event
 from model.store import ModelStore
+from serving.event_client import EventClient
 from tests import synthetic
 from tests.planted import FAST, HRNN_RUN, ITEMS, hrnn_run, interruptible, write_log
 
@@ -201,3 +203,24 @@ def _marked(mark: str) -> list[int]:
         except OSError:
             continue
     return found
+
+
+def test_an_event_changes_the_next_answer(service):
+    """Posted to the collector, in the history of the very next request; a new user becomes one."""
+    serving, client = service
+    with EventClient(serving.settings.collector_url) as events:
+        asked = {"timestamp": 2_000_000_000 - 1, "exclude_seen": True}
+        before = client.recommend("visitor", **asked)
+        first = before.items[0].item_id
+        event = {"user_id": "visitor", "item_id": first, "timestamp": 1_700_000_000}
+        sent = events.send([event | {"event_id": "visit"}])
+        deadline = time.monotonic() + 120
+        while not sent.visible and time.monotonic() < deadline:  # while it connects to the store
+            sent = events.send([event | {"event_id": "visit"}])
+        assert sent.visible
+        after = client.recommend("visitor", **asked)
+        assert first not in {item.item_id for item in after.items}
+        assert after.degraded == before.degraded
+        assert events.delete_user("visitor") == 1
+        again = client.recommend("visitor", **asked)
+        assert [i.item_id for i in again.items] == [i.item_id for i in before.items]

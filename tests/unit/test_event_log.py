@@ -245,5 +245,8 @@ def test_a_writer_that_waits_too_long_is_told(log, log_url, monkeypatch):
 def test_a_full_disk_is_named():
     full = sqlite3.OperationalError("database or disk is full")
     full.sqlite_errorname = "SQLITE_FULL"
-    with pytest.raises(StorageFullError, match="its disk is full"), event_log._errors("write to"):
+    with (
+        pytest.raises(StorageFullError, match="its disk is full"),
+        event_log._errors("write to"),
+    ):
         raise sa.exc.OperationalError("INSERT", {}, full)

@@ -28,10 +28,11 @@ from serving import metrics
 from serving.exploration import uncertainty, uniform
 from serving.kserve_api import ModelRepository
 from serving.predictor import LoadedModel, Predictor
+from serving.process import parse_arguments
 from serving.ranking import AnswerError
 from serving.schemas import parse_instances
 from serving.scoring import PredictorError, parse_answer
-from serving.server import Plane, Rest, parse_arguments
+from serving.server import Plane, Rest
 from serving.settings import ServeSettings
 from serving.transformer import Transformer
 

@@ -1,0 +1,156 @@
+"""What every serving process does alike: settings, logs, ports, and how it ends.
+
+Free of KServe, which takes seconds to import.
+"""
+
+import argparse
+import errno
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
+
+import uvicorn
+
+from model.errors import UnavailableError
+from serving.settings import ServeSettings
+
+log = logging.getLogger("hrnn.serving")
+
+
+def log_failure(error: BaseException) -> None:
+    """Log an unexpected error by type and place; its text could quote a request."""
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    where = " < ".join(f"{f.filename}:{f.lineno}" for f in reversed(frames))
+    log.error("%s at %s", type(error).__name__, where)
+
+
+class Uvicorn(uvicorn.Server):
+    """Uvicorn that leaves signals to its caller."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def reserve(host: str, port: int) -> socket.socket:
+    """Bind a port without listening: others get a clear refusal, clients none too early.
+
+    Raises:
+        UnavailableError: the port is in use or the host is not one of this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EADDRINUSE:
+            raise in_use(host, port) from None
+        raise UnavailableError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+    return sock
+
+
+def in_use(host: str, port: int) -> UnavailableError:
+    return UnavailableError(
+        f"port {port} on {host} is in use: stop what uses it, or choose another port"
+    )
+
+
+class _JsonLines(logging.Formatter):
+    """One JSON object a line: time, level, role, logger, message."""
+
+    def __init__(self, role: str) -> None:
+        super().__init__()
+        self._role = role
+
+    def format(self, record: logging.LogRecord) -> str:
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line = {
+            "time": f"{stamp}.{record.msecs:03.0f}Z",
+            "level": record.levelname.lower(),
+            "role": self._role,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info and record.exc_info[1] is not None:
+            line["error"] = type(record.exc_info[1]).__name__
+        return json.dumps(line)
+
+
+def configure_logging(role: str) -> None:
+    """Structured lines on stderr; no line per request."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_JsonLines(role))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.captureWarnings(True)
+    logging.getLogger("hrnn").setLevel(logging.INFO)
+    for name in ("kserve", "kserve.trace", "uvicorn", "uvicorn.error", "uvicorn.access"):
+        logger = logging.getLogger(name)
+        # A handler of its own keeps KServe from configuring per-request logs.
+        logger.handlers = [logging.NullHandler()]
+        logger.setLevel(logging.WARNING)
+        logger.propagate = True
+
+
+def exit_with_parent(grace_seconds: float) -> None:
+    """Stop when stdin closes: the launcher holds its other end, and even SIGKILL closes it.
+
+    Unlike PR_SET_PDEATHSIG this does not depend on which thread started the process.
+    """
+
+    def watch() -> None:
+        while os.read(0, 1024):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(grace_seconds + 5)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+def parse_arguments(role: str, arguments: Sequence[str]) -> ServeSettings:
+    """Settings from HRNN_* variables, overridden by flags.
+
+    Flags are the settings' names; `--http-port` and `--grpc-port` are the role's own. Both
+    spellings, with - and _, are accepted: the KServe controller passes --predictor_host and such.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m serving.{role}",
+        description=f"The {role} of the HRNN-meta service. "
+        "Every flag can also be set as HRNN_<NAME>.",
+        allow_abbrev=False,
+    )
+    own = {f"{role}_{kind}_port": f"{kind}_port" for kind in ("http", "grpc")}
+    for name, info in ServeSettings.model_fields.items():
+        names = [name, own[name]] if name in own else [name]
+        spellings = [s for n in names for s in (f"--{n.replace('_', '-')}", f"--{n}")]
+        parser.add_argument(
+            *dict.fromkeys(spellings),
+            dest=name,
+            metavar="X",
+            help=f"default: {info.default}",
+        )
+    parser.add_argument("--predictor_protocol", choices=["grpc-v2"], help=argparse.SUPPRESS)
+    flags = vars(parser.parse_args(arguments))
+    flags.pop("predictor_protocol")
+    given = {name: value for name, value in flags.items() if value is not None}
+    base = {n: v for n, v in ServeSettings.from_env().model_dump().items() if n not in given}
+    return ServeSettings.parse(base | given, where="setting")
+
+
+def leave(code: int) -> NoReturn:
+    """End the process at once; a thread stuck in a store that hangs would hold it back."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
