@@ -37,7 +37,7 @@ def random_bundle(path: Path, num_items: int, seed: int = 0) -> Path:
     trend = snapshot_from_counts(
         ids[:listed], counts, num_items=num_items, smoothing=1.0, as_of=NOW, window_seconds=0
     )
-    past = random_log(2000, 50, num_items, seed)
+    past = random_log(100_000, num_items, seed)
     bundle.save(
         path,
         model=TrainedHRNN(

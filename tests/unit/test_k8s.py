@@ -40,7 +40,7 @@ def _pods(documents):
 @needs_kubectl
 def test_every_pod_is_hardened_probed_and_limited():
     pods = dict(_pods(render(ROOT / "k8s/overlays/example")))
-    assert set(pods) == {"predictor", "transformer", "hrnn-redis"}
+    assert set(pods) == {"predictor", "transformer", "hrnn-collector", "hrnn-redis"}
     for name, pod in pods.items():
         assert pod["securityContext"]["runAsNonRoot"] is True, name
         assert pod["securityContext"]["seccompProfile"]["type"] == "RuntimeDefault", name
@@ -81,6 +81,23 @@ def test_manifest_ports_are_the_servers_own():
         assert ports == own
         module = container["command"][-1]
         assert (ROOT / (module.replace(".", "/") + ".py")).exists()
+
+
+def test_the_collector_takes_its_log_from_a_secret_and_serves_its_own_port():
+    deployment, service, _, policy = yaml.safe_load_all(
+        (ROOT / "k8s/base/collector.yaml").read_text()
+    )
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    variables = {v["name"]: v for v in container["env"]}
+    key = variables["HRNN_EVENT_LOG"]["valueFrom"]["secretKeyRef"]
+    assert key == {"name": "hrnn-secrets", "key": "HRNN_EVENT_LOG"}
+    port = ServeSettings().collector_http_port
+    assert [p["containerPort"] for p in container["ports"]] == [port]
+    assert service["spec"]["ports"][0]["targetPort"] == container["ports"][0]["name"]
+    assert policy["spec"]["ingress"][0]["ports"] == [{"port": port, "protocol": "TCP"}]
+    assert service["spec"]["selector"] == deployment["spec"]["selector"]["matchLabels"]
+    module = container["command"][-1]
+    assert (ROOT / (module.replace(".", "/") + ".py")).exists()
 
 
 @pytest.mark.parametrize("image", ["pipeline", "serving"])
