@@ -13,9 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 from model import bundle as bundles
+from model.encoders import GRUEncoder
 from model.errors import InputError
 from model.hrnn import encode_batches
 from model.inputs import Positions
+from model.lean import LeanGRU
 from model.network import Encoded
 from model.query import Event, ItemFilter, Query, Recommendation
 from model.retrieval import Allowed, Ask, Retrieval
@@ -51,6 +53,8 @@ class Recommender:
     """Scores every item for a query and ranks; safe to share between threads (read-only)."""
 
     max_history = 200  # newest known events of a history that are encoded
+    lean_queries = 8  # up to here one by one; more are encoded as a batch
+    kept_states = 50_000  # of histories read lately, one row of hidden numbers each
 
     def __init__(self, bundle: bundles.Bundle) -> None:
         self._bundle = bundle
@@ -59,6 +63,10 @@ class Recommender:
         self._network.items.fold()
         w_MD, b_M = self._network.items.outputs()
         self._w_MD, self._b_M = w_MD.detach().contiguous(), b_M.detach()
+        self._lean: LeanGRU | None = None  # other encoders are read as batches
+        if isinstance(self._network.encoder, GRUEncoder):
+            index = bundle.catalogue.index
+            self._lean = LeanGRU(self._network, index, self.kept_states)
         self._masks: dict[tuple[str, str], NDArray[np.bool_]] = {}
         self.version: str = bundle.manifest.model_version
         self.item_ids: tuple[str, ...] = bundle.catalogue.item_ids
@@ -142,9 +150,19 @@ class Recommender:
         if not queries:
             return []
         with torch.inference_mode():
-            state = self._encode(queries)
-            x_BD = state.encoded.query_ND.numpy()
-            bonuses = self._bonuses(state)
+            if self._lean is not None and len(queries) <= self.lean_queries:
+                reads = [self._lean.read(q, self._known_events(q.history)) for q in queries]
+                x_BD = [read.x_D for read in reads]
+                bonuses = [self._bonus(read.item_L) for read in reads]
+            else:
+                state = self._encode(queries)
+                x_BD = list(state.encoded.query_ND.numpy())
+                item_E = state.positions.target.numpy()
+                first_B = state.positions.first_event[state.event_B].tolist()
+                bonuses = [
+                    self._bonus(item_E[first:end])
+                    for first, end in zip(first_B, state.event_B.tolist(), strict=True)
+                ]
         return [
             Ask(x_D, n, allowed, *bonus, extra_M)
             for x_D, n, allowed, bonus, extra_M in zip(
@@ -183,14 +201,24 @@ class Recommender:
             )
         return answers
 
-    def _bonuses(self, state: "_Encoded") -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """What the transition prior adds to which items, for each query."""
-        prior, transitions = self._network.prior, self._bundle.model.transitions
-        if prior is None or transitions is None:
-            nothing = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
-            return [nothing] * len(state.event_B)
-        recent_BR = state.positions.recent_items(state.event_B, prior.recent).numpy()
-        return [prior.sparse(transitions, recent_R) for recent_R in recent_BR]
+    def _bonus(self, item_L: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """What transition counts and repeats add to which items (ascending).
+
+        Args:
+            item_L: the history, oldest first.
+        """
+        network, transitions = self._network, self._bundle.model.transitions
+        parts = []
+        if network.prior is not None and transitions is not None:
+            recent_R = item_L[-network.prior.recent :][::-1]
+            parts.append(network.prior.sparse(transitions, recent_R))
+        if network.repeats is not None:
+            parts.append(network.repeats.sparse(item_L))
+        if not parts:
+            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
+        item_S, place_Z = np.unique(np.concatenate([p[0] for p in parts]), return_inverse=True)
+        value_Z = np.concatenate([p[1] for p in parts])
+        return item_S, np.bincount(place_Z, value_Z, len(item_S)).astype(np.float32)
 
     @property
     def rates(self) -> bool:

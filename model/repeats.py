@@ -129,6 +129,13 @@ class RepeatPrior(nn.Module):
         out = value_Z.new_zeros(num_rows * num_items)
         return out.index_add(0, seen.cells(num_items), value_Z).view(num_rows, num_items)
 
+    def sparse(self, item_L: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The items of one history (oldest first), ascending, and their bonus."""
+        item_S, back_S = np.unique(item_L[-REACH:][::-1], return_index=True)
+        bucket_S = np.log2(back_S + 1.0).astype(np.int64)
+        rho_S: NDArray[np.float32] = self.rho.detach().numpy()[bucket_S]
+        return item_S, rho_S
+
     def at(self, seen: SeenItems, item_N: Tensor) -> Tensor:
         """The bonus of one item per position: `[N]`."""
         owner_Z = torch.repeat_interleave(seen.offset_N1.diff())

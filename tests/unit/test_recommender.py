@@ -404,6 +404,93 @@ def test_serving_reads_what_training_read(pair, log):
         np.testing.assert_allclose(rated, model.predict_values(users), atol=1e-5)
 
 
+def asked(recommender, queries, lean):
+    """Query vectors and transition bonuses, one history at a time or as a batch."""
+    recommender.lean_queries = len(queries) if lean else 0
+    free = [recommender.restriction(q) for q in queries]
+    nothing = [None] * len(queries)
+    asks = recommender.asks(queries, free, [3] * len(queries), nothing)
+    bonus = np.zeros((len(queries), M), dtype=np.float32)
+    for b, ask in enumerate(asks):
+        bonus[b, ask.bonus_item_S] = ask.bonus_S
+    return np.stack([ask.x_D for ask in asks]), bonus
+
+
+def test_one_history_is_read_as_in_a_batch(pair, log):
+    recommender = Recommender.load(pair[1])
+    queries = [*QUERIES, *as_queries(log.histories.subset(np.arange(70, 73)))]
+    for one, many in zip(
+        asked(recommender, queries, lean=True), asked(recommender, queries, lean=False), strict=True
+    ):
+        np.testing.assert_allclose(one, many, atol=1e-5)
+
+
+@pytest.fixture
+def kept(path):
+    """A recommender that keeps states, and one that does not."""
+    first, second = Recommender.load(path), Recommender.load(path)
+    second._lean._kept_states = 0
+    return first, second
+
+
+def test_a_kept_state_is_advanced_by_what_is_new(kept):
+    recommender, fresh = kept
+    history = long_history(40)
+    for length in (0, 1, 2, 3, 5, 5, 12, 13, 30, 40):
+        for late in (0.0, 5000.0):  # the same state, at another request time
+            query = Query(history[:length], history[max(length, 1) - 1].timestamp + late)
+            before = recommender._lean.read(query, query.history)
+            np.testing.assert_allclose(
+                before.x_D, fresh._lean.read(query, query.history).x_D, atol=1e-5
+            )
+    grown = [*history, Event("i004", history[-1].timestamp + 60.0, "play", 2.0)]
+    query = Query(grown, grown[-1].timestamp)
+    assert recommender._lean.read(query, grown).steps == 2  # the event, and the request
+    assert fresh._lean.read(query, grown).steps == len(grown) + 1
+
+
+CHANGES = {
+    "a late event": lambda h: sorted([*h, Event("i007", h[4].timestamp + 1.0)], key=_time),
+    "the oldest one dropped": lambda h: h[1:],
+    "another item": lambda h: [*h[:3], replace(h[3], item_id="i011"), *h[4:]],
+    "another time": lambda h: [*h[:3], replace(h[3], timestamp=h[3].timestamp + 3.0), *h[4:]],
+    "another value": lambda h: [*h[:3], replace(h[3], value=2.0), *h[4:]],
+    "another type": lambda h: [*h[:3], replace(h[3], event_type="buy"), *h[4:]],
+    "another last item": lambda h: [*h[:-1], replace(h[-1], item_id="i001")],
+    "another last value": lambda h: [*h[:-1], replace(h[-1], value=5.0)],
+}
+
+
+def _time(event):
+    return event.timestamp
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_history_whose_past_changed_is_read_anew(kept, case):
+    recommender, fresh = kept
+    history = [replace(e, event_type="play", value=1.0) for e in long_history(20)]
+    query = Query(history, START + 10**5, {"group": "a", "age": 31.0})
+    recommender._lean.read(query, history)
+    changed_history = CHANGES[case](history)
+    for other in (query, replace(query, user={"group": "b"})):
+        read = recommender._lean.read(other, changed_history)
+        expected = fresh._lean.read(other, changed_history)
+        np.testing.assert_allclose(read.x_D, expected.x_D, atol=1e-5)
+        if not case.startswith("another last"):
+            assert read.steps == len(changed_history) + 1
+
+
+def test_only_so_many_states_are_kept(kept):
+    lean = kept[0]._lean
+    lean._kept_states = 3
+    for user in range(10):
+        history = [replace(e, item_id=IDS[user]) for e in long_history(4)]
+        lean.read(Query(history, START + 10**5), history)
+    assert len(lean._states) == 3
+    lean.read(Query(history, START + 10**5), history)
+    assert lean.read(Query(history, START + 10**5), history).steps == 1
+
+
 @pytest.mark.parametrize("value", [1e30, 1.7e308])
 def test_absurd_values_in_a_history_leave_numbers_finite(pair, value):
     recommender = Recommender.load(pair[1])
