@@ -64,7 +64,8 @@ class GRUEncoder(Encoder):
             return out.data, h_1SH[0]
         weight_GI, weight_GH, bias_i_G, bias_h_G = self.gru.parameters()
         i_NG = F.linear(x_NI, weight_GI, bias_i_G)
-        return gru.scan(i_NG, state_SK, weight_GH, bias_h_G, batch_size_T)
+        with torch.autocast("cpu", enabled=False):  # a state rounded at every step drifts
+            return gru.scan(i_NG.float(), state_SK.float(), weight_GH, bias_h_G, batch_size_T)
 
 
 class LSTMEncoder(Encoder):
@@ -219,7 +220,7 @@ class TransformerEncoder(Encoder):
         memory_LSPH = state_SK[:, :-1].reshape(segments, len(self.layers), past, self.hidden)
         memory_LSPH = memory_LSPH.transpose(0, 1)
         x_STH = x_NI.new_zeros(segments, steps, self.hidden)
-        x_STH[segment_N, step_N] = self.embed(x_NI)
+        x_STH[segment_N, step_N] = self.embed(x_NI).to(x_STH.dtype)
         # Key column c stands `past` before query column c; only real positions of the window count.
         distance_TC = torch.arange(steps)[:, None] + past - torch.arange(past + steps)[None, :]
         inside_TC = (distance_TC >= 0) & (distance_TC < self.window)

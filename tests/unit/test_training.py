@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from model.context import infer_session_gap, time_bucket
+from model.encoders import EncoderKind
 from model.errors import InputError
 from model.evaluation import SplitSettings, evaluate, split_users
 from model.fields import FieldBags
@@ -156,3 +157,15 @@ def test_a_trend_of_weight_zero_is_no_trend():
     np.testing.assert_array_equal(
         np.concatenate([score.numpy() for _, score in model.iter_scores(log, 64)]), plain
     )
+
+
+@pytest.mark.parametrize("encoder", ["gru", "lstm", "transformer", "hgru", "multi_hot"])
+@pytest.mark.parametrize("softmax", ["dense", "sampled"])
+def test_half_precision_trains_every_encoder(encoder, softmax):
+    """What a catalogue of thousands gets by default where the processor multiplies bfloat16."""
+    log = synthetic.successor(40, 8, 30, seed=0)
+    network = SMALL.model_copy(update={"encoder": EncoderKind(encoder)})
+    chosen = {"precision": "bfloat16", "softmax": softmax, "negatives": 20}
+    model, result = _fit(log, 30, network=network, max_epochs=2, **chosen)
+    assert np.isfinite(result["ppl"]) and np.isfinite(model.curve[-1]["train_loss"])
+    assert all(p.dtype == torch.float32 for p in model.network.parameters())
