@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from model.errors import HrnnError, InputError
-from pipelines import cli_events, cli_models
+from pipelines import cli_events, cli_models, cli_remote
 
 DEFAULT_DATASET = "movielens-100k"
 REFUSED, BAD_INPUT, FAILED, INTERRUPTED = 3, 2, 1, 130  # exit codes; 0 = done
@@ -26,6 +26,9 @@ app = typer.Typer(
 )
 app.add_typer(cli_models.app, name="models")
 app.add_typer(cli_events.app, name="events")
+app.command()(cli_remote.submit)
+app.command()(cli_remote.status)
+app.add_typer(cli_remote.schedules, name="schedule")
 
 Workspace = Annotated[Path, typer.Option(help="Folder for data, runs, features and models.")]
 Assignments = Annotated[
@@ -155,6 +158,49 @@ def refresh_trends(
     settings = load(settings_file, assignments or [])
     result = local_runner.refresh_trends(
         interactions, workspace, settings, say=_say, verbose=verbose
+    )
+    if as_json:
+        print(json.dumps(result))
+
+
+@app.command("batch-recommend")
+def batch_recommend(
+    output: Annotated[str, typer.Option(help="Folder or address for the Parquet files.")],
+    dataset: Annotated[str, typer.Option(help="Named dataset.")] = "",
+    interactions: Annotated[
+        str, typer.Option(help="CSV or Parquet of who did what when.", metavar="FILE")
+    ] = "",
+    users: Annotated[str, typer.Option(help="User fields.", metavar="FILE")] = "",
+    items: Annotated[str, typer.Option(help="Item fields.", metavar="FILE")] = "",
+    user_list: Annotated[
+        str, typer.Option(help="Ids, one a line, or Parquet; default: everybody.", metavar="FILE")
+    ] = "",
+    version: Annotated[str, typer.Option(help="Of the model; default: the champion.")] = "",
+    workspace: Workspace = Path("workspace"),
+    assignments: Assignments = None,
+    settings_file: SettingsFile = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="End with one JSON object on stdout.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the whole log.")] = False,
+) -> None:
+    """Recommend to everybody at once, into Parquet files.
+
+    Run again after a stop, it goes on with the parts that are missing.
+    """
+    from pipelines import local_runner
+    from pipelines.settings import load
+
+    source = _source(dataset, interactions, users, items)
+    result = local_runner.batch_recommend(
+        source,
+        output,
+        workspace,
+        load(settings_file, assignments or []),
+        user_list=user_list,
+        version=version,
+        say=_say,
+        verbose=verbose,
     )
     if as_json:
         print(json.dumps(result))

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import HrnnError, InputError, UnavailableError
-from pipelines.settings import REFRESH, Settings
+from pipelines.settings import BATCH, REFRESH, Settings
 
 STEPS = ("ingest", "validate", "features", "train", "evaluate", "gate", "deploy")
 # As in components.ingest.event_log, which takes seconds to import.
@@ -138,6 +138,51 @@ def refresh_trends(
         "refresh_trends", arguments, workspace, settings, say, verbose, deadline, variables
     )
     (summary,) = folder.glob("refresh-trends-*/refresh-trends/trend/summary.json")
+    result = {
+        "run_id": folder.name,
+        **json.loads(summary.read_text()),
+        "log": str(folder / "run.log"),
+    }
+    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def batch_recommend(
+    source: Source,
+    output: str,
+    workspace: Path,
+    settings: Settings,
+    *,
+    user_list: str = "",
+    version: str = "",
+    say: Callable[[str], None],
+    verbose: bool = False,
+    deadline: float = DEADLINE_SECONDS,
+) -> dict[str, Any]:
+    """Run `batch_recommend` and return the step's summary, with `run_id` and `log`.
+
+    Args:
+        output, user_list, version: see `components.batch_recommend.steps.run`.
+        say, verbose, deadline: as for `run`.
+
+    Raises:
+        InputError, UnavailableError, StepError: as for `run`.
+    """
+    arguments = {
+        "output": _absolute(output),
+        "dataset": source.dataset,
+        "interactions": _absolute(source.interactions),
+        "users": _absolute(source.users),
+        "items": _absolute(source.items),
+        "source_digest": _source_digest(source),
+        "cache": str(workspace.absolute() / "datasets"),
+        "model_store": str(workspace.absolute() / "models"),
+        "version": version,
+        "user_list": _absolute(user_list),
+        **settings.to_arguments(BATCH),
+    }
+    folder = _run("batch_recommend", arguments, workspace, settings, say, verbose, deadline)
+    (summary,) = folder.glob("batch-recommend-*/batch-recommend/summary")
     result = {
         "run_id": folder.name,
         **json.loads(summary.read_text()),

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from components.batch_recommend.steps import BatchRecommendSettings
 from components.deploy.steps import DeploySettings
 from components.evaluate.steps import EvaluateSettings
 from components.features.steps import FeaturesSettings
@@ -30,9 +31,13 @@ SECTIONS: dict[str, type[SettingsBase]] = {
     "gate": GateSettings,
     "deploy": DeploySettings,
     "refresh_trends": RefreshTrendsSettings,
+    "batch_recommend": BatchRecommendSettings,
 }
 REFRESH = ("refresh_trends",)  # sections of the pipeline of that name
-TRAINING = tuple(name for name in SECTIONS if name not in REFRESH)  # of train_and_deploy
+BATCH = ("ingest", "validate", "batch_recommend")
+TRAINING = tuple(
+    name for name in SECTIONS if name not in (*REFRESH, "batch_recommend")
+)  # of train_and_deploy
 
 
 @dataclass(frozen=True)

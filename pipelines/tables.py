@@ -8,9 +8,15 @@ from rich.console import Console
 from rich.table import Table
 
 from model.store import Version
+from pipelines.endpoint import Run, Schedule
 from serving.client import Prediction
 
-NAMES = {"hrnn": "HRNN", "popularity": "Popularity"}
+NAMES = {
+    "hrnn": "HRNN",
+    "champion": "Champion",
+    "popularity": "Popularity",
+    "transition-counts": "Transitions",
+}
 READ_OUTS = {"every": "every event", "last": "last event"}
 
 
@@ -127,4 +133,37 @@ def versions_table(versions: Sequence[Version], stream: IO[str]) -> None:
             f"{every['ndcg@10']:.4f}" if "ndcg@10" in every else "",
             v.problem or gate,
         )
+    console(stream).print(table)
+
+
+def runs_table(runs: Sequence[Run], stream: IO[str]) -> None:
+    """The newest runs of an endpoint."""
+    _plain_table(
+        ("run", "name", "state", "began", "ended"),
+        [(r.run_id, r.name, r.state.lower(), r.created_at, r.finished_at) for r in runs],
+        stream,
+    )
+
+
+def steps_table(run: Run, stream: IO[str]) -> None:
+    """The steps of one run, in the order in which they began."""
+    rows = [(s.name, s.state.lower(), s.error) for s in run.steps]
+    _plain_table(("step", "state", "error"), rows, stream)
+
+
+def schedules_table(schedules: Sequence[Schedule], stream: IO[str]) -> None:
+    """The recurring runs of an endpoint."""
+    rows = [
+        (s.schedule_id, s.name, s.trigger, "on" if s.enabled else "off", s.created_at)
+        for s in schedules
+    ]
+    _plain_table(("schedule", "name", "when", "", "made"), rows, stream)
+
+
+def _plain_table(heads: Sequence[str], rows: Sequence[Sequence[str]], stream: IO[str]) -> None:
+    table = Table()
+    for head in heads:
+        table.add_column(head, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
     console(stream).print(table)

@@ -1,0 +1,162 @@
+"""The batch equals the model asked one by one, whatever its parts, and goes on where it stopped."""
+
+import json
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from components.batch_recommend import steps
+from components.train import steps as train
+from model.errors import InputError
+from model.query import Event, Query
+from model.recommender import Recommender
+from model.store import Lineage, ModelStore
+from tests import synthetic
+
+TRAIN = {"max_epochs": 1, "network": {"embedding": 4, "hidden": 4, "control": 2}}
+USERS = 30
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    clean = synthetic.clean_tables(folder / "clean", synthetic.successor(USERS, 8, 10, seed=0))
+    synthetic.add_users(clean)
+    train.run(clean, folder / "bundle", trend={}, settings=TRAIN)
+    store = ModelStore(str(folder / "models"))
+    store.promote(store.publish(folder / "bundle", Lineage()))
+    return clean, store, folder / "bundle"
+
+
+def _run(world, tmp_path, name="out", **more):
+    clean, store, _ = world
+    settings = {"num_results": 3, "users_per_part": 7} | more.pop("settings", {})
+    output = str(tmp_path / name)
+    return steps.run(
+        clean, store.uri, output, tmp_path / f"summary-{name}", settings=settings, **more
+    )
+
+
+def _lists(folder):
+    table = pa.concat_tables(pq.read_table(p) for p in sorted(folder.glob("part-*.parquet")))
+    assert table.schema.names == steps.SCHEMA.names
+    found = {}
+    for row in table.to_pylist():
+        found.setdefault(row["user_id"], []).append((row["rank"], row["item_id"], row["score"]))
+    return found
+
+
+def test_the_batch_equals_the_model_asked_one_by_one(world, tmp_path):
+    clean, store, bundle = world
+    record = _run(world, tmp_path)
+    assert (record["num_users"], record["parts"]) == (USERS, 5)
+    assert record["model_version"] == store.champion().version
+    got = _lists(tmp_path / "out")
+    recommender = Recommender.load(bundle)
+    events = pq.read_table(clean / "interactions.parquet").to_pylist()
+    fields = {r.pop("user_id"): r for r in pq.read_table(clean / "users.parquet").to_pylist()}
+    moment = max(e["timestamp"] for e in events) + 1
+    assert set(got) == {e["user_id"] for e in events}
+    for user, rows in got.items():
+        history = [Event(e["item_id"], e["timestamp"]) for e in events if e["user_id"] == user]
+        [own] = recommender.recommend([Query(history, moment, user=fields.get(user, {}))], 3)
+        assert [r[0] for r in rows] == [1, 2, 3]
+        assert [r[2] for r in rows] == pytest.approx([r.score for r in own], abs=1e-4)
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == record
+
+
+@pytest.mark.parametrize("size", [1, USERS, 1000])
+def test_the_size_of_parts_changes_nothing(world, tmp_path, size):
+    _run(world, tmp_path)
+    _run(world, tmp_path, "other", settings={"users_per_part": size})
+    a, b = _lists(tmp_path / "out"), _lists(tmp_path / "other")
+    assert list(a) == list(b)
+    for user in a:
+        assert [r[2] for r in a[user]] == pytest.approx([r[2] for r in b[user]], abs=1e-4)
+
+
+def test_a_list_of_users_with_a_new_one(world, tmp_path):
+    (tmp_path / "users.txt").write_text("u3\n\nnobody yet\nu1\nu3\n")
+    record = _run(world, tmp_path, users=str(tmp_path / "users.txt"))
+    assert record["num_users"] == 3
+    assert list(_lists(tmp_path / "out")) == ["u1", "u3", "nobody yet"]
+    pq.write_table(pa.table({"user_id": ["u2"]}), tmp_path / "users.parquet")
+    _run(world, tmp_path, "parquet", users=str(tmp_path / "users.parquet"))
+    assert list(_lists(tmp_path / "parquet")) == ["u2"]
+
+
+def test_seen_items_are_left_out_when_asked(world, tmp_path):
+    clean, _, _ = world
+    _run(world, tmp_path, settings={"exclude_seen": True, "num_results": 100})
+    events = pq.read_table(clean / "interactions.parquet").to_pylist()
+    for user, rows in _lists(tmp_path / "out").items():
+        seen = {e["item_id"] for e in events if e["user_id"] == user}
+        assert {r[1] for r in rows} == {f"i{j:03d}" for j in range(10)} - seen
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from components.batch_recommend import steps
+clean, store, output, summary = sys.argv[1:]
+whole, written = steps._Output.write, []
+def write(self, name, rows):
+    if len(written) == 2:
+        os.kill(os.getpid(), 9)
+    written.append(name)
+    whole(self, name, rows)
+steps._Output.write = write
+settings = {"num_results": 3, "users_per_part": 7}
+steps.run(Path(clean), store, output, Path(summary), settings=settings)
+"""
+
+
+def test_a_batch_that_was_killed_goes_on_with_what_is_missing(world, tmp_path):
+    clean, store, _ = world
+    arguments = (clean, store.uri, tmp_path / "out", tmp_path / "s")
+    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False, timeout=240)
+    assert done.returncode == -9
+    parts = sorted((tmp_path / "out").glob("part-*"))
+    assert len(parts) == 2
+    assert not (tmp_path / "out" / "summary.json").exists()
+    before = [p.stat().st_mtime_ns for p in parts]
+    _run(world, tmp_path)
+    assert [p.stat().st_mtime_ns for p in parts] == before
+    assert len(_lists(tmp_path / "out")) == USERS
+
+
+def test_what_cannot_be_done_is_said(world, tmp_path):
+    clean, store, _ = world
+    _run(world, tmp_path)
+    with pytest.raises(InputError, match=r"holds another batch \(num_results differ\)"):
+        _run(world, tmp_path, settings={"num_results": 4})
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("")
+    with pytest.raises(InputError, match="holds other files"):
+        _run(world, tmp_path, "full")
+    with pytest.raises(InputError, match="no-such-list"):
+        _run(world, tmp_path, "o2", users=str(tmp_path / "no-such-list"))
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(InputError, match="is empty"):
+        _run(world, tmp_path, "o3", users=str(tmp_path / "empty.txt"))
+    with pytest.raises(InputError, match="no version"):
+        _run(world, tmp_path, "o4", version="v0")
+    with pytest.raises(InputError, match="no champion"):
+        steps.run(clean, str(tmp_path / "none"), "o5", tmp_path / "s", settings={})
+    with pytest.raises(InputError, match="num_results"):
+        _run(world, tmp_path, "o6", settings={"num_results": 0})
+    with pytest.raises(InputError, match="give the output"):
+        steps.run(clean, store.uri, "", tmp_path / "s", settings={})
+
+
+def test_output_on_an_object_store(world, tmp_path):
+    clean, store, _ = world
+    address = f"memory://{tmp_path.name}"
+    steps.run(clean, store.uri, address, tmp_path / "s", settings={"users_per_part": 10})
+    import fsspec
+
+    fs, root = fsspec.url_to_fs(address)
+    assert len(fs.glob(f"{root}/part-*.parquet")) == 3

@@ -1,0 +1,200 @@
+"""submit, schedule and status: the KFP client's real calls to a server of the v2beta1 schema."""
+
+import json
+import socket
+
+import kfp_server_api as api
+import pytest
+from typer.testing import CliRunner
+
+from model.errors import InputError, UnavailableError
+from pipelines.cli import app
+from pipelines.endpoint import Endpoint, cron_expression, interval_seconds
+from tests.kfp_server import KfpServer, task
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))  # the client keeps its context there
+    server = KfpServer()
+    monkeypatch.setenv("KF_PIPELINES_ENDPOINT", server.address)
+    yield server
+    server.close()
+
+
+def hrnn(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+
+
+def _only(kept):
+    (found,) = kept.values()
+    return found
+
+
+def test_a_run_is_submitted_with_its_settings(server):
+    done = hrnn("submit", "--interactions", "s3://b/log.parquet", "--set", "train.seed=7", "--json")
+    assert done.exit_code == 0, done.output
+    run = _only(server.runs)
+    assert json.loads(done.stdout) == {"run_id": run.run_id}
+    parameters = run.runtime_config.parameters
+    assert parameters["interactions"] == "s3://b/log.parquet"
+    assert parameters["dataset"] == ""
+    assert parameters["train_settings"]["seed"] == 7
+    assert parameters["train_settings"]["split"]["assign"] == "hash"
+    spec = run.pipeline_spec
+    assert spec["pipeline_spec"]["pipelineInfo"]["name"] == "train-and-deploy"
+    assert spec["platform_spec"]["platforms"]["kubernetes"]
+    assert _only(server.experiments).display_name == "hrnn-meta"
+
+
+def _finish(state, *tasks, error=""):
+    def act(run):
+        run.state = state
+        run.run_details = api.V2beta1RunDetails(task_details=list(tasks))
+        run.error = api.GoogleRpcStatus(code=2, message=error) if error else None
+
+    return act
+
+
+RUNNING = _finish("RUNNING", task("ingest", "RUNNING"))
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "words"),
+    [
+        (
+            _finish("SUCCEEDED", task("gate", "SUCCEEDED"), task("deploy", "SUCCEEDED")),
+            0,
+            "deployed",
+        ),
+        (_finish("SUCCEEDED", task("gate", "SUCCEEDED"), task("deploy", "SKIPPED")), 3, "refused"),
+        (_finish("SUCCEEDED", task("gate", "SUCCEEDED")), 3, "refused"),
+        (
+            _finish("FAILED", task("train", "FAILED", "no GPU"), error="x"),
+            1,
+            "failed at train: no GPU",
+        ),
+        (_finish("FAILED", error="the pod was lost"), 1, "failed at the pod was lost"),
+        (_finish("CANCELED"), 130, "cancelled"),
+    ],
+)
+def test_the_exit_code_tells_the_outcome(server, end, code, words):
+    server.script = [RUNNING, RUNNING, end]
+    done = hrnn("submit", "--wait", "--poll", "0.1")
+    assert done.exit_code == code, done.output
+    assert words in done.stderr
+    assert done.stderr.count("[ingest] running") == 1
+    run_id = _only(server.runs).run_id
+    shown = hrnn("status", run_id)
+    assert shown.exit_code == code
+    assert words in shown.stderr
+
+
+def test_a_wait_survives_a_short_outage_and_ends_in_time(server):
+    server.script = [RUNNING] * 100
+    connected = Endpoint("")
+    run_id = connected.submit("refresh_trends", {}, "r")
+    with pytest.raises(UnavailableError, match="it goes on: `hrnn status"):
+        connected.wait(run_id, print, seconds=0.3, every=0.1)
+    server.script = [_finish("SUCCEEDED")]
+    server.fail_next = [(503, {"message": "restarting"})] * 3
+    assert connected.wait(run_id, print, seconds=60, every=0.01).outcome == "succeeded"
+    server.script = [RUNNING] * 100
+    server.fail_next = [(503, {"message": "restarting"})] * 30
+    with pytest.raises(UnavailableError, match="503: restarting"):
+        connected.wait(run_id, print, seconds=60, every=0.01)
+
+
+def test_status_lists_runs_and_says_what_still_runs(server):
+    for name in ("first", "second"):
+        hrnn("submit", "--name", name)
+    listed = hrnn("status")
+    assert listed.exit_code == 0
+    assert listed.stdout.index("second") < listed.stdout.index("first")
+    assert hrnn("status", next(iter(server.runs))).exit_code == 4
+    found = json.loads(hrnn("status", "--json").stdout)
+    assert [run["name"] for run in found] == ["second", "first"]
+
+
+def test_schedules_are_made_listed_replaced_and_deleted(server):
+    made = hrnn("schedule", "create", "refresh_trends", "--every", "1h")
+    assert made.exit_code == 0, made.output
+    hrnn("schedule", "create", "train_and_deploy", "--cron", "0 3 * * *")
+    by_name = {r.display_name: r for r in server.recurring.values()}
+    refresh, train = by_name["refresh-trends"], by_name["train-and-deploy"]
+    assert int(refresh.trigger.periodic_schedule.interval_second) == 3600
+    assert train.trigger.cron_schedule.cron == "0 0 3 * * *"
+    assert (int(train.max_concurrency), train.no_catchup, train.mode) == (1, True, "ENABLE")
+    listed = hrnn("schedule", "list").stdout
+    assert "every 3,600 s" in listed
+    assert "0 0 3 * * *" in listed
+    with pytest.raises(InputError, match=r"a schedule refresh-trends \(every 3,600 s\) already"):
+        hrnn("schedule", "create", "refresh_trends", "--every", "30m")
+    replaced = hrnn("schedule", "create", "refresh_trends", "--every", "30m", "--replace")
+    assert replaced.exit_code == 0, replaced.output
+    assert refresh.recurring_run_id not in server.recurring
+    assert len(server.recurring) == 2
+    assert hrnn("schedule", "delete", "refresh-trends").exit_code == 0
+    assert hrnn("schedule", "delete", train.recurring_run_id).exit_code == 0
+    assert server.recurring == {}
+    with pytest.raises(InputError, match="no schedule 'refresh-trends'"):
+        hrnn("schedule", "delete", "refresh-trends")
+
+
+def test_many_schedules_are_all_found(server):
+    connected = Endpoint("")
+    template = connected.schedule("refresh_trends", {}, "s", every_seconds=3600)
+    for n in range(150):
+        server.recurring[str(n)] = server.recurring[template]
+    assert len(connected.schedules()) == 151
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["submit", "nothing"], "no pipeline 'nothing'"),
+        (["submit", "--interactions", "log.csv"], "cannot read a file of this machine"),
+        (["submit", "--items", "/home/me/items.csv"], "--items /home/me/items.csv: the pods"),
+        (["submit", "--interactions", "postgresql://u:pw@h/db"], "put it into the Secret"),
+        (["submit", "--dataset", "movielens-9"], "movielens-100k"),
+        (["submit", "--set", "train.epochs=3"], "train.epochs: no such setting"),
+        (["submit", "--set", "gate.rules_file=none.yaml"], "none.yaml"),
+        (["schedule", "create", "refresh_trends"], "either --cron or --every"),
+        (["schedule", "create", "refresh_trends", "--every", "soon"], "30m, 1h, 1d"),
+        (["schedule", "create", "refresh_trends", "--cron", "at noon"], "five fields"),
+        (["status", "no-such-run"], "404: runs no-such-run not found"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_starts(server, arguments, message):
+    with pytest.raises(InputError) as raised:
+        hrnn(*arguments)
+    assert message in str(raised.value)
+    assert "pw" not in str(raised.value)
+    assert server.runs == server.recurring == {}
+
+
+def test_an_endpoint_that_is_not_one_is_said(server, monkeypatch):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        with pytest.raises(UnavailableError, match=f"{address} cannot be reached"):
+            Endpoint(address).runs()
+    connected = Endpoint(server.address)
+    server.fail_next = [(200, b"<html>a login page</html>")]
+    with pytest.raises(UnavailableError, match="login page"):
+        connected.runs()
+    monkeypatch.delenv("KF_PIPELINES_ENDPOINT")
+    with pytest.raises(InputError, match="--endpoint"):
+        Endpoint("")
+
+
+def test_times():
+    assert interval_seconds("90m") == 5400
+    assert cron_expression("*/5 * * * 1-5") == "0 */5 * * * 1-5"
+    assert cron_expression("30 0 3 * * *") == "30 0 3 * * *"
+    for wrong in ("", "* * *", "a;b * * * *", "1 2 3 4 5 6 7"):
+        with pytest.raises(InputError):
+            cron_expression(wrong)
+    for wrong in ("", "1", "30s", "1y"):
+        with pytest.raises(InputError):
+            interval_seconds(wrong)
