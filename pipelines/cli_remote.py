@@ -114,12 +114,14 @@ def arguments(
 
 
 def _readable_by_pods(option: str, address: str) -> None:
-    if not address:
+    from pipelines.local_runner import CONFIGURED
+
+    if not address or address == CONFIGURED:
         return
     if urlsplit(address).password:
         raise InputError(
             f"{option}: an address with a password would be shown with the run; put it into the "
-            "Secret hrnn-secrets as HRNN_EVENT_LOG and leave the option out"
+            f"Secret hrnn-secrets as HRNN_EVENT_LOG and give {CONFIGURED}"
         )
     if "://" not in address and not address.startswith("/stores/"):
         raise InputError(

@@ -54,6 +54,7 @@ def main(workspace: Path, say: Callable[[str], None]) -> None:
         soft_wrap=True,
         markup=False,
     )
+    print(f"\nThe evaluation report, for a browser: {result['report']}")
 
 
 def _ask(client: Client, events: EventClient, catalogue: Catalogue, history: list[Event]) -> None:

@@ -168,10 +168,13 @@ def batch_recommend(
     Raises:
         InputError, UnavailableError, StepError: as for `run`.
     """
+    # An address may hold a password, and a pipeline's parameters are written to its log.
+    in_database = source.interactions.startswith(SQL_SCHEMES)
+    variables = {EVENT_LOG: source.interactions} if in_database else {}
     arguments = {
         "output": _absolute(output),
         "dataset": source.dataset,
-        "interactions": _absolute(source.interactions),
+        "interactions": CONFIGURED if in_database else _absolute(source.interactions),
         "users": _absolute(source.users),
         "items": _absolute(source.items),
         "source_digest": _source_digest(source),
@@ -181,7 +184,9 @@ def batch_recommend(
         "user_list": _absolute(user_list),
         **settings.to_arguments(BATCH),
     }
-    folder = _run("batch_recommend", arguments, workspace, settings, say, verbose, deadline)
+    folder = _run(
+        "batch_recommend", arguments, workspace, settings, say, verbose, deadline, variables
+    )
     (summary,) = folder.glob("batch-recommend-*/batch-recommend/summary")
     result = {
         "run_id": folder.name,

@@ -67,6 +67,14 @@ def train_and_deploy(
         run_id: name of the run in records; empty: the pipeline's own.
         code: digest of the steps' code, part of the cache's key.
         source_digest: digest of the source, part of the key of ingest where that is cached.
+        ingest_settings: how columns are read. `hrnn settings` prints the keys of every section.
+        validate_settings: which rows are refused, and how many may be.
+        features_settings: how features are counted and stored.
+        trend_settings: period and window of the trend; left out: chosen on the log.
+        train_settings: network, schedule, split.
+        evaluate_settings: cut-offs, intervals, frames of time.
+        gate_settings: the rules.
+        deploy_settings: how many bundles stay; the service and its canary.
     """
     told = report_outcome(pipeline=NAME, run_id=run_id, job=JOB)
     resources(told, cpu="100m", memory="256Mi", timeout_seconds=300)

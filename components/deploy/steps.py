@@ -7,16 +7,26 @@ from typing import Any
 
 from pydantic import Field
 
+from components.deploy.kserve import InferenceServices, canary_of, service_url
+from components.deploy.release import ReleaseSettings, release
 from model import bundle as bundles
 from model.errors import BundleError, InputError
 from model.settings import SettingsBase
-from model.store import Lineage, ModelStore
+from model.store import Champion, Lineage, ModelStore
 
 
 class DeploySettings(SettingsBase):
-    """What deployment leaves in the store; where the store is, every run is told."""
+    """How a model gets to its users; where the store is, every run is told."""
 
     keep: int = Field(10, ge=1)  # bundles in the store; the champion and the one before always stay
+    # The InferenceService on which the candidate is tried as a canary before it is promoted;
+    # empty: the pointer moves, and servers follow it.
+    service: str = ""
+    namespace: str = "hrnn"
+    # Where the service answers, if not where its status says. Without `service` (a laptop): the
+    # running service, watched after the promotion; the champion of before is put back if it fails.
+    service_url: str = ""
+    release: ReleaseSettings = ReleaseSettings()
 
 
 def run(
@@ -37,7 +47,8 @@ def run(
         InputError: the verdict did not pass, or is about another model.
         BundleError: the bundle is damaged.
         ConflictError: another run deployed since this one was compared with the champion.
-        UnavailableError: the store cannot be written.
+        RolledBackError: the candidate failed its trial.
+        UnavailableError: the store cannot be written, or the cluster does not answer.
     """
     chosen = DeploySettings.parse(settings, "deploy")
     judged, measured = (json.loads(path.read_text()) for path in (verdict, evaluation))
@@ -50,7 +61,7 @@ def run(
         )
     store = ModelStore(model_store)
     version = store.publish(bundle, _lineage(bundle, measured, judged, run_id))
-    champion = store.promote(version, replaces=judged["champion"], reason="deploy")
+    champion = _promote(store, version, judged["champion"], chosen)
     removed = store.retain(chosen.keep)
     record = {**asdict(champion), "store": model_store, "removed": removed}
     deployment.parent.mkdir(parents=True, exist_ok=True)
@@ -59,6 +70,34 @@ def run(
     if removed:
         print(f"removed {len(removed)} old versions")
     return record
+
+
+def _promote(
+    store: ModelStore, version: str, replaces: str | None, chosen: DeploySettings
+) -> Champion:
+    services = InferenceServices(chosen.namespace) if chosen.service else None
+    canary = None
+    if services is not None:
+        canary = canary_of(services, chosen.service, chosen.release.traffic_percent)
+        canary.end()  # of a run that was killed
+    now = store.champion()
+    if (now is not None and now.version == version) or not (chosen.service or chosen.service_url):
+        return store.promote(version, replaces=replaces, reason="deploy")
+
+    def address() -> str:
+        if chosen.service_url or services is None:
+            return chosen.service_url.rstrip("/")
+        return service_url(services, chosen.service)
+
+    return release(
+        store,
+        version,
+        replaces=replaces,
+        canary=canary,
+        service=address,
+        model_dir=f"{store.uri.rstrip('/')}/versions/{version}",
+        settings=chosen.release,
+    )
 
 
 def _lineage(
