@@ -117,7 +117,13 @@ def versions_table(versions: Sequence[Version], stream: IO[str]) -> None:
         return
     table = Table()
     for name in ("version", "", "created", "MB", "perplexity ↓", "ndcg@10 ↑", "gate"):
-        table.add_column(name, justify="right" if name in ("MB",) or "↓" in name else "left")
+        # A version is there to be copied: it is never cut.
+        table.add_column(
+            name,
+            justify="right" if name == "MB" or "↓" in name else "left",
+            no_wrap=name == "version",
+            min_width=24 if name == "version" else None,
+        )
     for v in versions:
         every = v.lineage.metrics.get("hrnn", {}).get("every", {}) if v.lineage else {}
         passed = v.lineage.verdict.get("passed") if v.lineage else None

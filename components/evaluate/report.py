@@ -13,6 +13,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from numpy.typing import NDArray
 
 from model.evaluation import Outcomes, later_events
@@ -213,7 +214,7 @@ def _learning_curve(curve: list[dict[str, float]]) -> str:
     best = min(curve, key=lambda e: e["valid_loss"])
     axes.plot([best["epoch"]], [best["valid_ppl"]], "o", color="#2563eb")
     axes.annotate(
-        f"{best['valid_ppl']:.0f}",
+        f"{best['valid_ppl']:.3g}",
         (best["epoch"], best["valid_ppl"]),
         textcoords="offset points",
         xytext=(0, 8),
@@ -400,8 +401,7 @@ def _calibration_perplexity(document: dict[str, Any]) -> str:
     axes.plot(predicted, measured, marker="o", color=COLOURS["hrnn"], label="tenths of the cases")
     _log_scale(axes)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.xaxis.set_minor_formatter("")
+    _label_logs(axes.xaxis)
     axes.legend(frameon=False)
     return _svg(figure)
 
@@ -445,10 +445,14 @@ def _request_time(document: dict[str, Any]) -> str:
 
 def _log_scale(axes: Any) -> None:
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:.0f}")
-    low, high = axes.get_ylim()
-    # Within one power of ten only the minor ticks can tell the values.
-    axes.yaxis.set_minor_formatter("{x:.0f}" if high / low < 12 else "")
+    _label_logs(axes.yaxis)
+
+
+def _label_logs(axis: Any) -> None:
+    """1, 2, 5, 10, …: powers of ten alone would leave most of these axes without a number."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
 
 
 def _legend_below(axes: Any) -> None:
