@@ -54,6 +54,8 @@ from serving.settings import EXIT_WITH_PARENT, MAX_MESSAGE_BYTES, PREDICTOR, Ser
 
 log = logging.getLogger("hrnn.serving")
 
+SWITCH_SECONDS = 0.0005
+
 
 class JsonModel(Model):  # type: ignore[misc]
     """A KServe model whose instances and predictions are JSON objects, whatever the protocol."""
@@ -344,6 +346,9 @@ class Server(ModelServer):  # type: ignore[misc]
 
     async def _run(self) -> None:
         stop = asyncio.Event()
+        # The event loop shares the interpreter with threads that read features or score; by
+        # default each could make it wait for 5 ms at a time.
+        sys.setswitchinterval(SWITCH_SECONDS)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
