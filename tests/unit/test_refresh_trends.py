@@ -34,12 +34,22 @@ def rows():
     return [*rows, ("u1", "new", CUT + 5 * PERIOD, None, None)]
 
 
-def store_of_the_past(folder, rows, window=WINDOW, **settings):
-    """What a pipeline run on the events before `CUT` leaves."""
+@pytest.fixture
+def everywhere(settings, monkeypatch):
+    """A store named by the environment, on both online stores."""
+    monkeypatch.setenv("HRNN_FEATURE_ROOT", settings.root)
+    monkeypatch.setenv("HRNN_ONLINE_STORE", settings.online)
+    monkeypatch.setenv("HRNN_REDIS_URL", settings.redis_url or "")
+    return settings
+
+
+def store_of_the_past(folder, rows, window=WINDOW, store=None, **settings):
+    """What a pipeline run on the events before `CUT` leaves; `store`: the environment's."""
     clean = write_clean(folder / "past", [r for r in rows if r[2] < CUT])
     trend = {"period_seconds": PERIOD, "window_seconds": window, "smoothing": 0.5}
-    features.run(clean, str(folder / "store"), trend, settings, folder / "features")
-    return FeatureStoreSettings(root=str(folder / "store"))
+    root = "" if store else str(folder / "store")
+    features.run(clean, root, trend, settings, folder / "features")
+    return store or FeatureStoreSettings(root=root)
 
 
 def write_events(path, rows):
@@ -57,7 +67,8 @@ def write_event_log(url, rows):
 
 
 def go(store, source, folder, **settings):
-    return refresh.run(source, store.root, settings, folder / "refresh")
+    root = "" if store.online == "redis" else store.root
+    return refresh.run(source, root, settings, folder / "refresh")
 
 
 def assert_naive(snapshot, rows, as_of, window, num_items):
@@ -118,11 +129,11 @@ def test_a_refresh_equals_the_pipelines_own_count(tmp_path, rows):
     assert FeatureReader(store).trend().version == refreshed.version
 
 
-def test_training_reads_what_was_in_force_and_serving_reads_the_same(tmp_path, rows):
+def test_training_reads_what_was_in_force_and_serving_reads_the_same(tmp_path, rows, everywhere):
     """After each of several refreshes: offline = online = naive, for every item."""
     from feast import FeatureStore
 
-    store = store_of_the_past(tmp_path, rows)
+    store = store_of_the_past(tmp_path, rows, store=everywhere)
     everything = write_events(tmp_path / "events.parquet", rows)
     moments = [CUT + 400, CUT + PERIOD + 1, CUT + 6 * PERIOD, max(r[2] for r in rows) + 1]
     num_items = []
@@ -162,8 +173,8 @@ def test_what_a_refresh_adds_is_counted_anew_by_the_next_run(tmp_path, rows):
     assert [p.name for p in folder.iterdir()] == ["history.parquet"]
 
 
-def test_repeating_changes_nothing_and_older_ones_are_not_put_in_force(tmp_path, rows):
-    store = store_of_the_past(tmp_path, rows)
+def test_repeating_changes_nothing_and_older_ones_are_not_put_in_force(tmp_path, rows, everywhere):
+    store = store_of_the_past(tmp_path, rows, store=everywhere)
     everything = write_events(tmp_path / "events.parquet", rows)
     first = go(store, everything, tmp_path)
     again = go(store, everything, tmp_path)
@@ -224,9 +235,9 @@ def test_a_refresh_that_dies_half_way_is_mended_by_the_next(tmp_path, rows, monk
     assert not [p for p in store.path.iterdir() if p.name.startswith(".")]
 
 
-def test_a_reader_never_sees_a_mixture(tmp_path, rows):
+def test_a_reader_never_sees_a_mixture(tmp_path, rows, everywhere):
     """Many refreshes while others read: every snapshot read is one that was written, and whole."""
-    store = store_of_the_past(tmp_path, rows)
+    store = store_of_the_past(tmp_path, rows, store=everywhere)
     everything = write_events(tmp_path / "events.parquet", rows)
     reader = FeatureReader(store)
     written, seen, done = {reader.trend().version}, [], []
