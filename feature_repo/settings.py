@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 from urllib.parse import unquote, urlsplit
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from feature_repo.names import PROJECT, source_name, source_pattern
 from model.errors import InputError
@@ -18,15 +18,18 @@ if TYPE_CHECKING:
 # A connection that went away without a word must not hold a reader's thread for ever, and the
 # client's own retries (~9 s) would: callers have deadlines and fallbacks. Time-outs in seconds.
 REDIS_DEFAULTS = {"socket_connect_timeout": "2", "socket_timeout": "5", "retry": "null"}
+REGISTRY_SECONDS = 5  # to connect to its database
 
 
 class FeatureStoreSettings(SettingsBase):
-    """Registry, sources and (SQLite) online store live under `root`."""
+    """Sources, and registry and online store where they are files, live under `root`."""
 
     root: str
     online: Literal["sqlite", "redis"] = "sqlite"
     # redis://[:password@]host:port[/db], rediss://… for TLS, or Feast's host:port[,db=0][,ssl=true]
     redis_url: str | None = None
+    # postgresql://[user[:password]]@host/database or sqlite:///PATH; None: a file under the root
+    registry_url: str | None = None
 
     @model_validator(mode="after")
     def _redis_has_an_address(self) -> Self:
@@ -34,14 +37,31 @@ class FeatureStoreSettings(SettingsBase):
             raise ValueError("the redis online store needs redis_url (HRNN_REDIS_URL)")
         return self
 
+    @field_validator("registry_url")
+    @classmethod
+    def _registry_is_known(cls, url: str | None) -> str | None:
+        if url is not None and not url.startswith(("sqlite:///", "postgresql://")):
+            # Not a ValueError, of which pydantic would repeat the value: it may hold a password.
+            raise InputError(
+                "registry_url is not sqlite:///PATH or postgresql://USER@HOST/DATABASE"
+            )
+        return url
+
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Self:
-        """Read HRNN_FEATURE_ROOT, HRNN_ONLINE_STORE and HRNN_REDIS_URL; empty counts as unset.
+        """Read HRNN_FEATURE_ROOT, HRNN_ONLINE_STORE, HRNN_REDIS_URL and HRNN_REGISTRY_URL.
+
+        Empty counts as unset.
 
         Raises:
             InputError: no root, or a value that does not fit.
         """
-        names = {"root": "FEATURE_ROOT", "online": "ONLINE_STORE", "redis_url": "REDIS_URL"}
+        names = {
+            "root": "FEATURE_ROOT",
+            "online": "ONLINE_STORE",
+            "redis_url": "REDIS_URL",
+            "registry_url": "REGISTRY_URL",
+        }
         values = {k: v for k, name in names.items() if (v := environ.get(f"HRNN_{name}"))}
         if "root" not in values:
             raise InputError("HRNN_FEATURE_ROOT is not set; give the folder of the feature store")
@@ -72,6 +92,18 @@ class FeatureStoreSettings(SettingsBase):
         """Parquet file or files (a glob) a view is read from."""
         return self.sources / source_pattern(view)
 
+    def _registry(self) -> dict[str, object]:
+        if self.registry_url is None:
+            return {"path": str(self.registry_path)}
+        options: dict[str, object] = {"echo": False, "pool_pre_ping": True}
+        if self.registry_url.startswith("postgresql:"):
+            options["connect_args"] = {"connect_timeout": REGISTRY_SECONDS}
+        return {
+            "registry_type": "sql",
+            "path": self.registry_url,
+            "sqlalchemy_config_kwargs": options,
+        }
+
     def repo_config(self) -> "RepoConfig":
         """Feast's configuration: duckdb offline, because dask loses rows in point-in-time joins."""
         from feast import RepoConfig
@@ -89,7 +121,7 @@ class FeatureStoreSettings(SettingsBase):
             project=PROJECT,
             provider="local",
             # 0: never re-read behind a request's back; FeatureReader notices new registries.
-            registry={"path": str(self.registry_path), "cache_ttl_seconds": 0},
+            registry={**self._registry(), "cache_ttl_seconds": 0},
             online_store=online,
             offline_store={"type": "duckdb"},
             entity_key_serialization_version=3,

@@ -13,7 +13,7 @@ import sqlite3
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +23,13 @@ import pyarrow.parquet as pq
 
 from feature_repo import snapshot as snapshots
 from feature_repo.batches import BATCH_ROWS
-from feature_repo.connection import open_existing, open_store, quiet, unavailable
+from feature_repo.connection import (
+    open_existing,
+    open_store,
+    quiet,
+    registry_stamp,
+    unavailable,
+)
 from feature_repo.histories import events_of, merge, values_of
 from feature_repo.names import (
     CATALOGUE,
@@ -249,9 +255,8 @@ class FeatureReader:
         return (max(0, newest - self._now) if self._now else 0), self._session.period
 
     def _follow_registry(self) -> None:
-        if _stamp(self._settings.registry_path) != self._session.stamp:
-            with self._lock:
-                self._session = self._session.current(self._settings)
+        with self._lock:
+            self._session = self._session.current(self._settings)
 
 
 @dataclass(frozen=True)
@@ -266,11 +271,11 @@ class Session:
     history_length: int
     live: bool  # false: an older registry, without the views that follow the event log
     period: int  # seconds between two refreshes of the trend, 0 = not known
-    stamp: tuple[int, int]
+    stamp: Hashable  # of the registry it was opened on
 
     @classmethod
     def open(cls, settings: FeatureStoreSettings) -> "Session":
-        stamp = _stamp(settings.registry_path)  # before reading: a change meanwhile is seen later
+        stamp = registry_stamp(settings)  # before reading: a change meanwhile is seen later
         store = open_existing(settings)
         profile = store.get_feature_view(USER_PROFILE)
         history = store.get_feature_view(USER_HISTORY)
@@ -295,13 +300,14 @@ class Session:
 
     def current(self, settings: FeatureStoreSettings) -> "Session":
         """This one, or one of the registry as it is now."""
-        if _stamp(settings.registry_path) == self.stamp:
-            return self
         try:
+            if registry_stamp(settings) == self.stamp:
+                return self
             return Session.open(settings)
         except Exception:
-            # Half written by an apply that is under way; the next call tries again.
-            log.warning("the feature registry has changed but cannot be read yet")
+            # Half written by an apply that is under way, or its database is away; the next call
+            # tries again. Definitions change rarely: the old ones are right nearly always.
+            log.warning("the feature registry cannot be read; the one read before stays in use")
             return self
 
     def read_one(
@@ -356,14 +362,6 @@ def _count_keys(path: Path, key: str, start: datetime, end: datetime) -> int:
         )
         found = connection.execute(query, [str(path), start, end]).fetchone()
     return int(found[0]) if found else 0
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    try:
-        status = path.stat()
-    except OSError:
-        return 0, 0
-    return status.st_mtime_ns, status.st_size
 
 
 def _applied_path(settings: FeatureStoreSettings) -> Path:

@@ -12,12 +12,19 @@ CLAIM, CLAIM_PATH = "hrnn-stores", "/stores"
 GPU = "nvidia.com/gpu"
 LABELS = {"app.kubernetes.io/part-of": "hrnn-meta"}
 
-CONFIGURED = ("HRNN_FEATURE_ROOT", "HRNN_ONLINE_STORE", "HRNN_REDIS_URL", "HRNN_EVENT_LOG")
+CONFIGURED = (
+    "HRNN_FEATURE_ROOT",
+    "HRNN_ONLINE_STORE",
+    "HRNN_REDIS_URL",
+    "HRNN_REGISTRY_URL",
+    "HRNN_EVENT_LOG",
+)
 # Addresses that hold a password may be in the secret instead: a later variable wins, and a key
 # that the secret lacks sets nothing.
 SECRETS = (
     "HRNN_NOTIFY_URL",
     "HRNN_REDIS_URL",
+    "HRNN_REGISTRY_URL",
     "HRNN_EVENT_LOG",
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",

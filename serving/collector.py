@@ -129,6 +129,7 @@ class Collector:
             root=self.settings.feature_root,
             online=self.settings.online_store,
             redis_url=self.settings.redis_url,
+            registry_url=self.settings.registry_url,
         )
         return LiveFeatures(where, EventLog.open(self._url))
 

@@ -44,6 +44,7 @@ class ServeSettings(SettingsBase):
     feature_root: str | None = None
     online_store: Literal["sqlite", "redis"] = "sqlite"
     redis_url: str | None = None
+    registry_url: str | None = None
 
     feature_deadline_seconds: PositiveFloat = 0.5
     predictor_deadline_seconds: PositiveFloat = 1.0  # all rounds of one request together

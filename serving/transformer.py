@@ -351,7 +351,10 @@ def build(settings: ServeSettings) -> Transformer:
 
         reader: Reader = FeatureReader(
             FeatureStoreSettings(
-                root=root, online=settings.online_store, redis_url=settings.redis_url
+                root=root,
+                online=settings.online_store,
+                redis_url=settings.redis_url,
+                registry_url=settings.registry_url,
             )
         )
         if mode is None:  # Feast has set it, and prometheus-client would warn at every turn

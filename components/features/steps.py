@@ -65,7 +65,7 @@ def run(
 
     Args:
         feature_store: root folder, created when absent, with SQLite online; empty: what
-            HRNN_FEATURE_ROOT, HRNN_ONLINE_STORE and HRNN_REDIS_URL say.
+            HRNN_FEATURE_ROOT, HRNN_ONLINE_STORE, HRNN_REDIS_URL and HRNN_REGISTRY_URL say.
         output_dir: folder for the two files.
 
     Raises:

@@ -15,6 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from feature_repo import connection
+from feature_repo.historical import training_features
 from feature_repo.names import VIEW_ENTITY, feature_names
 from feature_repo.refresh import publish_trend
 from feature_repo.settings import FeatureStoreSettings, redis_connection
@@ -256,6 +258,67 @@ def test_on_demand_features_put_a_name_into_the_registry_and_serving_never_loads
     reader = FeatureReader(store)
     assert reader.user("u1").known
     assert reader.trend() is not None
+
+
+class TestRegistryInADatabase:
+    @pytest.fixture(params=["sqlite", "postgresql"])
+    def settings(self, request, tmp_path):
+        if request.param == "sqlite":
+            url = f"sqlite:///{tmp_path}/registry-of-all.db"
+        else:
+            url = request.getfixturevalue("postgres_server").database()
+        return FeatureStoreSettings(root=str(tmp_path / "features"), registry_url=url)
+
+    def test_it_serves_and_trains_as_a_file_does(self, settings):
+        write_sources(settings)
+        with pytest.raises(UnavailableError, match="no feature store in"):
+            FeatureReader(settings)
+        apply(settings, SCHEMA)
+        materialise(settings, AS_OF)
+        assert not settings.registry_path.exists()
+        reader = FeatureReader(settings)
+        assert reader.user("u1").profile["tags"] == HARSH
+        assert reader.trend().version == snapshot().version
+        found = training_features(settings, [("u1", "i0", AS_OF), ("u2", "never", AS_OF)])
+        assert found["item_popularity__count"][0] == 7
+        assert found["item_trend__log_q"].tolist() == pytest.approx(
+            [math.log(7.5 / 10.5), math.log(0.5 / 10.5)]
+        )
+
+    def test_a_running_reader_notices_a_new_schema_at_once(self, settings):
+        """Also within the second that Feast's own times are of."""
+        write_sources(settings)
+        apply(settings, SCHEMA)
+        materialise(settings, AS_OF)
+        reader = FeatureReader(settings)
+        assert "age" in reader.user("u1").profile
+        apply(settings, Schema.parse({"users": {"tags": "multi_categorical"}}))
+        reader.trend()
+        assert reader.user("u1").profile == {"tags": HARSH}
+
+    def test_a_registry_that_is_away_changes_nothing_for_readers(self, settings, monkeypatch):
+        write_sources(settings)
+        apply(settings, SCHEMA)
+        materialise(settings, AS_OF)
+        reader = FeatureReader(settings)
+        engine = connection._registry_engine(settings.registry_url)
+        with engine.begin() as database:  # as if somebody had dropped it
+            database.exec_driver_sql("ALTER TABLE feature_services RENAME TO gone")
+        try:
+            assert reader.trend().version == snapshot().version
+            assert reader.user("u1").known
+            with pytest.raises(UnavailableError):
+                FeatureReader(settings)
+        finally:
+            with engine.begin() as database:
+                database.exec_driver_sql("ALTER TABLE gone RENAME TO feature_services")
+        assert FeatureReader(settings).user("u1").known
+
+    @pytest.mark.parametrize("url", ["mysql://u:secret@h/db", "registry.db", "s3://b/registry"])
+    def test_other_addresses_are_refused_without_repeating_them(self, url):
+        with pytest.raises(InputError, match="is not sqlite:///PATH or postgresql") as error:
+            FeatureStoreSettings.parse({"root": "/f", "registry_url": url}, "feature store")
+        assert "secret" not in str(error.value)
 
 
 class TestSettings:
