@@ -15,6 +15,7 @@ from feature_repo.names import (
     USER,
 )
 from feature_repo.settings import FeatureStoreSettings
+from feature_repo.sources import pull
 from model.errors import UnavailableError
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def training_features(
         }
     )
     with unavailable("read the features of past moments"):
+        pull(settings)
         store = open_existing(settings)
         with quiet():
             job = store.get_historical_features(

@@ -33,6 +33,7 @@ from feature_repo.names import (
 from feature_repo.online import Row, protos, write_rows
 from feature_repo.settings import FeatureStoreSettings
 from feature_repo.snapshot import to_row
+from feature_repo.sources import push
 from model.trends import TrendSnapshot
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def publish_trend(
         }
         for view in sorted(GROWING):
             _add(tables[view], settings.source(view).parent, snapshot.as_of)
+        push(settings)
         write_rows(store, ITEM_POPULARITY, _rows(changed, snapshot.as_of))
         write_rows(store, CATALOGUE_POPULARITY, [(CATALOGUE_ID, protos(totals), snapshot.as_of)])
         write_rows(

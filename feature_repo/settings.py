@@ -30,6 +30,9 @@ class FeatureStoreSettings(SettingsBase):
     redis_url: str | None = None
     # postgresql://[user[:password]]@host/database or sqlite:///PATH; None: a file under the root
     registry_url: str | None = None
+    # Where the offline sources are kept, if not under the root: s3://bucket/prefix or what else
+    # fsspec knows; the root then holds a working copy.
+    sources_uri: str | None = None
 
     @model_validator(mode="after")
     def _redis_has_an_address(self) -> Self:
@@ -49,7 +52,7 @@ class FeatureStoreSettings(SettingsBase):
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Self:
-        """Read HRNN_FEATURE_ROOT, HRNN_ONLINE_STORE, HRNN_REDIS_URL and HRNN_REGISTRY_URL.
+        """Read HRNN_FEATURE_ROOT and HRNN_ONLINE_STORE, _REDIS_URL, _REGISTRY_URL, _SOURCES_URI.
 
         Empty counts as unset.
 
@@ -61,6 +64,7 @@ class FeatureStoreSettings(SettingsBase):
             "online": "ONLINE_STORE",
             "redis_url": "REDIS_URL",
             "registry_url": "REGISTRY_URL",
+            "sources_uri": "SOURCES_URI",
         }
         values = {k: v for k, name in names.items() if (v := environ.get(f"HRNN_{name}"))}
         if "root" not in values:

@@ -39,6 +39,7 @@ def pull(settings: FeatureStoreSettings) -> int:
         remote = _remote(fs, base)
         if not remote:
             return 0
+        settings.path.mkdir(parents=True, exist_ok=True)  # a pod's own, empty at first
         index, fetched = _read_index(settings), 0
         for name in sorted(_local(settings).keys() - remote.keys()):
             _path(settings, name).unlink()
@@ -80,9 +81,7 @@ def push(settings: FeatureStoreSettings) -> int:
         for name in sorted(remote.keys() - local.keys()):
             fs.rm_file(f"{base}/{name}")
         remote = _remote(fs, base)
-        _write_index(
-            settings, {n: {"remote": remote[n], "local": s} for n, s in local.items() if n in remote}
-        )
+        _write_index(settings, {n: {"remote": remote[n], "local": s} for n, s in local.items()})
         return len(changed)
 
 

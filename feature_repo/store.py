@@ -54,6 +54,7 @@ from feature_repo.names import (
 )
 from feature_repo.online import Row, protos, write_rows
 from feature_repo.settings import FeatureStoreSettings
+from feature_repo.sources import APPLIED
 from model.errors import UnavailableError
 from model.query import Event, FieldValue
 from model.schema import FieldKind, Schema, fits
@@ -365,7 +366,7 @@ def _count_keys(path: Path, key: str, start: datetime, end: datetime) -> int:
 
 
 def _applied_path(settings: FeatureStoreSettings) -> Path:
-    return settings.path / "applied.json"
+    return settings.path / APPLIED
 
 
 def _write_atomically(path: Path, text: str) -> None:

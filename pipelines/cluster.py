@@ -17,6 +17,7 @@ CONFIGURED = (
     "HRNN_ONLINE_STORE",
     "HRNN_REDIS_URL",
     "HRNN_REGISTRY_URL",
+    "HRNN_SOURCES_URI",
     "HRNN_EVENT_LOG",
 )
 # Addresses that hold a password may be in the secret instead: a later variable wins, and a key

@@ -31,6 +31,7 @@ from feature_repo.names import (
 )
 from feature_repo.settings import FeatureStoreSettings
 from feature_repo.snapshot import truncate
+from feature_repo.sources import pull, push
 from model.settings import SettingsBase
 from model.trends import ResolvedTrend, TrendSettings, choose_trend
 
@@ -83,6 +84,7 @@ def run(
     seconds: dict[str, float] = {}
     rows: dict[str, int] = {}
     where.path.mkdir(parents=True, exist_ok=True)
+    pull(where)
     output_dir.mkdir(parents=True, exist_ok=True)
 
     def timed(name: str, write: Callable[[], int]) -> None:
@@ -132,6 +134,7 @@ def run(
         trend_top_items=config.trend_top_items,
     )
     store.apply(where, log.schema, options)
+    push(where)
     begun = time.perf_counter()
     online = store.materialise(where, log.as_of)
     seconds["materialise"] = round(time.perf_counter() - begun, 3)

@@ -26,6 +26,7 @@ from components.features.popularity import window_counts
 from feature_repo.refresh import catalogue_size, moment_in_force, publish_trend
 from feature_repo.settings import FeatureStoreSettings
 from feature_repo.snapshot import truncate
+from feature_repo.sources import pull
 from feature_repo.store import applied
 from model.errors import InputError
 from model.settings import SettingsBase
@@ -67,6 +68,7 @@ def run(
     source_uri = interactions or os.environ.get("HRNN_EVENT_LOG", "")
     if not source_uri:
         raise InputError("no log to count: give interactions, or set HRNN_EVENT_LOG")
+    pull(where)
     options = applied(where)[1]
     trend = options.trend
     if trend.window_seconds is None:
