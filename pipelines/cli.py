@@ -136,7 +136,7 @@ def refresh_trends(
         str,
         typer.Option(
             help="The event log (sqlite:///PATH, postgresql://…), clean tables of a run, or a "
-            "Parquet file of item_id and timestamp; default: HRNN_EVENT_LOG.",
+            "Parquet file of item_id and timestamp; default: HRNN_EVENT_LOG, or the workspace's.",
             metavar="SOURCE",
         ),
     ] = "",
@@ -153,12 +153,12 @@ def refresh_trends(
     Running servers take the new trend within seconds; models are not touched.
     """
     from pipelines import local_runner
+    from pipelines.serving import event_log
     from pipelines.settings import load
 
     settings = load(settings_file, assignments or [])
-    result = local_runner.refresh_trends(
-        interactions, workspace, settings, say=_say, verbose=verbose
-    )
+    source = interactions or event_log(workspace)
+    result = local_runner.refresh_trends(source, workspace, settings, say=_say, verbose=verbose)
     if as_json:
         print(json.dumps(result))
 

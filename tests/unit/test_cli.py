@@ -120,3 +120,9 @@ def test_times():
     assert parse_time("1998-04-22T23:10:38", now) == 893286638
     with pytest.raises(InputError, match="ISO 8601"):
         parse_time("tomorrow", now)
+
+
+def test_a_refresh_without_a_source_looks_for_the_workspaces_log(tmp_path, monkeypatch):
+    monkeypatch.delenv("HRNN_EVENT_LOG", raising=False)
+    message = refused("refresh-trends", "--workspace", tmp_path, code=1)
+    assert f"no feature store in {tmp_path}/features; run the pipeline" in message
