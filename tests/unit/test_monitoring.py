@@ -11,7 +11,7 @@ import yaml
 from prometheus_client import REGISTRY
 
 from k8s.monitoring import dashboards
-from serving import metrics  # noqa: F401 - registers the metrics
+from serving import collector_metrics, metrics  # noqa: F401 - register the metrics
 
 ROOT = Path(__file__).parents[2]
 RULES = yaml.safe_load((ROOT / "k8s/monitoring/rules.yaml").read_text())["spec"]
