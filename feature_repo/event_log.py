@@ -238,6 +238,11 @@ class EventLog:
         with self._read() as connection:
             return Position(*connection.execute(sa.select(log_head.c.log_id, log_head.c.seq)).one())
 
+    def last_deletion(self) -> int:
+        """Number of the newest deletion of a user; 0: there was none."""
+        with self._read() as connection:
+            return connection.scalar(sa.select(sa.func.max(deleted_users.c.seq))) or 0
+
     def oldest_after(self, seq: int) -> float | None:
         """When the first event after `seq` was received, Unix seconds; None: there is none."""
         query = (

@@ -78,9 +78,15 @@ def run(
     """
     # An address may hold a password, and a pipeline's parameters are written to its log.
     in_database = source.interactions.startswith(SQL_SCHEMES)
-    variables = {EVENT_LOG: source.interactions} if in_database else {}
+    own_log = workspace.absolute() / "events.db"
+    variables = {EVENT_LOG: os.environ[EVENT_LOG]} if os.environ.get(EVENT_LOG) else {}
+    if in_database:
+        variables = {EVENT_LOG: source.interactions}
+    elif not variables and own_log.is_file():
+        # Who was deleted from it is left out of what is trained.
+        variables = {EVENT_LOG: f"sqlite:///{own_log}"}
     arguments = {
-        "source_digest": _source_digest(source),
+        "source_digest": _source_digest(source, variables.get(EVENT_LOG)),
         "override": override,
         "dataset": source.dataset,
         "interactions": CONFIGURED if in_database else _absolute(source.interactions),
@@ -362,8 +368,28 @@ def _only_run(path: Path, run_id: str) -> Iterator[int]:
         yield lock.fileno()
 
 
-def _source_digest(source: Source) -> str:
-    """Digest of the files a run reads; "" when their content is not known beforehand."""
+def _source_digest(source: Source, event_log: str | None) -> str:
+    """Digest of the files a run reads; "" when their content is not known beforehand.
+
+    A later deletion of a user from the event log counts as other content.
+    """
+    deletion = _last_deletion(event_log) if event_log else 0
+    digest = _files_digest(source)
+    return f"{digest}-{deletion}" if digest and deletion else digest
+
+
+def _last_deletion(event_log: str) -> int:
+    from feature_repo.event_log import EventLog
+
+    try:
+        log = EventLog.open(event_log)
+    except InputError:
+        return 0  # there is no log yet
+    with contextlib.closing(log):
+        return log.last_deletion()
+
+
+def _files_digest(source: Source) -> str:
     if source.dataset:
         return source.dataset  # checked against its published digest when it is obtained
     digest = hashlib.sha256()

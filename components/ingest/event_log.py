@@ -99,6 +99,51 @@ def export(url: str, folder: Path, memory_limit: str) -> dict[str, Path]:
     return written
 
 
+def forget_deleted(url: str, tables: Path, memory_limit: str) -> dict[str, int]:
+    """Take the users that were deleted from a log out of ingested tables; rows removed by table.
+
+    Tables that come from elsewhere may still hold what was deleted on request.
+
+    Raises:
+        UnavailableError: the log cannot be read, so nobody knows who was deleted.
+    """
+    try:
+        engine = open_engine(url)
+    except InputError:
+        return {}  # no log yet: nobody was deleted
+    try:
+        with engine.connect() as connection:
+            deleted = list(connection.scalars(sa.select(log.deleted_users.c.user_id)))
+    except sa.exc.SQLAlchemyError as error:
+        raise UnavailableError(f"cannot read the event log: {cause(error)}") from error
+    finally:
+        engine.dispose()
+    removed: dict[str, int] = {}
+    if not deleted:
+        return removed
+    # One thread: rows keep their order, which decides between events of one second.
+    with duckdb.connect(config={"memory_limit": memory_limit, "threads": 1}) as database:
+        database.register("deleted", pa.table({"user_id": pa.array(deleted, pa.string())}))
+        for table in (INTERACTIONS, USERS):
+            path = table_path(tables, table)
+            if not path.is_file():
+                continue
+            rows = pq.read_metadata(path).num_rows
+            kept = path.with_suffix(".kept")
+            database.execute(
+                f"COPY (SELECT * FROM read_parquet({quote_text(str(path))}) AS t"  # noqa: S608
+                " WHERE NOT EXISTS (FROM deleted WHERE deleted.user_id = t.user_id))"
+                f" TO {quote_text(str(kept))} (FORMAT parquet, COMPRESSION zstd)"
+            )
+            if gone := rows - pq.read_metadata(kept).num_rows:
+                removed[table] = gone
+                kept.replace(path)
+                print(f"{table}: {gone:,} rows of users deleted on request are left out")
+            else:
+                kept.unlink()
+    return removed
+
+
 def import_clean(events: EventLog, clean: Path) -> dict[str, tuple[int, int]]:
     """Put clean tables into a log; returns rows added and rows read, by table.
 

@@ -1,6 +1,7 @@
 """Ingest: a named dataset or the user's files → tables with canonical column names."""
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -123,6 +124,12 @@ def run(
             table: _ingest_table(table, path, tables, config, kinds, scratch)
             for table, path in paths.items()
         }
+        if uri != event_log.CONFIGURED and (url := os.environ.get(event_log.VARIABLE)):
+            removed = event_log.forget_deleted(url, tables, config.memory_limit)
+            for table, rows in removed.items():
+                done[table].rows -= rows
+            if done[INTERACTIONS].rows == 0:
+                raise InputError("all users of the interactions were deleted on request")
         digests = {table: sha256(path) for table, path in paths.items()}
     schema = Schema(
         users=done[USERS].fields if USERS in done else {},

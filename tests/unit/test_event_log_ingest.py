@@ -83,6 +83,26 @@ def test_a_deleted_user_is_not_in_the_next_run(log, log_url, tmp_path):
         assert "u3" not in text
 
 
+def test_nor_in_one_on_other_tables(log, log_url, tmp_path, monkeypatch, capsys):
+    rows = [("user_id", "item_id", "timestamp")]
+    rows += [(f"u{n % 4}", HARSH[n % 7], START + n) for n in range(40)]
+    with (tmp_path / "log.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    (tmp_path / "users.csv").write_text("user_id,age\nu1,1\nu3,3\n")
+    given = {"interactions": str(tmp_path / "log.csv"), "users": str(tmp_path / "users.csv")}
+    monkeypatch.setenv("HRNN_EVENT_LOG", log_url)
+    assert run(tmp_path / "all", **given)["rows"] == {"interactions": 40, "users": 2}
+    with log.write() as transaction:
+        transaction.delete_user("u3")
+    assert run(tmp_path / "some", **given)["rows"] == {"interactions": 30, "users": 1}
+    assert "10 rows of users deleted on request" in capsys.readouterr().out
+    before, after = (
+        pq.read_table(tmp_path / name / "interactions.parquet").to_pylist()
+        for name in ("all", "some")
+    )
+    assert after == [row for row in before if row["user_id"] != "u3"]
+
+
 def test_other_tables_can_be_given(log, log_url, tmp_path):
     fill(log)
     (tmp_path / "items.csv").write_text("item_id,colour\na,red\nb,blue\n")
@@ -174,3 +194,12 @@ def test_a_run_is_imported_once_and_trains_to_the_same_tables(log, log_url, tmp_
     assert before == after
     items = pq.read_table(again / "clean" / "items.parquet").to_pylist()
     assert {i["item_id"]: i["title"] for i in items} == {"song": "A song", "new": "Newer"}
+
+
+def test_a_cached_ingest_is_not_taken_after_a_deletion(log, log_url):
+    source = local_runner.Source(dataset="movielens-100k")
+    before = local_runner._source_digest(source, log_url)
+    assert before == local_runner._source_digest(source, None) == "movielens-100k"
+    with log.write() as transaction:
+        transaction.delete_user("u3")
+    assert local_runner._source_digest(source, log_url) not in (before, "")
