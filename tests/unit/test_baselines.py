@@ -71,13 +71,14 @@ def test_recent_popularity_counts_only_what_came_before_the_period():
     train, test = _log(0), _log(1)
     model = RecentPopularity(M).fit(train)
     period, window = model.state["trend"].tolist()
+    smoothing = float(model.state["smoothing"])
     score_NM = _all_scores(model, test)
     for event, time in enumerate(test.timestamp_E):
         now = time // period * period
         counted_E = train.timestamp_E < now
         if window:
             counted_E &= train.timestamp_E >= now - window
-        count_M = np.bincount(train.item_E[counted_E], minlength=M) + 1.0
+        count_M = np.bincount(train.item_E[counted_E], minlength=M) + smoothing
         np.testing.assert_allclose(score_NM[event].exp(), count_M / count_M.sum(), rtol=1e-4)
 
 
