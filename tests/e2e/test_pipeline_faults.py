@@ -64,10 +64,11 @@ def _wait_until(condition, what):
         time.sleep(0.05)
 
 
-# Validate and gate write nothing but their own artifacts, as ingest and evaluate do.
-KILLED_AT = ("ingest", "features", "train", "evaluate", "deploy")
+# The others write nothing but their own artifacts, as ingest does.
+KILLED_AT = ("ingest", "features", "train", "deploy")
 
 
+@pytest.mark.timeout(900)  # five runs, perhaps on a loaded machine
 def test_killed_at_every_step_and_run_again_it_finishes_and_deploys_once(tmp_path, log):
     workspace = tmp_path / "workspace"
     store = ModelStore(str(workspace / "models"))
