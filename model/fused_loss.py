@@ -253,9 +253,9 @@ def fused_loss(
             expected count taken off the biases.
         hit_N: sampled: the targets' own scores with all that is added to them. None: dense.
     """
-    zero = query_ND.new_zeros(())
+    zero = b_S.new_zeros(())
     coefficients = [zero if c is None else c for c in (beta, gamma, kappa, rho)]
-    loss: Tensor = _FusedLoss.apply(  # type: ignore[no-untyped-call]
-        query_ND, w_SD, b_S, hit_N, *coefficients, given
-    )
+    parts = [query_ND.float(), w_SD.float(), b_S.float(), None if hit_N is None else hit_N.float()]
+    with torch.autocast(query_ND.device.type, enabled=False):  # `given.dtype` says what is half
+        loss: Tensor = _FusedLoss.apply(*parts, *coefficients, given)  # type: ignore[no-untyped-call]
     return loss

@@ -30,29 +30,29 @@ class _Scan(Function):
         bias_G: Tensor,
         batch_sizes: list[int],
     ) -> tuple[Tensor, Tensor]:
-        hidden = h0_SH.shape[1]
+        hidden, sizes = h0_SH.shape[1], batch_sizes
         weight_HG = weight_GH.t()
-        rz_NR = i_NG.new_empty(len(i_NG), 2 * hidden)
-        n_NH, recurrent_n_NH, h_NH, before_NH = i_NG.new_empty(4, len(i_NG), hidden).unbind()
-        h_SH, finished, first = h0_SH, [], 0
-        for b in batch_sizes:
+        gates_NG, rz_NR = torch.empty_like(i_NG), i_NG.new_empty(len(i_NG), 2 * hidden)
+        n_NH, h_NH = i_NG.new_empty(2, len(i_NG), hidden).unbind()
+        # Views of every step, made at once: in the loop they would cost as much as the arithmetic.
+        columns = i_NG.split([2 * hidden, hidden], dim=1), gates_NG.split([2 * hidden, hidden], 1)
+        (i_rz, i_n), (g_rz, g_n) = ([part.split(sizes) for part in pair] for pair in columns)
+        gates, rz, n, h = (part.split(sizes) for part in (gates_NG, rz_NR, n_NH, h_NH))
+        r, z = (part.split(sizes) for part in rz_NR.split(hidden, dim=1))
+        h_SH, finished, before = h0_SH, [], []
+        for t, b in enumerate(sizes):
             if b < len(h_SH):  # segments end from the last one on
                 finished.append(h_SH[b:])
                 h_SH = h_SH[:b]
-            rows = slice(first, first + b)
-            gates_SG = torch.addmm(bias_G, h_SH, weight_HG)
-            rz_SR = torch.add(i_NG[rows, : 2 * hidden], gates_SG[:, : 2 * hidden])
-            rz_SR = torch.sigmoid(rz_SR, out=rz_NR[rows])
-            r_SH, z_SH = rz_SR[:, :hidden], rz_SR[:, hidden:]
-            recurrent_n_NH[rows] = gates_SG[:, 2 * hidden :]
-            n_SH = torch.addcmul(i_NG[rows, 2 * hidden :], r_SH, gates_SG[:, 2 * hidden :])
-            n_SH = torch.tanh(n_SH, out=n_NH[rows])
-            before_NH[rows] = h_SH
-            h_SH = torch.lerp(n_SH, h_SH, z_SH, out=h_NH[rows])
-            first += b
+            before.append(h_SH)
+            torch.addmm(bias_G, h_SH, weight_HG, out=gates[t])
+            torch.add(i_rz[t], g_rz[t], out=rz[t]).sigmoid_()
+            torch.addcmul(i_n[t], r[t], g_n[t], out=n[t]).tanh_()
+            h_SH = torch.lerp(n[t], h_SH, z[t], out=h[t])
         last_SH = torch.cat([h_SH, *reversed(finished)])
+        before_NH = torch.cat(before) if before else h_NH
         ctx.batch_sizes = batch_sizes
-        ctx.save_for_backward(rz_NR, n_NH, recurrent_n_NH, before_NH, weight_GH)
+        ctx.save_for_backward(rz_NR, n_NH, gates_NG, before_NH, weight_GH)
         return h_NH, last_SH
 
     @staticmethod
@@ -60,8 +60,9 @@ class _Scan(Function):
     def backward(
         ctx: Any, grad_h_NH: Tensor, grad_last_SH: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-        rz_NR, n_NH, recurrent_n_NH, before_NH, weight_GH = ctx.saved_tensors
-        hidden = n_NH.shape[1]
+        rz_NR, n_NH, gates_NG, before_NH, weight_GH = ctx.saved_tensors
+        hidden, sizes = n_NH.shape[1], ctx.batch_sizes
+        recurrent_n_NH = gates_NG[:, 2 * hidden :]
         r_NH, z_NH = rz_NR[:, :hidden], rz_NR[:, hidden:]
         # What a state's gradient is multiplied with on its way to each gate, all steps at once.
         to_n_NH = (1.0 - z_NH) * (1.0 - n_NH * n_NH)
@@ -71,16 +72,17 @@ class _Scan(Function):
         factor_NGH = torch.stack([to_r_NH, to_z_NH, to_recurrent_n_NH], dim=1)
         grad_NGH = torch.empty_like(factor_NGH)  # with respect to W h + b
         state_NH = torch.empty_like(n_NH)  # with respect to h'
-        end, carried_SH = len(n_NH), grad_last_SH[: ctx.batch_sizes[-1]]
-        for step in range(len(ctx.batch_sizes) - 1, -1, -1):
-            b = ctx.batch_sizes[step]
+        factor, grads = factor_NGH.split(sizes), grad_NGH.split(sizes)
+        flat = grad_NGH.flatten(1).split(sizes)
+        state, z, grad_h = state_NH.split(sizes), z_NH.split(sizes), grad_h_NH.split(sizes)
+        carried_SH = grad_last_SH[: sizes[-1]]
+        for t in range(len(sizes) - 1, -1, -1):
+            b = sizes[t]
             if b > len(carried_SH):  # segments whose last step this is
                 carried_SH = torch.cat([carried_SH, grad_last_SH[len(carried_SH) : b]])
-            rows = slice(end - b, end)
-            g_SH = torch.add(carried_SH, grad_h_NH[rows], out=state_NH[rows])
-            gates_SGH = torch.mul(factor_NGH[rows], g_SH[:, None], out=grad_NGH[rows])
-            carried_SH = torch.addmm(g_SH * z_NH[rows], gates_SGH.flatten(1), weight_GH)
-            end -= b
+            g_SH = torch.add(carried_SH, grad_h[t], out=state[t])
+            torch.mul(factor[t], g_SH[:, None], out=grads[t])
+            carried_SH = torch.addmm(g_SH * z[t], flat[t], weight_GH)
         grad_NG = grad_NGH.flatten(1)
         grad_weight_GH = grad_NG.t() @ before_NH
         grad_bias_G = grad_NG.sum(dim=0)

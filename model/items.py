@@ -155,4 +155,5 @@ class Items(nn.Module):
             lambda_mix = self.lambda_M if rows_R is None else self.lambda_M[rows_R]
         mix = torch.as_tensor(lambda_mix, dtype=w_RD.dtype)
         mix_R1 = mix[:, None] if mix.dim() else mix
+        field_w_RD, field_b_R = field_w_RD.to(w_RD.dtype), field_b_R.to(b_R.dtype)
         return torch.lerp(w_RD, field_w_RD, mix_R1), torch.lerp(b_R, field_b_R, mix)

@@ -195,8 +195,7 @@ class Trainer:
             share=(self.processes.rank, self.processes.size),
         )
         for batch in islice(batches, done.batches, None):
-            with precision(self.device, self.dtype):
-                loss, done.state_SK = self._step(positions, targets, batch, done.state_SK)
+            loss, done.state_SK = self._step(positions, targets, batch, done.state_SK)
             done.total += loss
             done.batches += 1
             after_step()
@@ -215,8 +214,9 @@ class Trainer:
         share = self.objective.shares(positions, targets, event_N, self.processes)
         total = 0.0
         if len(batch.event_N):
-            encoded = encode_batch(self.network, positions, batch, state_SK)
-            loss, ranking = self.objective.loss(positions, targets, event_N, encoded, share)
+            with precision(self.device, self.dtype):
+                encoded = encode_batch(self.network, positions, batch, state_SK)
+                loss, ranking = self.objective.loss(positions, targets, event_N, encoded, share)
             loss.backward()
             state_SK = encoded.state_SK.detach()
             total = float(ranking) * len(batch.event_N)

@@ -1,0 +1,146 @@
+"""Side by side with RecBole's GRU4Rec at its defaults, on MovieLens-100K: events per second.
+
+    python -m venv recbole && recbole/bin/pip install recbole==1.2.1 "numpy<2" ray
+    python -m benchmarks.peers --clean DIR --recbole recbole/bin/python
+
+RecBole pins other versions of its dependencies, so it runs in an environment of its own, whose
+interpreter is given. DIR holds clean tables of MovieLens-100K (`hrnn run` leaves them in its
+workspace). Both train whole epochs on the same machine, one after the other, on the same
+interactions: RecBole on its augmented prefixes (every prefix of a history is a row of its own),
+which is its way to use an event; ours on rolling histories. An event is one interaction that is
+predicted once per epoch. Hidden size and catalogue are the same for both; the epoch is whole:
+preparing batches, steps, and nothing of the evaluation.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from model.network import NetworkSettings
+from model.splits import SplitSettings, split_users
+from model.tables import Log
+from model.train_settings import TrainSettings
+from model.training import fit
+from model.trends import TrendSettings, choose_trend
+
+# Run by RecBole's interpreter: trains and prints one JSON line of the seconds of every epoch.
+RECBOLE = """
+import json, sys, time
+import numpy as np
+import scipy.sparse
+if not hasattr(scipy.sparse.dok_matrix, "_update"):  # removed from SciPy; RecBole still calls it
+    scipy.sparse.dok_matrix._update = lambda self, d: self._dict.update(d)
+import torch
+load = torch.load
+torch.load = lambda *a, **k: load(*a, **{**k, "weights_only": False})
+from recbole.config import Config
+from recbole.data import create_dataset, data_preparation
+from recbole.model.sequential_recommender import GRU4Rec
+from recbole.trainer import Trainer
+from recbole.utils import init_seed
+folder, epochs, hidden, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+torch.set_num_threads(threads)
+config = Config(model="GRU4Rec", dataset="log", config_dict={
+    "data_path": folder, "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
+    "train_neg_sample_args": None, "epochs": epochs, "hidden_size": hidden, "use_gpu": False,
+    "show_progress": False, "state": "ERROR", "checkpoint_dir": folder,
+    "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full"}})
+init_seed(config["seed"], True)
+dataset = create_dataset(config)
+train, valid, test = data_preparation(config, dataset)
+model = GRU4Rec(config, train.dataset)
+trainer = Trainer(config, model)
+seconds = []
+for epoch in range(epochs):
+    started = time.perf_counter()
+    trainer._train_epoch(train, epoch, show_progress=False)
+    seconds.append(time.perf_counter() - started)
+print(json.dumps({"seconds": seconds, "events": len(train.dataset),
+                  "ndcg": trainer.evaluate(valid, load_best_model=False).get("ndcg@10")}))
+"""
+
+
+def recbole(interpreter: Path, interactions: pa.Table, epochs: int, hidden: int) -> dict[str, Any]:
+    """Seconds of RecBole's epochs on these interactions."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "log"
+        folder.mkdir()
+        columns = (interactions.column(c).to_pylist() for c in ("user_id", "item_id", "timestamp"))
+        lines = ["user_id:token\titem_id:token\ttimestamp:float"]
+        lines += [f"{u}\t{i}\t{t}" for u, i, t in zip(*columns, strict=True)]
+        (folder / "log.inter").write_text("\n".join(lines) + "\n")
+        numbers = map(str, (epochs, hidden, torch.get_num_threads()))
+        done = subprocess.run(
+            [interpreter, "-c", RECBOLE, folder.parent, *numbers],
+            capture_output=True,
+            text=True,
+            cwd=name,
+            check=False,
+        )
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def ours(clean: Path, epochs: int, network: NetworkSettings, trend: bool) -> dict[str, Any]:
+    """Seconds of our epochs, steps and preparation of batches without the validation."""
+    log = Log.read(clean)
+    split = split_users(log.histories, SplitSettings())
+    resolved = choose_trend(
+        log.histories.item_E, log.histories.timestamp_E, len(log.catalogue), TrendSettings()
+    )
+    settings = TrainSettings(network=network, max_epochs=epochs)
+    valid = split.valid
+    model = fit(
+        split.train, valid, log.catalogue, settings, resolved if trend else None, log.schema
+    )
+    speeds = [entry["train_events_per_second"] for entry in model.curve]
+    return {"events_per_second": float(np.median(speeds)), "events": split.train.num_events}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--clean", type=Path, required=True)
+    parser.add_argument("--recbole", type=Path, required=True, help="RecBole's Python interpreter")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--hidden", type=int, default=128)
+    options = parser.parse_args(arguments)
+    interactions = pq.read_table(options.clean / "interactions.parquet")
+    plain = NetworkSettings(
+        hidden=options.hidden,
+        transitions=False,
+        user_fields=False,
+        item_fields=False,
+        feedback=False,
+        request_context=False,
+        ratings=False,
+    )
+    rows = {
+        "ours, the plain network": ours(options.clean, options.epochs, plain, False),
+        "ours, as it comes": ours(options.clean, options.epochs, NetworkSettings(), True),
+    }
+    theirs = recbole(options.recbole, interactions, 1, options.hidden)
+    rows["RecBole GRU4Rec"] = {
+        "events_per_second": theirs["events"] / min(theirs["seconds"]),
+        "events": theirs["events"],
+    }
+    base = rows["RecBole GRU4Rec"]["events_per_second"]
+    print("| training | events | events/s | against RecBole |\n|---|---|---|---|")
+    for name, row in rows.items():
+        speed = row["events_per_second"]
+        print(f"| {name} | {row['events']:,} | {speed:,.0f} | {speed / base:.1f} |")
+    print(json.dumps(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
