@@ -157,7 +157,10 @@ class LeanGRU:
         network = self._network
         # Position k reads event k − 1; the first one has none.
         previous_K = np.append(np.int64(network.num_items), item_L)[first:]
-        gate_KG: Float32 = self._item_MD[previous_K] @ self._item_DG
+        # Torch's product keeps to the threads it was given; NumPy's BLAS takes every core, and
+        # waits for all of them when they are busy.
+        item_KD = torch.from_numpy(self._item_MD.take(previous_K, axis=0))
+        gate_KG: Float32 = torch.mm(item_KD, torch.from_numpy(self._item_DG)).numpy()
         has_previous_K = np.arange(first, len(time_K)) > 0
         if network.control is not None:
             delta_K = np.diff(time_K, prepend=0)[first:]
@@ -172,8 +175,8 @@ class LeanGRU:
                 z_L = np.clip((value_L - mean) / std, -MAX_DEVIATIONS, MAX_DEVIATIONS)
                 z_K = np.append(np.nan, z_L)[first:].astype(np.float32)
                 known_K = ~np.isnan(z_K)
-                value_K2 = np.stack([np.nan_to_num(z_K), known_K.astype(np.float32)], axis=1)
-                gate_KG += value_K2 @ self._value_2G
+                gate_KG += np.nan_to_num(z_K)[:, None] * self._value_2G[0]
+                gate_KG[known_K] += self._value_2G[1]
         return gate_KG
 
     def _steps(self, gate_KG: Float32, h_H: Float32) -> Float32:

@@ -193,9 +193,10 @@ class _Float32Scan(_Scan):
     def scores(
         self, rows: slice | Int64, queries: _Queries, work: torch.Tensor, out: torch.Tensor
     ) -> None:
-        # NumPy's BLAS is twice as fast as torch's here for one query, and alike for many.
+        # For one query einsum is as fast as BLAS or faster, and waits for no other threads.
         if out.shape[1] == 1:
-            np.dot(self._w_MD[rows], queries.x_DB.numpy()[:, 0], out=out.numpy()[:, 0])
+            x_D = queries.x_DB.numpy()[:, 0]
+            np.einsum("cd,d->c", self._w_MD[rows], x_D, out=out.numpy()[:, 0])
         else:
             np.matmul(self._w_MD[rows], queries.x_DB.numpy(), out=out.numpy())
         out += self._b_M[rows][:, None]
