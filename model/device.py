@@ -1,10 +1,8 @@
 """Where training runs and in which precision, and how data gets there."""
 
-import platform
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,8 +12,6 @@ from torch import Tensor, nn
 
 from model.errors import InputError
 from model.train_settings import Device, Precision
-
-HALF_ABOVE = 5000  # columns of scores; below, products are too small for bfloat16 to gain on a CPU
 
 T = TypeVar("T")
 
@@ -33,28 +29,16 @@ def choose_device(wanted: Device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def choose_dtype(wanted: Precision, device: torch.device, columns: int) -> torch.dtype:
-    """float32, or bfloat16 where the hardware multiplies it faster and scores are many.
+def choose_dtype(wanted: Precision, device: torch.device) -> torch.dtype:
+    """What matrix products run in; left to choose, bfloat16 on a GPU that has it.
 
-    Args:
-        columns: scores per position: items, or sampled negatives.
+    A CPU stays at float32: what bfloat16 gains there and costs in accuracy differs by processor,
+    so it is for the user to ask for.
     """
     if wanted is Precision.AUTO:
-        if device.type == "cuda":
-            half = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            half = columns >= HALF_ABOVE and cpu_multiplies_bfloat16()
+        half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if half else torch.float32
     return torch.bfloat16 if wanted is Precision.BFLOAT16 else torch.float32
-
-
-def cpu_multiplies_bfloat16() -> bool:
-    """Whether the processor has bfloat16 products (AVX512-BF16, AMX) of its own."""
-    if platform.machine() != "x86_64":
-        return False
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 @contextmanager

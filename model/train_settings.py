@@ -27,7 +27,7 @@ class Device(StrEnum):
 class Precision(StrEnum):
     """Of matrix products and softmax in training; weights and sums are float32 always."""
 
-    AUTO = "auto"  # see `model.device`
+    AUTO = "auto"  # bfloat16 on a GPU that has it, float32 on a CPU
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
 

@@ -155,8 +155,7 @@ class Trainer:
         ):
             sampler = frequency_sampler(self.count_M)
         network.to(self.device)
-        columns = num_items if sampler is None else negatives
-        self.dtype = choose_dtype(settings.precision, self.device, columns)
+        self.dtype = choose_dtype(settings.precision, self.device)
         return Objective(
             network=network,
             value_weight=settings.value_weight,

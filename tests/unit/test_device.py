@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from model import device as module
 from model.catalogue import Catalogue
 from model.device import choose_device, choose_dtype, move
 from model.encoders import EncoderKind
@@ -68,14 +67,14 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
         choose_device(Device.CUDA)
 
 
-def test_precision_follows_hardware_and_size(monkeypatch):
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(module, "cpu_multiplies_bfloat16", lambda: True)
-    assert choose_dtype(Precision.AUTO, cpu, 10**4) is torch.bfloat16
-    assert choose_dtype(Precision.AUTO, cpu, 1700) is torch.float32
-    monkeypatch.setattr(module, "cpu_multiplies_bfloat16", lambda: False)
-    assert choose_dtype(Precision.AUTO, cpu, 10**4) is torch.float32
-    assert choose_dtype(Precision.BFLOAT16, cpu, 10) is torch.bfloat16
+def test_precision_follows_the_device(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert choose_dtype(Precision.AUTO, gpu) is torch.bfloat16
+    assert choose_dtype(Precision.AUTO, cpu) is torch.float32
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert choose_dtype(Precision.AUTO, gpu) is torch.float32
+    assert choose_dtype(Precision.BFLOAT16, cpu) is torch.bfloat16
 
 
 def test_everything_inside_is_moved():
