@@ -48,6 +48,7 @@ compile: $(STAMP) ## compile the pipelines to build/*.yaml
 
 golden: $(STAMP) ## write the golden files anew, to be reviewed with git diff
 	HRNN_CODE_DIGEST=golden $(VENV)/bin/hrnn compile -o tests/golden
+	$(VENV)/bin/python -c 'from pipelines.settings_text import to_page; print(to_page(), end="")' > docs/settings.md
 
 clean: ## remove everything that was generated
 	rm -rf $(VENV) workspace build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,5 +1,9 @@
 """Base of every settings object: typed, frozen, JSON in and out, unknown keys refused."""
 
+import inspect
+import io
+import re
+import tokenize
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -13,6 +17,18 @@ class SettingsBase(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", protected_namespaces=(), validate_default=True
     )
+
+    @classmethod
+    def comments(cls) -> dict[str, str]:
+        """What the source says of each field: the comment beside it, or in lines of its own above.
+
+        So the code, the command line and the docs say the same.
+        """
+        found: dict[str, str] = {}
+        for base in reversed(cls.__mro__):
+            if issubclass(base, SettingsBase) and base is not SettingsBase:
+                found |= _comments(inspect.getsource(base))
+        return {name: text for name, text in found.items() if name in cls.model_fields}
 
     @classmethod
     def parse(cls, values: dict[str, Any], where: str = "settings") -> Self:
@@ -34,3 +50,28 @@ class SettingsBase(BaseModel):
                 else:
                     problems.append(f"{key}: {e['msg']} (got {e.get('input')!r})")
             raise InputError("; ".join(problems)) from None
+
+
+def _comments(source: str) -> dict[str, str]:
+    above: list[str] = []
+    field = ""
+    found: dict[str, list[str]] = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            text = token.string.lstrip("# ")
+            if token.line.lstrip().startswith("#"):
+                above.append(text)
+            elif field:
+                found.setdefault(field, []).append(text)
+        elif token.type == tokenize.NAME and (match := _FIELD.match(token.line)):
+            if match[1] != field:
+                field = match[1]
+                found.setdefault(field, []).extend(above)
+            above = []
+        elif token.type == tokenize.NAME:
+            above = []
+    return {name: " ".join(_NOT_SAID.sub("", t) for t in texts) for name, texts in found.items()}
+
+
+_FIELD = re.compile(r"    (\w+): ")
+_NOT_SAID = re.compile(r"noqa:.*$")

@@ -207,11 +207,17 @@ def batch_recommend(
 
 
 @app.command("settings")
-def show_settings(assignments: Assignments = None, settings_file: SettingsFile = None) -> None:
-    """Print every setting with the value in force, as JSON."""
+def show_settings(
+    assignments: Assignments = None,
+    settings_file: SettingsFile = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON, without comments.")] = False,
+) -> None:
+    """Print every setting with its meaning and the value in force: a file for --settings."""
     from pipelines.settings import load
+    from pipelines.settings_text import to_yaml
 
-    print(json.dumps(load(settings_file, assignments or []).to_json(), indent=1))
+    settings = load(settings_file, assignments or [])
+    print(json.dumps(settings.to_json(), indent=1) if as_json else to_yaml(settings))
 
 
 @app.command("compile")

@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+import yaml
 
 from model.errors import InputError
 from pipelines.cli import parse_time
@@ -106,7 +107,7 @@ def test_settings_are_printed_with_overrides_in_force(tmp_path):
     done = hrnn(
         "settings", "--settings", file, "--set", "train.seed=5", "--set", "train.learning_rate=1e-2"
     )
-    settings = json.loads(done.stdout)
+    settings = yaml.safe_load(done.stdout)
     assert settings["train"]["seed"] == 5
     assert settings["train"]["max_epochs"] == 9
     assert settings["train"]["learning_rate"] == 0.01
