@@ -1,4 +1,4 @@
-"""Settings as a person reads them: YAML with the source's own comments, good as a --settings file."""
+"""Settings as a person reads them: YAML with the comments of the source, good for --settings."""
 
 import json
 import textwrap

@@ -1,6 +1,5 @@
 """The command line: bad input is one clear sentence, an exit code, and never a traceback."""
 
-import json
 import subprocess
 import sys
 import time
