@@ -125,7 +125,9 @@ def test_request_time_and_added_events_change_the_answer(serving, client):
     finally:
         serving.store.write(users=USERS)
     assert scores(after) != scores(today)
-    assert scores(client.recommend("u1", timestamp=NOW, num_results=500)) == scores(today)
+    again = client.recommend("u1", timestamp=NOW, num_results=500)
+    # Read from a kept state or anew: equal but for rounding.
+    assert scores(again) == pytest.approx(scores(today), abs=1e-4)
 
 
 def test_feedback_reaches_the_model_from_the_store_and_from_the_request(client, recommender):
@@ -133,7 +135,8 @@ def test_feedback_reaches_the_model_from_the_store_and_from_the_request(client, 
     (without,) = recommender.recommend([Query(events(HISTORY), NOW)], 20)
     stored = client.recommend("rater", timestamp=NOW, num_results=20)
     own = client.recommend(history=events(RATED), timestamp=NOW, num_results=20)
-    assert plain(stored.items) == plain(own.items) == approx(expected)
+    assert plain(stored.items) == approx(expected)
+    assert plain(own.items) == approx(expected)
     assert plain(own.items) != approx(without)
 
 
