@@ -244,7 +244,8 @@ def test_of_runs_at_once_that_replace_the_same_champion_one_wins(guarded_uri, bu
     assert champion.previous == "v0"
 
 
-def test_changes_at_once_leave_one_whole_champion_and_an_unbroken_chain(uri, bundle_of):
+def test_changes_at_once_leave_one_whole_champion_and_an_unbroken_chain(guarded_uri, bundle_of):
+    uri = guarded_uri
     for n in range(4):
         bundle_of(f"v{n}")
 
