@@ -504,10 +504,13 @@ def _result(run_id: str, folder: Path, model_store: Path) -> dict[str, Any]:
 
 
 def _with_suffix(path: Path) -> Path:
-    """HTML artifacts get a link that a browser opens; KFP names artifacts without a suffix."""
+    """HTML artifacts get a copy with a suffix: KFP names them without one.
+
+    Not a link: a browser follows it and shows the source of what has no suffix.
+    """
     if path.name not in ("report", "data_report"):
         return path
-    link = path.parents[2] / f"{path.name}.html"
-    if not link.exists():
-        link.symlink_to(path.relative_to(link.parent))
-    return link
+    page = path.parents[2] / f"{path.name}.html"
+    page.unlink(missing_ok=True)
+    shutil.copyfile(path, page)
+    return page

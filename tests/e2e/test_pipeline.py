@@ -25,6 +25,9 @@ def test_the_result_is_one_json_object_that_names_real_files(deployed):
     assert result["verdict"] == "deployed"
     for name in ("bundle", "report", "data_report", "log"):
         assert Path(result[name]).exists(), name
+    for page in map(Path, (result["report"], result["data_report"])):
+        # A browser follows a link and shows a page without a suffix as text.
+        assert page.suffix == ".html" and not page.is_symlink()
     hrnn, popularity = result["metrics"]["hrnn"], result["metrics"]["popularity"]
     assert hrnn["every"]["ppl"] < 0.5 * popularity["every"]["ppl"]
     assert "[4/7 train]" in done.stderr
