@@ -33,7 +33,7 @@ from model.query import Event, FieldValue
 Fields = Mapping[str, FieldValue]
 
 _FOLLOWERS = 0x68726E6F  # advisory lock of PostgreSQL
-FROZEN_SECONDS = 15  # without a sign of life, a follower loses its lock
+FROZEN_SECONDS = 15  # without a sign of life, a follower or a writer loses its lock
 
 
 class RefusedError(InputError):
@@ -229,6 +229,11 @@ class EventLog:
         with _errors("write to"), self.engine.connect() as connection:
             connection = connection.execution_options(**{WRITES: True})
             with connection.begin():
+                if connection.dialect.name == "postgresql":
+                    # A writer that froze must not keep all others from writing.
+                    connection.exec_driver_sql(
+                        f"SET LOCAL idle_in_transaction_session_timeout = '{FROZEN_SECONDS}s'"
+                    )
                 transaction = Transaction(connection, time.time())
                 yield transaction
                 transaction._finish()

@@ -129,9 +129,13 @@ def open_engine(url: str, *, create: bool = False) -> sa.Engine:
             pool_size=4,
             connect_args={
                 "connect_timeout": LOCK_SECONDS,
-                # A peer that vanished without a word must not hold a thread for ever.
+                # A peer that vanished without a word must not hold a thread here, nor a lock there.
                 "tcp_user_timeout": STATEMENT_SECONDS * 1000,
+                "keepalives_idle": 10,
+                "keepalives_interval": 5,
+                "keepalives_count": 3,
                 "options": "-c synchronous_commit=on"
+                " -c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3"
                 f" -c lock_timeout={LOCK_SECONDS}s -c statement_timeout={STATEMENT_SECONDS}s"
                 # Text is stored as sent, whatever the client's locale.
                 " -c client_encoding=UTF8",

@@ -250,3 +250,13 @@ def test_a_full_disk_is_named():
         event_log._errors("write to"),
     ):
         raise sa.exc.OperationalError("INSERT", {}, full)
+
+
+def test_a_writer_that_freezes_keeps_no_other_from_writing(postgres_url, monkeypatch):
+    monkeypatch.setattr(event_log, "FROZEN_SECONDS", 1)
+    with closing(EventLog.open(postgres_url, create=True)) as frozen:
+        with pytest.raises(UnavailableError), frozen.write() as transaction:
+            transaction.append([event(1)])
+            with closing(EventLog.open(postgres_url)) as other:
+                assert append(other, event(2)) == [Outcome.STORED]
+        assert [row.event_id for row in rows(frozen)] == ["e2"]
