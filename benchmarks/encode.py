@@ -7,30 +7,17 @@ The limit is the matrix-vector products of the recurrence alone, measured in the
 
 import argparse
 import json
-import statistics
 import sys
-import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
 
+from benchmarks.machine import seconds
 from model.fields import FieldBags
 from model.inputs import InputEncodings
 from model.lean import LeanGRU
 from model.network import HRNNMeta, NetworkSettings
 from model.query import Event, Query
-
-
-def seconds(call: Callable[[], object], rounds: int) -> float:
-    """Median time of a call, after one to warm up."""
-    call()
-    times = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
 
 
 def main(arguments: list[str] | None = None) -> int:

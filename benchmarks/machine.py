@@ -1,5 +1,6 @@
 """What this machine can do at best, measured in the run that is compared with it."""
 
+import statistics
 import time
 from collections.abc import Callable
 
@@ -14,6 +15,17 @@ def per_second(call: Callable[[], object], seconds: float = 0.7) -> float:
         call()
         rounds += 1
     return rounds / (time.perf_counter() - started)
+
+
+def seconds(call: Callable[[], object], rounds: int) -> float:
+    """Median time of a call, after one to warm up."""
+    call()
+    times = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
 
 
 def gemm_flops(dtype: torch.dtype = torch.float32) -> float:

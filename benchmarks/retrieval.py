@@ -9,26 +9,13 @@ answer is compared with scoring and sorting all items; `recall` is the share of 
 
 import argparse
 import json
-import statistics
 import sys
-import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
 
+from benchmarks.machine import seconds
 from model.retrieval import Allowed, Ask, Method, Retrieval, brute_force
-
-
-def seconds(call: Callable[[], object], rounds: int) -> float:
-    """Median time of a call, after one to warm up."""
-    call()
-    times = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
 
 
 def main(arguments: list[str] | None = None) -> int:

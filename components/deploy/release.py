@@ -125,6 +125,9 @@ def _until(
         sleep(settings.poll_seconds)
 
 
+SEARCH_SECONDS = 0.1  # between test requests while none has met the candidate
+
+
 def _try(
     address: str,
     version: str,
@@ -152,8 +155,10 @@ def _try(
             raise RolledBackError(
                 f"of {trial.count} test requests none was answered by {version}; rolled back"
             )
-        if trial.candidate:
-            sleep(settings.poll_seconds)
+        # Closer together until the candidate is met, never without a pause: it is a live service.
+        sleep(
+            settings.poll_seconds if trial.candidate else min(SEARCH_SECONDS, settings.poll_seconds)
+        )
     print(
         f"{trial.count} test requests, {trial.candidate} answered by {version}, "
         f"{len(trial.failures)} failed",
