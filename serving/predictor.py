@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import threadpoolctl
 from numpy.typing import NDArray
 
 from model.errors import BundleError, InputError
@@ -200,8 +201,9 @@ class Predictor(JsonModel):
         super().__init__(settings)
         # One thread: PyTorch gains nothing from two requests at once, and the event loop
         # stays free for health checks.
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
-        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
+        threads = (settings.model_threads,)
+        self._executor = ThreadPoolExecutor(1, "model", keep_to_threads, threads)
+        self._loader = ThreadPoolExecutor(1, "loader", keep_to_threads, threads)
         self._champions: Champions[LoadedModel] | None = None
         self._follower: asyncio.Task[None] | None = None
         self._models: tuple[LoadedModel, ...] = ()  # the one in use, then the one before it
@@ -223,11 +225,9 @@ class Predictor(JsonModel):
         """
         if self.settings.model_dir is None:
             raise InputError("no model: give --model-dir, a bundle or a model store")
-        import torch
-
         import model.recommender  # noqa: F401 - slow to import, and to be frozen
 
-        torch.set_num_threads(self.settings.model_threads)
+        keep_to_threads(self.settings.model_threads)
         # Collecting what imports made takes a tenth of a second, in the middle of a request.
         gc.collect()
         gc.freeze()
@@ -283,6 +283,19 @@ class Predictor(JsonModel):
         """The version that the instances began with if it is still there, else the newest."""
         wanted = {instance.model_version for instance in instances}
         return next((m for m in self._models if wanted == {m.version}), self._models[0])
+
+
+def keep_to_threads(number: int) -> None:
+    """Let the calling thread's matrix products use so many threads.
+
+    OpenMP keeps the number per calling thread: one that did not ask for its own gets all cores,
+    and on a busy machine a product of microseconds then waits for milliseconds until the last of
+    them has been given time.
+    """
+    import torch
+
+    threadpoolctl.threadpool_limits(number)
+    torch.set_num_threads(number)
 
 
 def load_model(path: Path) -> LoadedModel:

@@ -912,3 +912,13 @@ def test_the_documented_metrics_are_the_exported_ones():
         if (name := metric.name).startswith("hrnn_")
     }
     assert documented == exported
+
+
+def test_the_models_thread_uses_the_threads_it_was_given():
+    """OpenMP's number is each thread's own; those not told use every core."""
+    import threadpoolctl
+
+    predictor = Predictor(SETTINGS.model_copy(update={"model_threads": 1}), FakeScorer())
+    for executor in (predictor._executor, predictor._loader):
+        pools = executor.submit(threadpoolctl.threadpool_info).result()
+        assert pools and {pool["num_threads"] for pool in pools} == {1}
