@@ -1,9 +1,10 @@
 """The model store: versions of bundles, and which of them is the champion.
 
     ROOT/
-      champion.json              which version serves, and the one before it
-      versions/<version>/        a bundle (`model.bundle`), complete once its manifest is there
-      lineage/<version>.json     where the version comes from; outlives the bundle
+      champion.json                  which version serves, and those that served before it
+      versions/<version>/            a bundle (`model.bundle`), complete once its manifest is there
+      lineage/<version>.json         where the version comes from; outlives the bundle
+      releases/<version>/<run>.json  what became of the version when that run released it
 
 ROOT is a folder or any address that fsspec knows (s3://bucket/prefix, gs://…, memory://…). One
 small object, `champion.json`, holds both pointers and is replaced whole, so that a reader sees the
@@ -12,7 +13,8 @@ state before a change or the one after, never half of it.
 Writers do not overwrite each other's changes unseen. A change of the champion states which
 champion it replaces and fails with `ConflictError` when that is no longer the one: on folders under
 a lock, on S3 by a conditional write (If-Match), on other object stores by comparing just before the
-write, which leaves a gap of milliseconds.
+write, which leaves a gap of milliseconds. A write whose answer was lost is looked up before it is
+repeated, so that no change is made twice.
 """
 
 import contextlib
@@ -24,8 +26,8 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +40,8 @@ from model import bundle as bundles
 from model.errors import BundleError, ConflictError, InputError, UnavailableError
 
 CHAMPION, VERSIONS, LINEAGE, LOCK = "champion.json", "versions", "lineage", ".lock"
+RELEASES = "releases"
+HISTORY = 10  # champions of before that are remembered
 LOCK_SECONDS = 60.0
 # An upload that was begun and never finished is cleared away after this time.
 ABANDONED_SECONDS = 24 * 3600.0
@@ -53,6 +57,14 @@ S3_OPTIONS: dict[str, Any] = {
 # Raised by the drivers of object stores besides OSError.
 DRIVERS = {"botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure", "asyncio"}
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+NO_CHAMPION: dict[str, Any] = {
+    "version": None,
+    "path": None,
+    "previous": None,
+    "reason": "rollback",
+    "earlier": [],
+    "checking": None,
+}
 
 
 @dataclass(frozen=True)
@@ -61,9 +73,27 @@ class Champion:
 
     version: str
     path: str
-    previous: str | None
+    previous: str | None  # where a rollback leads
     changed_at: str  # ISO 8601, UTC
     reason: str  # deploy, promote or rollback
+    earlier: tuple[str, ...] = ()  # champions before `previous`, newest first
+    checking: str | None = None  # the run that has yet to see the service answer with it
+
+    @property
+    def history(self) -> tuple[str, ...]:
+        """Champions of before, newest first; none that was rolled back."""
+        return () if self.previous is None else (self.previous, *self.earlier)
+
+
+@dataclass(frozen=True)
+class Release:
+    """What became of a version when a run, or a person, released it."""
+
+    version: str
+    run_id: str
+    state: str  # trying (as a canary), released, rolled_back
+    reason: str
+    at: str  # ISO 8601, UTC
 
 
 @dataclass(frozen=True)
@@ -89,7 +119,16 @@ class Version:
     bytes: int
     role: str  # champion, previous or ""
     lineage: Lineage | None  # None: it was put there by other means
-    problem: str = ""  # why this release cannot use it
+    problem: str = ""  # why this code cannot use it
+    releases: tuple[Release, ...] = ()  # newest first
+    checking: str | None = None  # the run that is checking it as the champion
+
+    @property
+    def state(self) -> str:
+        """What the last release came to: "", checking, trying, released or rolled_back."""
+        if self.checking is not None:
+            return "checking"
+        return self.releases[0].state if self.releases else ""
 
 
 class ModelStore:
@@ -213,84 +252,189 @@ class ModelStore:
         return version
 
     def promote(
-        self, version: str, *, replaces: str | None = "", reason: str = "promote"
+        self,
+        version: str,
+        *,
+        replaces: str | None = "",
+        reason: str = "promote",
+        checking: str | None = None,
     ) -> Champion:
         """Make a version the champion; the champion so far becomes `previous`.
+
+        Repeating it changes nothing. A champion that was still being checked does not become
+        `previous`: nobody knows yet whether it is one to go back to.
 
         Args:
             replaces: the champion that the caller means to replace (None: there is none yet);
                 left out: whichever it is.
+            checking: the run that has yet to see the service answer with it, and then calls
+                `confirm` or `rollback`; left out: the version is taken to be good.
 
         Raises:
             InputError: the store does not hold the version.
             BundleError: its bundle is damaged.
             ConflictError: another champion was set meanwhile; nothing is changed.
         """
-        manifest = self._manifest(_checked(version))
-        if manifest is None:
-            raise InputError(f"the model store {self.uri} holds no version {version!r}")
-        self._check_digests(version, manifest)
+        self._check_whole(_checked(version))
 
         def change(now: Champion | None) -> Champion:
             if now is not None and now.version == version:
-                return now
+                if checking is not None or now.checking is None:
+                    return now
+                return replace(now, checking=None, reason=reason)
             if replaces != "" and replaces != (now.version if now else None):
                 raise ConflictError(
                     f"the champion of {self.uri} is {now.version if now else 'gone'}, not "
                     f"{replaces or 'unset'} as when this change was prepared: another run "
                     "deployed meanwhile. Nothing was changed; run again to compare with it"
                 )
-            before = now.version if now else None
-            return self._pointer(version, before, reason)
+            good = () if now is None or now.checking is not None else (now.version,)
+            history = [*good, *(now.history if now else ())]
+            before = [v for v in history if v != version]
+            return self._pointer(version, before, reason, checking)
 
-        return self._change_champion(change)
+        champion = self._change_champion(change)
+        assert champion is not None  # noqa: S101 - `change` never gives None
+        return champion
 
-    def rollback(self) -> Champion:
-        """Make the previous version the champion again (twice: back to where it was).
+    def confirm(self, version: str) -> Champion:
+        """The check of a champion ended well. Repeating it changes nothing.
 
         Raises:
-            InputError: there is no previous version, or its bundle is no longer there.
+            ConflictError: another version is the champion by now.
         """
 
         def change(now: Champion | None) -> Champion:
-            if now is None or now.previous is None:
+            if now is None or now.version != version:
+                raise ConflictError(
+                    f"{now.version if now else 'nothing'} became the champion of {self.uri} while "
+                    f"{version} was being checked; nothing was changed"
+                )
+            return replace(now, checking=None)
+
+        champion = self._change_champion(change)
+        assert champion is not None  # noqa: S101 - `change` never gives None
+        return champion
+
+    def rollback(self, *, replaces: str = "") -> Champion | None:
+        """Make the champion of before the champion again; again: the one before that.
+
+        A first champion that is still being checked leaves a store without a champion (None).
+        Doing the same rollback at once from two places, or again because an answer was lost,
+        goes back by one.
+
+        Args:
+            replaces: the champion to go back from; left out: whichever it is.
+
+        Raises:
+            InputError: there is no previous version, or its bundle is no longer there.
+            BundleError: the previous bundle is damaged.
+            ConflictError: another version is the champion by now; nothing is changed.
+        """
+        decided: list[tuple[str, str | None]] = []  # (from, to), by the first look
+
+        def change(now: Champion | None) -> Champion | None:
+            name = now.version if now else None
+            if decided and name == decided[0][1]:
+                return now  # somebody else has just done it
+            expected = decided[0][0] if decided else replaces
+            if expected and name != expected:
+                raise ConflictError(
+                    f"the champion of {self.uri} is {name or 'gone'}, not {expected}: nothing was "
+                    "rolled back"
+                )
+            if now is None or (now.previous is None and now.checking is None):
                 raise InputError(f"the model store {self.uri} has no previous model to go back to")
-            manifest = self._manifest(now.previous)
-            if manifest is None:
+            decided.append((now.version, now.previous))
+            if now.previous is None:
+                return None
+            if self._manifest(now.previous) is None:
                 raise InputError(
                     f"the previous model {now.previous} is no longer in {self.uri}; "
                     "`hrnn models promote VERSION` takes any other"
                 )
-            self._check_digests(now.previous, manifest)
-            return self._pointer(now.previous, now.version, "rollback")
+            self._check_whole(now.previous)
+            before = [v for v in now.earlier if self._holds(v)]
+            return self._pointer(now.previous, before, "rollback", None)
 
         return self._change_champion(change)
 
     def retain(self, keep: int) -> list[str]:
         """Remove all but the newest `keep` bundles; the champion and the one before always stay.
 
-        Lineage records stay. Returns the removed versions.
+        Lineage and release records stay. Returns the removed versions.
         """
         if keep < 1:
             raise InputError(f"keep at least one version, not {keep}")
         removed = []
         for old in self.versions()[keep:]:
-            # Asked anew each time: somebody may be going back to this version right now.
-            champion = self.champion()
-            if champion is not None and old.version in (champion.version, champion.previous):
-                continue
-            with self._errors("written"):
-                self._files.remove(f"{VERSIONS}/{old.version}", first=bundles.MANIFEST)
+            place = f"{VERSIONS}/{old.version}"
+            with self._errors("written"), self._files.exclusive():
+                manifest = self._files.read(f"{place}/{bundles.MANIFEST}")
+                if manifest is None or self._in_use(old.version):
+                    continue
+                # Whoever promotes it now on a store without a lock is seen at the second look,
+                # or sees that the manifest is gone and takes his change back.
+                self._files.remove_file(f"{place}/{bundles.MANIFEST}")
+                if self._in_use(old.version):
+                    self._files.write(f"{place}/{bundles.MANIFEST}", manifest[0])
+                    continue
+                self._files.remove(place)
             removed.append(old.version)
         with self._errors("written"):
             self._files.clear_abandoned(VERSIONS, ABANDONED_SECONDS)
         return removed
 
+    # Releases
+
+    def record(self, version: str, run_id: str, state: str, reason: str = "") -> Release:
+        """Remember what became of a version in a run, in place of what was remembered so far."""
+        release = Release(version, run_id, state, reason, self._moment())
+        with self._errors("written"):
+            self._files.write(_release_path(version, run_id), _json(asdict(release)))
+        return release
+
+    def release(self, version: str, run_id: str) -> Release | None:
+        """What became of a version in a run, None if it has not come to that."""
+        return self._release(_release_path(version, run_id))
+
+    def releases(self, version: str) -> tuple[Release, ...]:
+        """All that is remembered of a version, newest first."""
+        folder = f"{RELEASES}/{_checked(version)}"
+        with self._errors("listed"):
+            names = self._files.list(folder)
+        found = [self._release(f"{folder}/{name}") for name in names if name.endswith(".json")]
+        return tuple(sorted(filter(None, found), key=lambda r: r.at, reverse=True))
+
+    def _release(self, path: str) -> Release | None:
+        with self._errors("read"):
+            stored = self._files.read(path)
+        if stored is None:
+            return None
+        try:
+            return Release(**json.loads(stored[0]))
+        except (ValueError, TypeError) as error:
+            raise UnavailableError(
+                f"{self.uri}/{path} is not a release record ({error}): delete it"
+            ) from None
+
     # Inner parts
 
-    def _pointer(self, version: str, previous: str | None, reason: str) -> Champion:
-        moment = self._now().isoformat(timespec="seconds")
-        return Champion(version, f"{VERSIONS}/{version}", previous, moment, reason)
+    def _moment(self) -> str:
+        return self._now().isoformat(timespec="seconds")
+
+    def _pointer(
+        self, version: str, before: Sequence[str], reason: str, checking: str | None
+    ) -> Champion:
+        return Champion(
+            version=version,
+            path=f"{VERSIONS}/{version}",
+            previous=before[0] if before else None,
+            changed_at=self._moment(),
+            reason=reason,
+            earlier=tuple(before[1:HISTORY]),
+            checking=checking,
+        )
 
     def _read_champion(self) -> tuple[Champion | None, str | None]:
         """The record and the tag of its state, for a conditional write."""
@@ -301,12 +445,16 @@ class ModelStore:
         content, tag = stored
         try:
             raw = json.loads(content)
+            if raw["version"] is None:  # a first champion that was rolled back
+                return None, tag
             champion = Champion(
                 version=_checked(raw["version"]),
                 path=raw["path"],
                 previous=raw["previous"],
                 changed_at=raw.get("changed_at", ""),
                 reason=raw.get("reason", ""),
+                earlier=tuple(map(_checked, raw.get("earlier", []))),
+                checking=raw.get("checking"),
             )
         except (ValueError, TypeError, KeyError, InputError) as error:
             raise UnavailableError(
@@ -315,21 +463,72 @@ class ModelStore:
             ) from None
         return champion, tag
 
-    def _change_champion(self, change: Callable[[Champion | None], Champion]) -> Champion:
+    def _change_champion(
+        self, change: Callable[[Champion | None], Champion | None]
+    ) -> Champion | None:
         """Read, decide, write on condition that nothing happened in between; else once more."""
+        tried: list[Champion | None] = []
         for _ in range(10):
             with self._errors("written"), self._files.exclusive():
                 now, tag = self._read_champion()
+                if now in tried:
+                    return now  # our own write, whose answer was lost
                 new = change(now)
-                if new is now:
+                if new == now:
                     return new
-                written = self._files.write_if(CHAMPION, _json(asdict(new)), tag)
+                tried.append(new)
+                written = self._write_champion(new, tag)
             if written:
                 # On an object store retention may have removed it between check and write.
-                if self._manifest(new.version) is None:
-                    raise BundleError(f"{new.version} was removed while it was being promoted")
+                if new is not None and self._manifest(new.version) is None:
+                    self._take_back(new, now)
+                    raise BundleError(
+                        f"{new.version} was removed by the retention of another run while it was "
+                        "being promoted; the champion is unchanged"
+                    )
                 return new
         raise ConflictError(f"the champion of {self.uri} changes all the time; try again")
+
+    def _take_back(self, new: Champion, before: Champion | None) -> None:
+        def change(now: Champion | None) -> Champion | None:
+            return before if now == new else now
+
+        self._change_champion(change)
+
+    def _write_champion(self, new: Champion | None, tag: str | None) -> bool:
+        record = asdict(new) if new else NO_CHAMPION | {"changed_at": self._moment()}
+        try:
+            with self._errors("written"):
+                return self._files.write_if(CHAMPION, _json(record), tag)
+        except UnavailableError as error:
+            # It may have been written all the same: a lost answer, a folder that was not synced.
+            try:
+                found = self._read_champion()[0]
+            except UnavailableError:
+                raise UnavailableError(
+                    f"the model store {self.uri} stopped answering while its champion was being "
+                    f"changed to {new.version if new else 'none'}: `hrnn models show` tells "
+                    "whether it was"
+                ) from error
+            if found == new:
+                return True
+            raise
+
+    def _in_use(self, version: str) -> bool:
+        champion = self.champion()
+        return champion is not None and version in (champion.version, champion.previous)
+
+    def _holds(self, version: str) -> bool:
+        try:
+            return self._manifest(version) is not None
+        except BundleError:
+            return False
+
+    def _check_whole(self, version: str) -> None:
+        manifest = self._manifest(version)
+        if manifest is None:
+            raise InputError(f"the model store {self.uri} holds no version {version!r}")
+        self._check_digests(version, manifest)
 
     def _version(self, version: str, champion: Champion | None) -> Version | None:
         manifest = self._manifest(version)
@@ -346,7 +545,15 @@ class ModelStore:
                 raise UnavailableError(
                     f"{self.uri}/{LINEAGE}/{version}.json is not a lineage record: {error}"
                 ) from None
-        return Version(version, manifest.created, size, _role(version, champion), lineage)
+        return Version(
+            version,
+            manifest.created,
+            size,
+            _role(version, champion),
+            lineage,
+            releases=self.releases(version),
+            checking=champion.checking if champion and champion.version == version else None,
+        )
 
     def _manifest(self, version: str) -> bundles.Manifest | None:
         """The manifest of a version; None while it is not (completely) there."""
@@ -402,7 +609,8 @@ class _Files(Protocol):
     def upload(self, bundle: Path, manifest: bundles.Manifest, path: str) -> None: ...
     def download(self, path: str, target: Path) -> None: ...
     def local(self, path: str) -> Path | None: ...
-    def remove(self, path: str, first: str) -> None: ...
+    def remove_file(self, path: str) -> None: ...
+    def remove(self, path: str) -> None: ...
     def clear_abandoned(self, path: str, seconds: float) -> None: ...
 
 
@@ -479,7 +687,8 @@ class _Folder:
                 shutil.copyfile(bundle / name, work / name)
                 _sync(work / name)
             bundles.verify(work)
-            _rename(work, self.root / path)
+            with self.exclusive():
+                _rename(work, self.root / path)
         _sync((self.root / path).parent)
 
     def download(self, path: str, target: Path) -> None:
@@ -488,15 +697,20 @@ class _Folder:
     def local(self, path: str) -> Path | None:
         return self.root / path
 
-    def remove(self, path: str, first: str) -> None:
+    def remove_file(self, path: str) -> None:
+        (self.root / path).unlink(missing_ok=True)
+
+    def remove(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            (self.root / path / first).unlink()
             shutil.rmtree(self.root / path)
 
     def clear_abandoned(self, path: str, seconds: float) -> None:
-        for work in (self.root / path).glob(".*-incoming-*"):
-            if work.stat().st_mtime < time.time() - seconds:
-                shutil.rmtree(work, ignore_errors=True)
+        begun = (self.root / path).glob(".*-incoming-*")
+        half = (f for f in (self.root / path).glob("[!.]*") if not (f / bundles.MANIFEST).exists())
+        for work in (*begun, *half):  # uploads and removals that were killed
+            with contextlib.suppress(FileNotFoundError):
+                if work.stat().st_mtime < time.time() - seconds:
+                    shutil.rmtree(work, ignore_errors=True)
 
 
 class _Objects:
@@ -582,9 +796,11 @@ class _Objects:
     def local(self, path: str) -> Path | None:
         return None
 
-    def remove(self, path: str, first: str) -> None:
+    def remove_file(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            self.fs.rm_file(f"{self._at(path)}/{first}")
+            self.fs.rm_file(self._at(path))
+
+    def remove(self, path: str) -> None:
         self.fs.invalidate_cache()
         with contextlib.suppress(FileNotFoundError):
             self.fs.rm(self._at(path), recursive=True)
@@ -615,6 +831,13 @@ def _checked(version: str) -> str:
     if not isinstance(version, str) or not _VERSION.fullmatch(version) or ".." in version:
         raise InputError(f"{version!r} is not the name of a version")
     return version
+
+
+def _release_path(version: str, run_id: str) -> str:
+    """A run's name is the pipeline system's: one that is no file name is replaced by its digest."""
+    plain = _VERSION.fullmatch(run_id) and ".." not in run_id
+    name = run_id if plain else hashlib.sha256(run_id.encode()).hexdigest()[:32]
+    return f"{RELEASES}/{_checked(version)}/{name}.json"
 
 
 def _json(value: Any) -> bytes:

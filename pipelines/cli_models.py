@@ -27,6 +27,8 @@ Store = Annotated[
 ]
 Workspace = Annotated[Path, typer.Option(help="Folder for data, runs, features and models.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
+Why = Annotated[str, typer.Option(help="Kept with the version, for whoever looks next.")]
+BY_HAND = "by-hand"  # in place of a run's id
 
 
 def store_address(store: str, workspace: Path) -> str:
@@ -47,7 +49,7 @@ def list_models(
     """Every version, newest first, with its place and its figures."""
     versions = _open(store, workspace).versions()
     if as_json:
-        print(json.dumps([asdict(v) for v in versions]))
+        print(json.dumps([{**asdict(v), "state": v.state} for v in versions]))
         return
     from pipelines.tables import versions_table
 
@@ -60,26 +62,41 @@ def show(
     store: Store = "",
     workspace: Workspace = Path("workspace"),
 ) -> None:
-    """Everything that is recorded of a version, as JSON."""
+    """Everything that is recorded of a version, and what its releases came to, as JSON."""
     opened = _open(store, workspace)
-    print(json.dumps(asdict(opened.version(_named(opened, version))), indent=1))
+    found = opened.version(_named(opened, version))
+    print(json.dumps({**asdict(found), "state": found.state}, indent=1))
 
 
 @app.command()
 def promote(
     version: Annotated[str, typer.Argument(help="A version that `hrnn models list` shows.")],
+    why: Why = "",
     store: Store = "",
     workspace: Workspace = Path("workspace"),
 ) -> None:
-    """Make a version the champion; servers that follow the store take it within seconds."""
+    """Make a version the champion; servers that follow the store take it within seconds.
+
+    Also one that was rolled back, or is still being checked: you say that it is good.
+    """
     opened = _open(store, workspace)
-    _tell(opened.promote(_named(opened, version)))
+    named = _named(opened, version)
+    champion = opened.promote(named)
+    opened.record(named, BY_HAND, "released", why)
+    _tell(champion)
 
 
 @app.command()
-def rollback(store: Store = "", workspace: Workspace = Path("workspace")) -> None:
-    """Make the version before the champion again."""
-    _tell(_open(store, workspace).rollback())
+def rollback(why: Why = "", store: Store = "", workspace: Workspace = Path("workspace")) -> None:
+    """Make the version before the champion again; once more: the one before that.
+
+    To go forward again: `hrnn models promote VERSION`.
+    """
+    opened = _open(store, workspace)
+    bad = _named(opened, "champion")
+    champion = opened.rollback(replaces=bad)
+    opened.record(bad, BY_HAND, "rolled_back", why)
+    _tell(champion)
 
 
 def _named(store: "ModelStore", version: str) -> str:
@@ -94,5 +111,8 @@ def _named(store: "ModelStore", version: str) -> str:
     return str(found)
 
 
-def _tell(champion: "Champion") -> None:
-    print(f"champion is {champion.version}, before it {champion.previous or 'none'}")
+def _tell(champion: "Champion | None") -> None:
+    if champion is None:
+        print("there is no champion now, as before the first deployment")
+    else:
+        print(f"champion is {champion.version}, before it {champion.previous or 'none'}")

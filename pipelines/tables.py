@@ -132,7 +132,7 @@ def versions_table(versions: Sequence[Version], stream: IO[str]) -> None:
             gate = "overridden"
         table.add_row(
             v.version,
-            v.role,
+            _place_of(v),
             v.created[:16].replace("T", " "),
             f"{v.bytes / 1e6:.1f}",
             f"{every['ppl']:.1f}" if "ppl" in every else "",
@@ -140,6 +140,12 @@ def versions_table(versions: Sequence[Version], stream: IO[str]) -> None:
             v.problem or gate,
         )
     console(stream).print(table)
+
+
+def _place_of(version: Version) -> str:
+    """Champion or previous, and what a release of it came to where that is not plain."""
+    state = "" if version.state == "released" else version.state.replace("_", " ")
+    return ", ".join(filter(None, [version.role, state]))
 
 
 def runs_table(runs: Sequence[Run], stream: IO[str]) -> None:

@@ -46,8 +46,31 @@ def test_show_promote_and_roll_back(store, tmp_path):
     shown = json.loads(hrnn("show", "previous", "--workspace", tmp_path).stdout)
     assert shown["lineage"]["metrics"]["hrnn"]["every"]["ppl"] == 100.0
     assert "champion is v2, before it v3" in hrnn("promote", "v2", "--workspace", tmp_path).stdout
-    assert "champion is v3, before it v2" in hrnn("rollback", "--workspace", tmp_path).stdout
-    assert store.champion().version == "v3"
+    rollback = ("rollback", "--workspace", tmp_path, "--why", "people see one film only")
+    assert "champion is v3, before it v1" in hrnn(*rollback).stdout
+    shown = json.loads(hrnn("show", "v2", "--workspace", tmp_path).stdout)
+    (last,) = shown["releases"]
+    assert (shown["state"], last["reason"]) == ("rolled_back", "people see one film only")
+    assert "rolled back" in hrnn("list", "--workspace", tmp_path).stdout
+    # A second time it goes further back, not to what was rolled back.
+    assert "champion is v1, before it none" in hrnn("rollback", "--workspace", tmp_path).stdout
+    with pytest.raises(InputError, match="no previous model"):
+        hrnn("rollback", "--workspace", tmp_path)
+    assert "champion is v2, before it v1" in hrnn("promote", "v2", "--workspace", tmp_path).stdout
+    assert store.version("v2").state == "released"
+
+
+def test_a_champion_under_check_is_shown_and_settled_by_hand(store, tmp_path):
+    store.promote("v2", checking="run-7")
+    shown = json.loads(hrnn("show", "--workspace", tmp_path).stdout)
+    assert (shown["role"], shown["state"], shown["checking"]) == ("champion", "checking", "run-7")
+    assert "checking" in hrnn("list", "--workspace", tmp_path).stdout
+    hrnn("promote", "champion", "--workspace", tmp_path)
+    assert store.champion().checking is None
+    other = ModelStore(str(tmp_path / "other"))
+    other.publish(tmp_path / "b1", Lineage())
+    other.promote("v1", checking="run-1")
+    assert "there is no champion now" in hrnn("rollback", "--store", other.uri).stdout
 
 
 def test_the_store_is_the_option_else_the_environment_else_the_workspace(

@@ -1,7 +1,9 @@
 """The model store, the same on a folder, on S3 (a local server) and on another fsspec address."""
 
+import contextlib
 import errno
 import hashlib
+import http.client
 import json
 import os
 import shutil
@@ -9,10 +11,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -124,12 +128,186 @@ def test_doing_it_twice_changes_nothing(store, bundle_of):
     assert len(store.versions()) == 2
 
 
-def test_rolling_back_returns_to_the_one_before_and_back_again(store, bundle_of):
-    deploy(store, bundle_of("v1"))
-    deploy(store, bundle_of("v2"))
+def test_rolling_back_goes_back_one_by_one_and_never_to_what_was_rolled_back(store, bundle_of):
+    for version in ("v1", "v2", "v3"):
+        deploy(store, bundle_of(version))
     back = store.rollback()
-    assert (back.version, back.previous, back.reason) == ("v1", "v2", "rollback")
-    assert store.rollback().version == "v2"
+    assert (back.version, back.previous, back.reason) == ("v2", "v1", "rollback")
+    back = store.rollback()
+    assert (back.version, back.previous, back.history) == ("v1", None, ())
+    with pytest.raises(InputError, match="no previous model"):
+        store.rollback()
+    # By hand any of them may serve again.
+    assert store.promote("v3").history == ("v1",)
+
+
+def test_the_same_rollback_from_two_places_goes_back_once(store, bundle_of):
+    for version in ("v1", "v2", "v3"):
+        deploy(store, bundle_of(version))
+    assert store.rollback(replaces="v3").version == "v2"
+    with pytest.raises(ConflictError, match="is v2, not v3: nothing was rolled back"):
+        store.rollback(replaces="v3")
+    assert store.champion().version == "v2"
+
+
+def test_rollbacks_at_the_same_moment_go_back_once(guarded_uri, bundle_of):
+    """Both read the champion before either writes."""
+    for version in ("v1", "v2", "v3"):
+        deploy(ModelStore(guarded_uri), bundle_of(version))
+    both_have_read = threading.Barrier(2)
+
+    def attempt(_):
+        store = ModelStore(guarded_uri)
+        write, first = store._write_champion, []
+
+        def later(new, tag):
+            if not first:
+                first.append(tag)
+                with contextlib.suppress(threading.BrokenBarrierError):
+                    both_have_read.wait(1)  # never met under a folder's lock
+            return write(new, tag)
+
+        store._write_champion = later
+        try:
+            return store.rollback().version
+        except ConflictError:
+            return "told"
+
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = set(pool.map(attempt, range(2)))
+    if guarded_uri.startswith("s3"):
+        assert outcomes == {"v2"}
+        assert ModelStore(guarded_uri).champion().version == "v2"
+    else:  # one after the other: two rollbacks
+        assert outcomes == {"v2", "v1"}
+
+
+def test_a_champion_under_check_is_confirmed_or_goes_without_a_trace(store, bundle_of):
+    deploy(store, bundle_of("v1"))
+    tried = deploy(store, bundle_of("v2"), replaces="v1", reason="deploy", checking="run-2")
+    assert (tried.version, tried.previous, tried.checking) == ("v2", "v1", "run-2")
+    assert {v.version: v.state for v in store.versions()} == {"v2": "checking", "v1": ""}
+    # The same step again, by the same run or another: still to be checked.
+    assert deploy(store, bundle_of("v2"), replaces="v1", checking="run-3") == tried
+    assert store.rollback(replaces="v2").history == ()
+    assert store.champion().version == "v1"
+    deploy(store, bundle_of("v2"), replaces="v1", checking="run-4")
+    assert store.confirm("v2") == store.confirm("v2") == store.champion()
+    assert store.champion().checking is None
+    with pytest.raises(ConflictError, match="v2 became the champion"):
+        store.confirm("v1")
+
+
+def test_a_champion_that_was_not_confirmed_is_never_gone_back_to(store, bundle_of):
+    deploy(store, bundle_of("v1"))
+    deploy(store, bundle_of("v2"), checking="run-2")  # killed there
+    deploy(store, bundle_of("v3"), replaces="v2", checking="run-3")
+    assert store.champion().history == ("v1",)
+    assert store.rollback().version == "v1"
+    # Promoting it by hand says that it is good.
+    deploy(store, bundle_of("v2"), checking="run-2")
+    assert store.promote("v2").checking is None
+    deploy(store, bundle_of("v3"))
+    assert store.champion().previous == "v2"
+
+
+def test_a_first_champion_that_fails_its_check_leaves_none(store, bundle_of):
+    deploy(store, bundle_of("v1"), replaces=None, checking="run-1")
+    assert store.rollback(replaces="v1") is None
+    assert store.champion() is None
+    assert [v.role for v in store.versions()] == [""]
+    with pytest.raises(InputError, match="no previous model"):
+        store.rollback()
+    assert deploy(store, bundle_of("v2"), replaces=None).previous is None
+
+
+def test_what_became_of_a_version_is_remembered_by_run(store, bundle_of):
+    store.publish(bundle_of("v1"), Lineage())
+    assert store.release("v1", "run-1") is None
+    store.record("v1", "run-1", "trying")
+    store.record("v1", "run-1", "rolled_back", "it answers nonsense")
+    store.record("v1", "namespace/job:7", "released")
+    remembered = store.release("v1", "run-1")
+    assert (remembered.state, remembered.reason) == ("rolled_back", "it answers nonsense")
+    assert store.release("v1", "namespace/job:7").run_id == "namespace/job:7"
+    assert {r.run_id for r in store.version("v1").releases} == {"run-1", "namespace/job:7"}
+    store._files.write("releases/v1/run-1.json", b"{")
+    with pytest.raises(UnavailableError, match="not a release record"):
+        store.release("v1", "run-1")
+
+
+class LosesAnswers:
+    """A connection to the S3 server on which answers to writes of the champion do not come back."""
+
+    def __init__(self, target, lost):
+        self.target, self.left, self.written = target, lost, 0
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def forward(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                connection = http.client.HTTPConnection(outer.target, timeout=60)
+                connection.request(self.command, self.path, body, dict(self.headers))
+                answer = connection.getresponse()
+                content = answer.read()
+                connection.close()
+                if self.command == "PUT" and self.path.split("?")[0].endswith("champion.json"):
+                    outer.written += answer.status == 200
+                    if outer.left > 0:
+                        outer.left -= 1
+                        self.close_connection = True
+                        self.connection.shutdown(socket.SHUT_RDWR)
+                        return
+                self.send_response_only(answer.status)
+                for name, value in answer.getheaders():
+                    if name.lower() not in ("connection", "transfer-encoding", "content-length"):
+                        self.send_header(name, value)
+                if self.command != "HEAD":
+                    self.send_header("Content-Length", str(len(content)))
+                else:
+                    self.send_header("Content-Length", answer.getheader("Content-Length") or "0")
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(content)
+
+            do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = forward
+
+            def log_message(self, *_):
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.address = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self):
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.mark.parametrize("lost", [1, 2], ids=["the driver tries again", "the driver gives up"])
+def test_a_rollback_whose_answer_is_lost_goes_back_once(s3, bundle_of, monkeypatch, lost):
+    import s3fs
+
+    uri = f"s3://models/{uuid.uuid4().hex}"
+    for version in ("v1", "v2", "v3"):
+        deploy(ModelStore(uri), bundle_of(version))
+    with LosesAnswers(s3["AWS_ENDPOINT_URL"].removeprefix("http://"), lost) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
+        s3fs.S3FileSystem.clear_instance_cache()
+        try:
+            back = ModelStore(uri).rollback()
+        finally:
+            s3fs.S3FileSystem.clear_instance_cache()
+    assert proxy.left == 0  # the answers were lost
+    assert (back.version, back.previous) == ("v2", "v1")
+    monkeypatch.undo()
+    assert proxy.written == 1
 
 
 def test_lineage_is_kept_and_the_first_record_stays(store, bundle_of):
@@ -188,7 +366,7 @@ def test_a_damaged_version_is_neither_promoted_nor_fetched(store, bundle_of, tmp
             use()
     assert store.champion().version == "v1"
     assert not list((tmp_path / "cache").glob("*"))
-    store._files.remove("versions/v2", first="weights.safetensors")
+    store._files.remove("versions/v2")
     with pytest.raises(InputError, match="no version"):
         store.promote("v2")
 
@@ -272,6 +450,58 @@ def test_retention_keeps_the_newest_and_whatever_serves(store, bundle_of):
         store.retain(0)
 
 
+class PromotesMeanwhile:
+    """Another run that promotes a version at a certain moment of the retention."""
+
+    def __init__(self, uri, version):
+        self.uri, self.version, self.outcome = uri, version, None
+
+    def __call__(self):
+        try:
+            self.outcome = ModelStore(self.uri).promote(self.version).version
+        except (InputError, BundleError, UnavailableError) as error:
+            self.outcome = type(error).__name__
+
+
+@pytest.mark.parametrize("moment", ["before the manifest goes", "after"])
+def test_a_version_promoted_while_it_is_being_removed_is_whole_or_not_promoted(
+    uri, bundle_of, monkeypatch, moment
+):
+    """At every store: the lock keeps the other waiting, or the change is taken back."""
+    store = ModelStore(uri)
+    monkeypatch.setattr(stores, "LOCK_SECONDS", 0.2)
+    for day in range(1, 5):
+        store.publish(bundle_of(f"v{day}", created=f"2026-01-0{day}T00:00:00+00:00"), Lineage())
+    store.promote("v4")
+    other = PromotesMeanwhile(uri, "v1")
+    name = "remove_file" if moment == "before the manifest goes" else "remove"
+    inner = getattr(store._files, name)
+
+    def meanwhile(path):
+        if "v1" in path:
+            other()
+        inner(path)
+
+    monkeypatch.setattr(store._files, name, meanwhile)
+    removed = store.retain(2)
+    champion = store.champion()
+    bundles_left = {v.version for v in store.versions()}
+    assert champion.version in bundles_left
+    store._check_whole(champion.version)
+    assert (other.outcome == "v1") is (champion.version == "v1") is ("v1" not in removed)
+
+
+def test_retentions_at_the_same_time_do_not_get_in_each_others_way(guarded_uri, bundle_of):
+    for day in range(1, 8):
+        bundle = bundle_of(f"v{day}", created=f"2026-01-0{day}T00:00:00+00:00")
+        ModelStore(guarded_uri).publish(bundle, Lineage())
+    ModelStore(guarded_uri).promote("v1")
+    with ThreadPoolExecutor(3) as pool:
+        removed = list(pool.map(lambda _: ModelStore(guarded_uri).retain(2), range(3)))
+    assert {v for found in removed for v in found} == {"v2", "v3", "v4", "v5"}
+    assert [v.version for v in ModelStore(guarded_uri).versions()] == ["v7", "v6", "v1"]
+
+
 def test_a_version_of_another_format_is_listed_and_not_used(store, bundle_of):
     manifest = json.loads((bundle_of("v1") / "manifest.json").read_text())
     old = json.dumps(manifest | {"format_version": 1}).encode()
@@ -305,12 +535,17 @@ def test_a_broken_pointer_is_said_and_can_be_mended(store, bundle_of, content):
 def test_a_deleted_champion_is_a_clear_error_and_the_rest_goes_on(store, bundle_of, tmp_path):
     deploy(store, bundle_of("v1"))
     deploy(store, bundle_of("v2"))
-    store._files.remove("versions/v2", first="manifest.json")
-    with pytest.raises(InputError, match="no version 'v2'"):
+    deploy(store, bundle_of("v3"))
+    store._files.remove("versions/v3")
+    with pytest.raises(InputError, match="no version 'v3'"):
         store.fetch(store.champion().version, tmp_path)
-    assert store.rollback().version == "v1"
-    with pytest.raises(InputError, match="no longer in"):
+    store._files.remove("versions/v1")
+    assert store.rollback().history == ()  # v1 is no longer there to go back to
+    deploy(store, bundle_of("v1"))
+    store._files.remove("versions/v2")
+    with pytest.raises(InputError, match="v2 is no longer in"):
         store.rollback()
+    assert store.champion().version == "v1"
 
 
 def test_addresses_that_cannot_be_used_are_named(tmp_path, s3):
@@ -343,6 +578,39 @@ def test_a_file_where_the_folder_should_be(tmp_path, bundle_of):
     (tmp_path / "store").write_text("")
     with pytest.raises(UnavailableError, match="Not a directory"):
         ModelStore(str(tmp_path / "store")).publish(bundle_of("v1"), Lineage())
+
+
+FULL = """
+import resource, signal, sys
+from model.errors import HrnnError
+from model.store import ModelStore
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+store = ModelStore(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))
+for change, *arguments in (("promote", "v1"), ("rollback",), ("confirm", "v2")):
+    try:
+        getattr(store, change)(*arguments)
+    except HrnnError as error:
+        print(change, error)
+"""
+
+
+def test_no_room_for_the_pointer_leaves_it_as_it_is(tmp_path, bundle_of):
+    store = ModelStore(str(tmp_path / "store"))
+    deploy(store, bundle_of("v1"))
+    before = deploy(store, bundle_of("v2"), checking="run")
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, store.uri],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    told = done.stdout.splitlines()
+    assert [line.split()[0] for line in told] == ["promote", "rollback", "confirm"]
+    assert all(f"({os.strerror(errno.EFBIG)}); the champion is unchanged" in line for line in told)
+    assert store.champion() == before
+    assert not list((tmp_path / "store").glob(".champion*"))
 
 
 PUBLISH = """
