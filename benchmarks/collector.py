@@ -5,8 +5,11 @@
 
 Throughput: batches of 100 events of 10,000 users from four connections, each batch durable before
 its answer. Visibility: single events at a fixed rate, open loop; after the acknowledgement of some
-of them the transformer is asked for that user until its answer reflects the event. Databases, all
-servers and this generator share the machine. PostgreSQL runs with its durable defaults.
+of them the transformer is asked for that user until its answer reflects the event. "seen": from
+the acknowledgement to the end of the answer that has it; an acknowledgement waits for the online
+store for a quarter of a second at most, so "sent to seen" is told too. Databases, all servers and
+this generator share the machine. PostgreSQL runs with its durable defaults. Each target is printed
+as met or missed.
 """
 
 import argparse
@@ -35,6 +38,14 @@ from tests.feature_store import fill
 from tests.servers import PostgresServer, RedisServer
 
 BATCH, CONNECTIONS, SENDERS = 100, 4, 10_000
+# Column, limit, whether more is better.
+TARGETS = (
+    ("seen p50 ms", 50, False),
+    ("seen p99 ms", 1000, False),
+    ("failed", 0.5, False),
+    ("events/s", 2000, True),
+    ("refused", 0.5, False),
+)
 ITEMS, USERS = 1682, 1000
 
 
@@ -107,7 +118,7 @@ async def visibility(settings, rate, seconds, check):
     """Seconds until acknowledged, and from then until an answer reflects the event."""
     collector = Pool(settings.collector_http_port, "/events")
     transformer = Pool(settings.transformer_http_port, f"/v1/models/{settings.model_name}:predict")
-    acknowledged, seen, failed = [], [], 0
+    acknowledged, seen, whole, failed = [], [], [], 0
     draw = random.Random(0)  # noqa: S311
 
     async def one(n):
@@ -131,6 +142,7 @@ async def visibility(settings, rate, seconds, check):
             status, answer = await transformer.ask(question)
             if status == "200" and b'"items":[]' in answer and b'"degraded":[]' in answer:
                 seen.append(time.perf_counter() - done)
+                whole.append(time.perf_counter() - begun)
                 return
             if time.perf_counter() - done > 30:
                 failed += 1
@@ -152,6 +164,7 @@ async def visibility(settings, rate, seconds, check):
         "ack p99 ms": ms(acknowledged, 99),
         "seen p50 ms": ms(seen, 50),
         "seen p99 ms": ms(seen, 99),
+        "sent to seen p99 ms": ms(whole, 99),
         "looked for": len(seen),
         "failed": failed,
     }
@@ -218,6 +231,14 @@ def main():
         for row in mine:
             table.add_row(*map(str, row.values()))
         Console().print(table)
+    for row in rows:
+        for column, limit, more in TARGETS:
+            if column in row:
+                met = row[column] >= limit if more else row[column] < limit
+                bound = f"{'at least' if more else 'below'} {limit:g}"
+                print(
+                    f"{'met   ' if met else 'MISSED'} {row['log']}: {column} {row[column]:g}, {bound}"
+                )
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -175,13 +175,22 @@ def build(sources: Path, schema: Schema, options: ViewOptions) -> Definitions:
                     dtype=Int64,
                     description="Unix seconds; the profile and earlier events count no more",
                 ),
+                Field(
+                    name="generation",
+                    dtype=Int64,
+                    description="of the last time that all rows were written when this one was",
+                ),
             ],
             NEVER,
         ),
         LIVE_CHECKPOINT: view(
             LIVE_CHECKPOINT,
             "How far this store has followed the event log",
-            [Field(name="log_id", dtype=String), Field(name="seq", dtype=Int64)],
+            [
+                Field(name="log_id", dtype=String),
+                Field(name="seq", dtype=Int64),
+                Field(name="generation", dtype=Int64, description="older rows count no more"),
+            ],
             NEVER,
         ),
     }

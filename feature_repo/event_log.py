@@ -5,9 +5,10 @@
 
 import fcntl
 import time
+from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -204,7 +205,108 @@ class Transaction:
         return _deleted(self._connection, user_ids)
 
 
-class EventLog:
+class Reads(ABC):
+    """What can be read of a log."""
+
+    @abstractmethod
+    def _read(self) -> AbstractContextManager[sa.Connection]:
+        """A connection for one read."""
+
+    def position(self) -> Position:
+        """How far the log goes."""
+        with self._read() as connection:
+            return Position(*connection.execute(sa.select(log_head.c.log_id, log_head.c.seq)).one())
+
+    def last_deletion(self) -> int:
+        """Number of the newest deletion of a user; 0: there was none."""
+        with self._read() as connection:
+            return connection.scalar(sa.select(sa.func.max(deleted_users.c.seq))) or 0
+
+    def oldest_after(self, seq: int) -> float | None:
+        """When the first event after `seq` was received, Unix seconds; None: there is none."""
+        query = (
+            sa.select(events.c.received_at)
+            .where(events.c.seq > seq)
+            .order_by(events.c.seq)
+            .limit(1)
+        )
+        with self._read() as connection:
+            return connection.scalar(query)
+
+    def changes(self, after: int, limit: int = 2000) -> Changes:
+        """The users of the next changes after a number, at most `limit` of each kind."""
+        tables = (events, users, deleted_users)
+        with self._read() as connection:
+            upto = connection.execute(sa.select(log_head.c.seq)).scalar_one()
+            if upto <= after:
+                return Changes((), (), after)
+            of_each = [
+                sa.select(sa.literal_column(str(kind)).label("kind"), table.c.seq, table.c.user_id)
+                .where(table.c.seq > after, table.c.seq <= upto)
+                .order_by(table.c.seq)
+                .limit(limit)
+                .subquery()
+                for kind, table in enumerate(tables)
+            ]
+            # One question for all three, and the same state of the log behind all answers.
+            found = connection.execute(sa.union_all(*(sa.select(each) for each in of_each))).all()
+        found_of = [sorted(r.seq for r in found if r.kind == kind) for kind in range(len(tables))]
+        # Where as many as asked for were found, further ones may follow: come back for them.
+        upto = min([upto, *(seqs[-1] for seqs in found_of if len(seqs) == limit)])
+        rows = sorted(
+            ((r.seq, r.user_id, tables[r.kind]) for r in found if r.seq <= upto),
+            key=lambda row: row[0],
+        )
+        return Changes(
+            users=tuple(dict.fromkeys(user for _, user, _ in rows)),
+            deleted=tuple(user for _, user, table in rows if table is deleted_users),
+            upto=upto,
+        )
+
+    def user_ids(self, after: str = "", limit: int = 2000) -> list[str]:
+        """All users of the log in the database's order, `limit` at a time."""
+        of_each = [
+            sa.select(table.c.user_id)
+            .distinct()
+            .where(table.c.user_id > after)
+            .order_by(table.c.user_id)
+            .limit(limit)
+            .subquery()
+            for table in (events, users, deleted_users)
+        ]
+        query = sa.union(*(sa.select(each.c.user_id) for each in of_each))
+        with self._read() as connection:
+            return list(connection.scalars(query.order_by("user_id").limit(limit)))
+
+    def states(self, user_ids: Sequence[str], length: int) -> dict[str, UserState]:
+        """The newest `length` events, the fields and the deletion of users."""
+        histories: dict[str, tuple[Event, ...]] = {}
+        fields: dict[str, Fields] = {}
+        deleted: dict[str, int] = {}
+        with self._read() as connection:
+            for batch in batches(dict.fromkeys(user_ids)):
+                histories.update(_newest(connection, batch, length))
+                query = sa.select(users.c.user_id, users.c.fields).where(users.c.user_id.in_(batch))
+                fields.update({row.user_id: row.fields for row in connection.execute(query)})
+                deleted.update(_deleted(connection, batch))
+        return {
+            user: UserState(histories.get(user, ()), fields.get(user, {}), deleted.get(user))
+            for user in user_ids
+        }
+
+    def items(self, after: int = 0, limit: int = 1000) -> list[Item]:
+        """Items written after a number, in the order of their newest writes."""
+        query = (
+            sa.select(items.c.item_id, items.c.fields, items.c.created_at, items.c.seq)
+            .where(items.c.seq > after)
+            .order_by(items.c.seq)
+            .limit(limit)
+        )
+        with self._read() as connection:
+            return [Item(*row) for row in connection.execute(query)]
+
+
+class EventLog(Reads):
     """One log; thread-safe.
 
     Raises:
@@ -238,108 +340,26 @@ class EventLog:
                 yield transaction
                 transaction._finish()
 
-    def position(self) -> Position:
-        """How far the log goes."""
-        with self._read() as connection:
-            return Position(*connection.execute(sa.select(log_head.c.log_id, log_head.c.seq)).one())
-
-    def last_deletion(self) -> int:
-        """Number of the newest deletion of a user; 0: there was none."""
-        with self._read() as connection:
-            return connection.scalar(sa.select(sa.func.max(deleted_users.c.seq))) or 0
-
-    def oldest_after(self, seq: int) -> float | None:
-        """When the first event after `seq` was received, Unix seconds; None: there is none."""
-        query = (
-            sa.select(events.c.received_at)
-            .where(events.c.seq > seq)
-            .order_by(events.c.seq)
-            .limit(1)
-        )
-        with self._read() as connection:
-            return connection.scalar(query)
-
-    def changes(self, after: int, limit: int = 2000) -> Changes:
-        """The users of the next changes after a number, at most `limit` of each kind."""
-        found: dict[str, None] = {}
-        deleted: tuple[str, ...] = ()
-        with self._read() as connection:
-            upto = connection.execute(sa.select(log_head.c.seq)).scalar_one()
-            for table in (events, users, deleted_users):
-                query = (
-                    sa.select(table.c.seq, table.c.user_id)
-                    .where(table.c.seq > after, table.c.seq <= upto)
-                    .order_by(table.c.seq)
-                    .limit(limit)
-                )
-                rows = connection.execute(query).all()
-                if len(rows) == limit:
-                    # Further ones may follow: come back for them.
-                    upto = rows[-1].seq
-                found.update(dict.fromkeys(row.user_id for row in rows))
-                if table is deleted_users:
-                    deleted = tuple(row.user_id for row in rows)
-        return Changes(tuple(found), deleted, max(upto, after))
-
-    def user_ids(self, after: str = "", limit: int = 2000) -> list[str]:
-        """All users of the log in the database's order, `limit` at a time."""
-        of_each = [
-            sa.select(table.c.user_id)
-            .distinct()
-            .where(table.c.user_id > after)
-            .order_by(table.c.user_id)
-            .limit(limit)
-            .subquery()
-            for table in (events, users, deleted_users)
-        ]
-        query = sa.union(*(sa.select(each.c.user_id) for each in of_each))
-        with self._read() as connection:
-            return list(connection.scalars(query.order_by("user_id").limit(limit)))
-
     @contextmanager
-    def follower_lock(self) -> Iterator[None]:
+    def follower_lock(self) -> Iterator["Turn"]:
         """Held by one follower at a time; freed when its process ends, however it does.
 
         Raises:
-            UnavailableError: another one has held it for `LOCK_SECONDS`.
+            UnavailableError: another one has held it for `LOCK_SECONDS`; or, out of the block, this
+                one has lost it.
         """
         if self.engine.dialect.name == "sqlite":
+            # The kernel frees it when the process ends and not before.
             with _file_lock(Path(f"{self.engine.url.database}.follower")):
-                yield
+                yield Turn(self._read)
             return
         with _errors("follow"), self.engine.connect() as connection, connection.begin():
             connection.exec_driver_sql(
-                f"SET LOCAL idle_in_transaction_session_timeout = '{FROZEN_SECONDS}s'"
+                f"SET LOCAL idle_in_transaction_session_timeout = '{FROZEN_SECONDS}s';"
+                f" SELECT pg_advisory_xact_lock({_FOLLOWERS})"
             )
-            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_FOLLOWERS)))
-            yield
-
-    def states(self, user_ids: Sequence[str], length: int) -> dict[str, UserState]:
-        """The newest `length` events, the fields and the deletion of users."""
-        histories: dict[str, tuple[Event, ...]] = {}
-        fields: dict[str, Fields] = {}
-        deleted: dict[str, int] = {}
-        with self._read() as connection:
-            for batch in batches(dict.fromkeys(user_ids)):
-                histories.update(_newest(connection, batch, length))
-                query = sa.select(users.c.user_id, users.c.fields).where(users.c.user_id.in_(batch))
-                fields.update({row.user_id: row.fields for row in connection.execute(query)})
-                deleted.update(_deleted(connection, batch))
-        return {
-            user: UserState(histories.get(user, ()), fields.get(user, {}), deleted.get(user))
-            for user in user_ids
-        }
-
-    def items(self, after: int = 0, limit: int = 1000) -> list[Item]:
-        """Items written after a number, in the order of their newest writes."""
-        query = (
-            sa.select(items.c.item_id, items.c.fields, items.c.created_at, items.c.seq)
-            .where(items.c.seq > after)
-            .order_by(items.c.seq)
-            .limit(limit)
-        )
-        with self._read() as connection:
-            return [Item(*row) for row in connection.execute(query)]
+            # Each statement sees what was committed before it: no snapshot is kept.
+            yield Turn(lambda: nullcontext(connection))
 
     def erase_traces(self) -> None:
         """Let the database give up the bytes of deleted rows that it still holds.
@@ -359,6 +379,29 @@ class EventLog:
                 connection = connection.execution_options(isolation_level="REPEATABLE READ")
             with connection.begin():
                 yield connection
+
+
+class Turn(Reads):
+    """A follower's turn: it reads through the session that holds the lock.
+
+    A read is a sign of life, and fails once the lock is lost: a follower that was frozen for so
+    long that another took over finds out before it writes.
+    """
+
+    def __init__(self, read: Callable[[], AbstractContextManager[sa.Connection]]) -> None:
+        self._session = read
+
+    def _read(self) -> AbstractContextManager[sa.Connection]:
+        return self._session()
+
+    def check(self) -> None:
+        """See that the lock is still held.
+
+        Raises:
+            UnavailableError: it is not.
+        """
+        with self._read() as connection:
+            connection.exec_driver_sql("SELECT 1")
 
 
 def _newest(

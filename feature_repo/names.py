@@ -59,8 +59,8 @@ _RESERVED = frozenset(
 class ViewOptions(SettingsBase):
     """What the views need to know besides the schema. Durations in seconds, 0 = for ever.
 
-    Age is measured against the log's own time (the as_of of the trend snapshot), never against
-    the clock, so that a log of 1998 works as it did then.
+    Age is measured against the log's own time (the as_of of the trend snapshot, or the newest event
+    seen since), never against the clock, so that a log of 1998 works as it did then.
     """
 
     history_length: int = Field(100, ge=1)

@@ -41,6 +41,7 @@ from feature_repo.names import (
     HISTORY_LENGTH_TAG,
     JOIN_KEY,
     KIND_TAG,
+    LIVE_CHECKPOINT,
     MATERIALISED,
     SERVING_TREND,
     SERVING_USER,
@@ -52,7 +53,7 @@ from feature_repo.names import (
     VIEW_ENTITY,
     ViewOptions,
 )
-from feature_repo.online import Row, protos, write_rows
+from feature_repo.online import Row, protos, read_row, write_rows
 from feature_repo.settings import FeatureStoreSettings
 from feature_repo.sources import APPLIED
 from model.errors import UnavailableError
@@ -61,7 +62,7 @@ from model.schema import FieldKind, Schema, fits
 from model.trends import TrendSnapshot
 
 if TYPE_CHECKING:
-    from feast import FeatureService, FeatureStore
+    from feast import FeatureService, FeatureStore, FeatureView
 
 __all__ = [
     "FeatureReader",
@@ -196,6 +197,7 @@ class FeatureReader:
             self._session = Session.open(settings)
         self._now: int | None = None  # Unix seconds of the log; None: not read yet
         self._newest = 0  # Unix second of the newest event seen in a history
+        self._generation = 0  # of live rows: older ones count no more
 
     def user(self, user_id: str) -> UserFeatures:
         """Profile and history; an unknown user is no error."""
@@ -215,10 +217,12 @@ class FeatureReader:
             if (value := row[f"{USER_PROFILE}__{feature}"]) is not None
         }
         if session.live:
+            # A deletion is never taken back, not even by a log of before it.
             deleted_at = row[f"{USER_LIVE}__deleted_at"]
             if deleted_at is not None:
                 known, profile = False, {}
                 events = [e for e in events if e.timestamp > deleted_at]
+        if session.live and (row.get(f"{USER_LIVE}__generation") or 0) >= self._generation:
             events = merge(events, events_of(row, f"{USER_LIVE}__"), session.history_length)
             if text := row[f"{USER_LIVE}__fields"]:
                 known = True
@@ -228,7 +232,7 @@ class FeatureReader:
         if not known and not events:
             return UNKNOWN
         if self._now and session.history_ttl and events:
-            age = self._now - events[-1].timestamp
+            age = max(self._now, self._newest_event) - events[-1].timestamp
             events = [] if age > session.history_ttl else events
         return UserFeatures(known=True, profile=profile, history=events)
 
@@ -239,6 +243,7 @@ class FeatureReader:
             session = self._session
             snapshot = snapshots.from_row(session.read_trend())
             self._now = snapshot.as_of if snapshot else 0
+            self._generation = session.read_generation()
             return snapshot
 
     def trend_lag(self) -> tuple[int, int]:
@@ -252,8 +257,12 @@ class FeatureReader:
             Seconds from the snapshot's `as_of` to the newest event (0: none is later, or no
             snapshot was read yet), and the seconds between two refreshes (0: not known).
         """
-        newest = min(self._newest, int(time.time()))
-        return (max(0, newest - self._now) if self._now else 0), self._session.period
+        return (max(0, self._newest_event - self._now) if self._now else 0), self._session.period
+
+    @property
+    def _newest_event(self) -> int:
+        """Unix second of the newest event seen in any history; never later than the clock."""
+        return min(self._newest, int(time.time()))
 
     def _follow_registry(self) -> None:
         with self._lock:
@@ -271,6 +280,7 @@ class Session:
     history_ttl: float  # seconds, 0 = for ever
     history_length: int
     live: bool  # false: an older registry, without the views that follow the event log
+    checkpoint: "FeatureView | None"  # of what is live; None: an older registry
     period: int  # seconds between two refreshes of the trend, 0 = not known
     stamp: Hashable  # of the registry it was opened on
 
@@ -295,6 +305,7 @@ class Session:
             history_ttl=history.ttl.total_seconds() if history.ttl else 0.0,
             history_length=int(history.tags[HISTORY_LENGTH_TAG]),
             live=live,
+            checkpoint=store.get_feature_view(LIVE_CHECKPOINT) if live else None,
             period=int(valid.total_seconds()) if valid else 0,
             stamp=stamp,
         )
@@ -319,6 +330,13 @@ class Session:
             features=features, entity_rows=[{JOIN_KEY[entity]: key}], full_feature_names=True
         )
         return {name: values[0] for name, values in answer.to_dict().items()}
+
+    def read_generation(self) -> int:
+        """Of the live rows that count; 0: all do."""
+        if self.checkpoint is None:
+            return 0
+        found = read_row(self.store, self.checkpoint, CATALOGUE_ID).get("generation")
+        return int(found or 0)
 
     def read_trend(self) -> dict[str, Any]:
         """The row of the trend snapshot, by feature."""

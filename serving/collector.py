@@ -131,7 +131,12 @@ class Collector:
             redis_url=self.settings.redis_url,
             registry_url=self.settings.registry_url,
         )
-        return LiveFeatures(where, EventLog.open(self._url))
+        events = EventLog.open(self._url)
+        try:
+            return LiveFeatures(where, events)
+        except BaseException:
+            events.close()  # it is opened again with every attempt
+            raise
 
     async def append(self, request: Request) -> Response:
         """POST /events"""

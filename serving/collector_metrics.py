@@ -46,10 +46,16 @@ VISIBLE_SECONDS = Histogram(
 )
 LAG_SECONDS = Gauge(
     "hrnn_collector_lag_seconds",
-    "Age of the oldest event that the online store does not have yet; 0: it has all",
+    "Age of the oldest event that the online store does not have yet, 0: it has all; while that "
+    "cannot be known, since when it is not known to have all",
 )
 LAG_CHANGES = Gauge(
-    "hrnn_collector_lag_changes", "Changes of the log that the online store does not have yet"
+    "hrnn_collector_lag_changes",
+    "Changes of the log that the online store does not have yet; NaN: cannot be known now",
+)
+FOLLOWING = Gauge(
+    "hrnn_collector_following",
+    "Whether the last attempt to bring the online store up to date worked",
 )
 FOLLOW_ERRORS = Counter(
     "hrnn_collector_follow_errors_total",

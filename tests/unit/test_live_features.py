@@ -1,17 +1,20 @@
 """Online features that follow the event log: both logs, both online stores, real servers."""
 
 import random
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 
 import pytest
+import sqlalchemy as sa
 from hypothesis import given
 from hypothesis import strategies as st
 
+from feature_repo import event_log as event_log_module
 from feature_repo import live as live_module
-from feature_repo.event_log import EventLog, NewEvent
+from feature_repo.event_log import EventLog, NewEvent, Turn
 from feature_repo.histories import events_of, merge, values_of
 from feature_repo.live import LiveFeatures
 from feature_repo.names import LIVE_CHECKPOINT, LIVE_VIEWS
@@ -82,7 +85,8 @@ def test_capped_at_history_length(log, store):
     assert items(FeatureReader(store)) == ["i6", "i7", "i8"]
 
 
-def test_a_longer_history_is_used_by_a_running_follower(log, follower, store):
+def test_a_longer_history_is_used_by_a_running_follower(log, follower, store, monkeypatch):
+    monkeypatch.setattr(live_module, "REGISTRY_SECONDS", 0)
     apply(store, SCHEMA, ViewOptions(history_length=2))
     append(log, event(1), event(2))
     follower.follow()
@@ -180,16 +184,13 @@ class TestFollowing:
     def test_a_store_that_has_lost_rows_is_filled_again(self, log, follower, store, lost):
         append(log, event(1), event(2, user="other"))
         follower.follow()
-        checkpoint = follower._session.read_one(
-            ["live_checkpoint:log_id", "live_checkpoint:seq"], "catalogue", "all"
-        )
+        checkpoint = follower._checkpoint()
         append(log, event(3))
         follower.follow()
         if lost == "rows since a moment":
             forget(store, {"user_live": ["u1"]})
-            follower._set_checkpoint(
-                checkpoint["live_checkpoint__log_id"], checkpoint["live_checkpoint__seq"]
-            )
+            with log.follower_lock() as turn:
+                follower._set_checkpoint(turn, checkpoint)
         else:
             forget(store, {LIVE_CHECKPOINT: ["all"]})
         if lost == "everything":
@@ -212,17 +213,17 @@ class TestFollowing:
     ):
         monkeypatch.setattr(live_module, "PORTION", 2)
         append(log, *(event(n, user=f"v{n}") for n in range(6)))
-        pages = log.user_ids
+        pages = Turn.user_ids
         late = iter([event(90, user="v0"), event(91, user="v5"), event(92, user="brand new")])
 
-        def user_ids(**arguments):
-            page = pages(**arguments)
+        def user_ids(turn, **arguments):
+            page = pages(turn, **arguments)
             for one in late:
                 append(log, one)
                 break
             return page
 
-        monkeypatch.setattr(log, "user_ids", user_ids)
+        monkeypatch.setattr(Turn, "user_ids", user_ids)
         follower.follow()
         reader = FeatureReader(store)
         assert items(reader, "v0") == ["i0", "i90"]
@@ -252,23 +253,21 @@ class TestFollowing:
         for user in users:
             assert reader.user(user).history == list(states[user].history)
 
-    def test_a_follower_that_was_frozen_is_repaired(self, log, follower, store):
-        """It wakes up after others went on, writes what it had read, and sets the mark back."""
-        append(log, event(1))
+    def test_who_waits_is_told_of_each_portion_and_a_growing_log_is_not_chased(
+        self, log, follower, monkeypatch
+    ):
+        monkeypatch.setattr(live_module, "PORTION", 2)
         follower.follow()
-        stale = log.states(["u1"], 100)
-        checkpoint = log.position()
-        append(log, event(2))
-        follower.follow()
-        live_module.write_rows(
-            follower._session.store,
-            "user_live",
-            [("u1", live_module._row(stale["u1"]), AS_OF + 1)],
-        )
-        follower._set_checkpoint(checkpoint.log_id, checkpoint.seq)
-        assert items(FeatureReader(store))[-1] == "i1"
-        follower.follow()
-        assert items(FeatureReader(store))[-1] == "i2"
+        append(log, *(event(n) for n in range(5)))
+        told = []
+
+        def progress(seq):
+            told.append(seq)
+            append(log, event(100 + seq))  # and so on for ever
+
+        assert follower.follow(progress) == 6
+        assert told == [0, 2, 4, 6]
+        assert log.position().seq == 9
 
     def test_one_at_a_time(self, log, follower, monkeypatch):
         from feature_repo import event_tables
@@ -282,6 +281,104 @@ class TestFollowing:
             follower.follow()
         follower.follow()
         follower._events.close()
+
+
+class TestTheLock:
+    """A log on PostgreSQL, whose followers' sessions end after a second without a sign of life."""
+
+    @pytest.fixture
+    def log_url(self, postgres_server, monkeypatch):
+        monkeypatch.setattr(event_log_module, "FROZEN_SECONDS", 1)
+        return postgres_server.database()
+
+    @pytest.fixture
+    def slow_writes(self, monkeypatch):
+        """Lets one follower's writes of users take long; `before`: called first."""
+        write_rows = live_module.write_rows
+
+        def slow(follower, before):
+            def write(store, view, rows):
+                if store is follower._session.store and view.name == "user_live":
+                    before()
+                write_rows(store, view, rows)
+
+            monkeypatch.setattr(live_module, "write_rows", write)
+
+        return slow
+
+    def test_is_kept_through_a_long_rebuild(self, log, store, slow_writes, monkeypatch):
+        monkeypatch.setattr(live_module, "PORTION", 1)
+        append(log, *(event(n, user=f"v{n}") for n in range(8)))
+        follower = LiveFeatures(store, log)
+        slow_writes(follower, lambda: time.sleep(0.3))
+        assert follower.follow() == 8
+        assert items(FeatureReader(store), "v7") == ["i7"]
+
+    @pytest.mark.parametrize("rebuild", [False, True])
+    def test_is_lost_by_who_is_frozen_and_then_nothing_newer_is_undone(
+        self, log, log_url, follower, store, slow_writes, rebuild
+    ):
+        """One reads the log and freezes; another goes on; the first wakes up and writes."""
+        append(log, event(1))
+        follower.follow()
+        append(log, event(2))
+        if rebuild:
+            follower.rebuild()
+
+        def frozen():
+            # The real thing: the database ends the session of a follower that does nothing.
+            time.sleep(1)
+            with closing(EventLog.open(log_url)) as other:
+                append(other, event(3))
+                deadline = time.monotonic() + 60
+                while True:
+                    try:
+                        assert LiveFeatures(store, other).follow() == 3
+                        return
+                    except UnavailableError:
+                        assert time.monotonic() < deadline
+
+        slow_writes(follower, frozen)
+        with pytest.raises(UnavailableError):
+            follower.follow()
+        assert follower._checkpoint().seq == 3  # the mark of the one that went on
+        assert items(FeatureReader(store))[-1] != "i3"  # no store can refuse the old row...
+        slow_writes(follower, lambda: None)
+        follower.follow()
+        assert items(FeatureReader(store))[-3:] == ["i1", "i2", "i3"]  # ...so it is mended
+
+
+class TestAnOlderLog:
+    """The event log was lost and restored from a backup."""
+
+    @pytest.fixture
+    def restored(self, log, follower, store):
+        append(log, event(1, user="kept"))
+        follower.follow()
+        position = log.position()
+        append(log, event(2, user="lost"), event(3, user="kept"))
+        with log.write() as transaction:
+            transaction.delete_user("deleted")
+            transaction.delete_user("u1")
+        follower.follow()
+        reader = FeatureReader(store)
+        assert items(reader, "lost") == ["i2"]
+        with log.write() as transaction:
+            for table in ("events", "deleted_users"):
+                gone = sa.text(f"DELETE FROM {table} WHERE seq > {position.seq}")  # noqa: S608
+                transaction._connection.execute(gone)
+            transaction.seq = position.seq
+        follower.follow()
+        reader.trend()
+        return reader
+
+    def test_histories_that_it_lacks_are_gone(self, restored):
+        assert items(restored, "kept") == ["i1"]
+        assert not restored.user("lost").known
+
+    def test_a_deletion_is_not_taken_back(self, restored, store):
+        materialise(store, AS_OF)
+        assert not FeatureReader(store).user("u1").known
 
 
 def test_live_views_are_not_materialised(store):
