@@ -236,9 +236,8 @@ def main():
             if column in row:
                 met = row[column] >= limit if more else row[column] < limit
                 bound = f"{'at least' if more else 'below'} {limit:g}"
-                print(
-                    f"{'met   ' if met else 'MISSED'} {row['log']}: {column} {row[column]:g}, {bound}"
-                )
+                verdict = "met   " if met else "MISSED"
+                print(f"{verdict} {row['log']}: {column} {row[column]:g}, {bound}")
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
 
