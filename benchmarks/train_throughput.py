@@ -76,6 +76,7 @@ def ours(config: dict[str, Any]) -> dict[str, Any]:
         dropout=0.0,
         user_dropout=0.0,
         transitions=config["full"],
+        repeats=config["full"],
         ratings=False,
     )
     settings = TrainSettings(

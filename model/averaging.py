@@ -32,6 +32,8 @@ class WeightAverage:
         dense = [(w.detach(), ema.detach()) for w, ema in pairs if id(w) not in by_rows]
         self.weights, self.averages = [w for w, _ in dense], [ema for _, ema in dense]
         self.tables = [(w, ema.detach()) for w, ema in pairs if id(w) in by_rows]
+        # Rows that a step is about to change, brought up to date.
+        self._touched: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
         # How many steps each row's average holds.
         self.held = [
             torch.zeros(len(w), dtype=torch.int32, device=w.device) for w, _ in self.tables
@@ -43,10 +45,9 @@ class WeightAverage:
         for (w, ema), held_M in zip(self.tables, self.held, strict=True):
             if w.grad is not None:
                 row_R = w.grad.indices()[0]
-                fresh = self._fresh(
-                    w.index_select(0, row_R), ema.index_select(0, row_R), held_M[row_R]
-                )
-                ema.index_copy_(0, row_R, fresh)
+                old, held_R = ema.index_select(0, row_R), held_M.index_select(0, row_R)
+                self._fresh(w.index_select(0, row_R), old, held_R)
+                self._touched.append((w, ema, held_M, row_R, old))
 
     @torch.no_grad()
     def update(self) -> None:
@@ -57,27 +58,25 @@ class WeightAverage:
             torch._foreach_copy_(self.averages, self.weights)
         else:
             torch._foreach_lerp_(self.averages, self.weights, share)
-        for (w, ema), held_M in zip(self.tables, self.held, strict=True):
-            if w.grad is not None:
-                row_R = w.grad.indices()[0]
-                fresh = ema.index_select(0, row_R).lerp_(w.index_select(0, row_R), share)
-                ema.index_copy_(0, row_R, fresh)
-                held_M.index_fill_(0, row_R, self.steps)
+        for w, ema, held_M, row_R, fresh in self._touched:
+            ema.index_copy_(0, row_R, fresh.lerp_(w.index_select(0, row_R), share))
+            held_M.index_fill_(0, row_R, self.steps)
+        self._touched = []
 
     @torch.no_grad()
     def finish(self) -> None:
         """Bring every row up to date, so that the copy is the average."""
         for (w, ema), held_M in zip(self.tables, self.held, strict=True):
             for part in (slice(s, s + CHUNK_ROWS) for s in range(0, len(w), CHUNK_ROWS)):
-                ema[part] = self._fresh(w[part], ema[part], held_M[part])
+                self._fresh(w[part], ema[part], held_M[part])
             held_M.fill_(self.steps)
 
-    def _fresh(self, w: Tensor, ema: Tensor, held_R: Tensor) -> Tensor:
-        """The average after the steps not yet held, in which w was what it is.
+    def _fresh(self, w: Tensor, ema: Tensor, held_R: Tensor) -> None:
+        """Take the steps not yet held, in which w was what it is, into the average.
 
         Before its first step the average is the weights themselves: nothing decays.
         """
         kept_R = torch.pow(self.decay, (self.steps - held_R).double()).to(w.dtype)
         kept_R = torch.where(held_R > 0, kept_R, 0.0 if self.steps else 1.0)
         kept = kept_R.view(-1, *[1] * (w.dim() - 1))
-        return torch.lerp(w, ema, kept)
+        ema.sub_(w).mul_(kept).add_(w)

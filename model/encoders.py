@@ -64,8 +64,11 @@ class GRUEncoder(Encoder):
             return out.data, h_1SH[0]
         weight_GI, weight_GH, bias_i_G, bias_h_G = self.gru.parameters()
         i_NG = F.linear(x_NI, weight_GI, bias_i_G)
-        with torch.autocast("cpu", enabled=False):  # a state rounded at every step drifts
-            return gru.scan(i_NG.float(), state_SK.float(), weight_GH, bias_h_G, batch_size_T)
+        dtype = i_NG.dtype  # bfloat16 under autocast
+        if dtype != weight_GH.dtype:
+            i_NG, state_SK = i_NG.to(weight_GH.dtype), state_SK.to(weight_GH.dtype)
+        with torch.autocast("cpu", enabled=False):
+            return gru.scan(i_NG, state_SK, weight_GH, bias_h_G, batch_size_T, dtype)
 
 
 class LSTMEncoder(Encoder):

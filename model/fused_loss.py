@@ -24,6 +24,9 @@ from model.repeats import SeenItems
 CHUNK_CELLS = 2**20  # scores held at once: 4 MiB
 CHUNK_ROWS = 64  # at least: matrix products of fewer rows are slow
 PADDING = 8  # columns that carry the bias in bfloat16
+# Negatives are padded to a multiple of this: a library that makes its matrix products to measure
+# (oneDNN, for bfloat16) would otherwise make new ones for every batch.
+WIDTHS = 64
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Targets:
 
     column_N: Tensor  # where the target stands among the columns; sampled: −1 where it does not
     weight_N: Tensor
+    place_N: Tensor | None = None  # sampled: the row of the target among the targets' vectors
     reward_N: Tensor | None = None  # None: every event has reward 1
     any_item_S: Tensor | None = None  # rewards, sampled: what a negative counts in a mean over M
     log_q: Callable[[slice], Tensor] | None = None  # log q(t) of some positions' columns: [C, S]
@@ -41,7 +45,7 @@ class Targets:
 
 
 class _FusedLoss(Function):
-    """(query, w, b, φ of the targets or none, β, γ, κ, ρ) → Σ weight·loss / Σ weight.
+    """(query, w, b, w and rest of the targets' scores or none, β, γ, κ, ρ) → mean loss.
 
     With `hit_N` the target is a column of its own, the last, and the softmax runs over it and the
     S others; where it is among those too, it is left out there.
@@ -53,6 +57,7 @@ class _FusedLoss(Function):
         query_ND: Tensor,
         w_SD: Tensor,
         b_S: Tensor,
+        w_RD: Tensor | None,
         hit_N: Tensor | None,
         beta: Tensor,
         gamma: Tensor,
@@ -63,27 +68,33 @@ class _FusedLoss(Function):
         total_weight = given.weight_N.sum()
         share_N = given.weight_N / torch.where(total_weight > 0, total_weight, 1.0)
         sampled = hit_N is not None
+        own_ND = grad_w_R = None
+        place_N = given.place_N
+        if hit_N is not None and w_RD is not None and place_N is not None:
+            own_ND, grad_w_R = w_RD.index_select(0, place_N), torch.zeros_like(w_RD)
+            hit_N = torch.linalg.vecdot(query_ND, own_ND).add_(hit_N)
         size = w_SD.shape[1]
         half = given.dtype != torch.float32
         if half and len(b_S):  # a common offset means nothing, and costs the scores their digits
             offset = b_S.mean()
             b_S, hit_N = b_S - offset, None if hit_N is None else hit_N - offset
-        if sampled:  # the target's column, filled in after the product
-            w_SD = torch.cat([w_SD, w_SD.new_zeros(1, size)])
-            b_S = torch.cat([b_S, b_S.new_zeros(1)])
+        columns = len(w_SD)
+        if sampled:  # the target's column, filled in after the product, and empty ones after it
+            width = -(-(columns + 1) // WIDTHS) * WIDTHS
+            w_SD = torch.cat([w_SD, w_SD.new_zeros(width - columns, size)])
+            b_S = torch.cat([b_S, b_S.new_zeros(width - columns)])
         product = _HalfProduct(w_SD, b_S, given.dtype) if half else _Product(w_SD, b_S)
-        columns = len(w_SD) - sampled
         grad_query = torch.empty_like(query_ND)
         grad_hit = None if hit_N is None else torch.empty_like(hit_N)
         grad_beta, grad_gamma, grad_kappa = torch.zeros(3, device=query_ND.device).unbind()
         grad_rho = torch.zeros_like(rho)
         loss = query_ND.new_zeros(())
-        rows = max(CHUNK_ROWS, CHUNK_CELLS // len(w_SD))
+        rows = _chunk_rows(len(query_ND), len(w_SD))
         for start in range(0, len(query_ND), rows):
             part = slice(start, start + rows)
             share_C = share_N[part]
             logit_CS = product.scores(query_ND[part])
-            column_C1 = given.column_N[part, None]
+            column_C = given.column_N[part]
             log_q_CS = lifted = None
             if given.lifts is not None:
                 lifted = given.lifts.cells(part, logit_CS.shape[1])
@@ -101,22 +112,27 @@ class _FusedLoss(Function):
             if given.reward_N is not None and given.any_item_S is not None:
                 any_CS, any_loss_C = _any_item(logit_CS[:, :columns], given.any_item_S)
             if hit_N is not None:
+                _mask(logit_CS, column_C)
                 logit_CS[:, columns] = hit_N[part]
-                _mask(logit_CS, column_C1)
-                column_C1 = torch.full_like(column_C1, columns)
-            hit_C = logit_CS.gather(1, column_C1)[:, 0].float()
+                logit_CS[:, columns + 1 :] = -torch.inf
+                column_C = torch.full_like(column_C, columns)
+            row_C = torch.arange(len(logit_CS), device=column_C.device)
+            cell_C = row_C.mul_(logit_CS.shape[1]).add_(column_C)  # the targets'
+            hit_C = logit_CS.view(-1).index_select(0, cell_C).float()
             mean_C = None
             if given.reward_N is not None and any_CS is None:
                 mean_C = logit_CS.mean(dim=1, dtype=torch.float32)
             grad_CS = torch.softmax(logit_CS, dim=1)
             tiny = torch.finfo(torch.float32).tiny
-            loss_C = -grad_CS.gather(1, column_C1)[:, 0].float().clamp(min=tiny).log()
+            flat = grad_CS.view(-1)
+            share_of_target_C = flat.index_select(0, cell_C)
+            loss_C = -share_of_target_C.float().clamp(min=tiny).log()
             if given.reward_N is None:
-                grad_CS.scatter_add_(1, column_C1, grad_CS.new_full(column_C1.shape, -1.0))
+                flat.index_copy_(0, cell_C, share_of_target_C - 1.0)
             else:
                 reward_C = given.reward_N[part]
                 if any_CS is not None and any_loss_C is not None:
-                    grad_CS.scatter_add_(1, column_C1, grad_CS.new_full(column_C1.shape, -1.0))
+                    flat.index_copy_(0, cell_C, share_of_target_C - 1.0)
                     grad_CS.mul_(reward_C[:, None])
                     grad_CS[:, :columns] += (1.0 - reward_C)[:, None] * any_CS
                     loss_C = reward_C * loss_C + (1.0 - reward_C) * any_loss_C
@@ -124,7 +140,8 @@ class _FusedLoss(Function):
                     assert mean_C is not None  # noqa: S101 - set above
                     loss_C = loss_C + (1.0 - reward_C) * (hit_C - mean_C)
                     grad_CS.sub_(((1.0 - reward_C) / columns)[:, None])
-                    grad_CS.scatter_add_(1, column_C1, -reward_C[:, None].to(grad_CS.dtype))
+                    lowered_C = flat.index_select(0, cell_C) - reward_C
+                    flat.index_copy_(0, cell_C, lowered_C.to(flat.dtype))
             loss += torch.dot(share_C, loss_C)
             grad_query[part] = product.backward(grad_CS, query_ND[part], share_C)
             if grad_hit is not None:
@@ -140,15 +157,26 @@ class _FusedLoss(Function):
             if log_q_CS is not None:
                 grad_beta += torch.dot(share_C, (grad_CS[:, :columns] * log_q_CS).sum(dim=1))
         grad_w, grad_b = product.grad_w[:columns], product.grad_b[:columns]
-        grads = (grad_query, grad_w, grad_b, grad_beta, grad_gamma, grad_kappa, grad_rho)
-        ctx.save_for_backward(*grads, *(() if grad_hit is None else (grad_hit,)))
+        if own_ND is not None and grad_hit is not None:
+            assert grad_w_R is not None and place_N is not None  # noqa: S101 - set together
+            grad_query.addcmul_(own_ND, grad_hit[:, None])
+            grad_w_R.index_add_(0, place_N, query_ND * grad_hit[:, None])
+        grads = (grad_query, grad_w, grad_b, grad_w_R, grad_hit)
+        ctx.save_for_backward(*grads, grad_beta, grad_gamma, grad_kappa, grad_rho)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, w, b, beta, gamma, kappa, rho, *hit = (grad * own for own in ctx.saved_tensors)
-        return query, w, b, (hit[0] if hit else None), beta, gamma, kappa, rho, None
+        saved = ctx.saved_tensors
+        return *(None if own is None else grad * own for own in saved), None
+
+
+def _chunk_rows(positions: int, width: int) -> int:
+    """As many as a chunk may hold, all chunks alike: a remainder of a few rows would be slow."""
+    most = max(CHUNK_ROWS, CHUNK_CELLS // width)
+    chunks = max(1, -(-positions // most))
+    return max(1, -(-positions // chunks))
 
 
 class _Product:
@@ -196,10 +224,11 @@ class _HalfProduct(_Product):
         return (grad_CS @ self.half_SD).float() * share_C[:, None]
 
 
-def _mask(logit_CS: Tensor, column_C1: Tensor) -> None:
+def _mask(logit_CS: Tensor, column_C: Tensor) -> None:
     """Leave the target out where it is among the negatives (column −1: it is not)."""
-    row_H = (column_C1[:, 0] >= 0).nonzero()[:, 0]
-    logit_CS[row_H, column_C1[row_H, 0]] = -torch.inf
+    row_H = (column_C >= 0).nonzero()[:, 0]
+    cell_H = row_H * logit_CS.shape[1] + column_C.index_select(0, row_H)
+    logit_CS.view(-1).index_fill_(0, cell_H, -torch.inf)
 
 
 def _any_item(logit_CS: Tensor, any_item_S: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,6 +266,7 @@ def fused_loss(
     b_S: Tensor,
     given: Targets,
     *,
+    w_RD: Tensor | None = None,
     hit_N: Tensor | None = None,
     beta: Tensor | None = None,
     gamma: Tensor | None = None,
@@ -251,11 +281,13 @@ def fused_loss(
     Args:
         w_SD, b_S: vectors and biases of all items; sampled: of the negatives, the log of their
             expected count taken off the biases.
-        hit_N: sampled: the targets' own scores with all that is added to them. None: dense.
+        w_RD: sampled: vectors of the targets, whose is which says `given.place_N`. None: dense.
+        hit_N: sampled: what the targets' scores are beside the product of query and vector.
     """
     zero = b_S.new_zeros(())
     coefficients = [zero if c is None else c for c in (beta, gamma, kappa, rho)]
-    parts = [query_ND.float(), w_SD.float(), b_S.float(), None if hit_N is None else hit_N.float()]
+    tensors = (query_ND, w_SD, b_S, w_RD, hit_N)
+    parts = [None if tensor is None else tensor.float() for tensor in tensors]
     with torch.autocast(query_ND.device.type, enabled=False):  # `given.dtype` says what is half
         loss: Tensor = _FusedLoss.apply(*parts, *coefficients, given)  # type: ignore[no-untyped-call]
     return loss

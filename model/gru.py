@@ -29,74 +29,84 @@ class _Scan(Function):
         weight_GH: Tensor,
         bias_G: Tensor,
         batch_sizes: list[int],
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         hidden, sizes = h0_SH.shape[1], batch_sizes
         weight_HG = weight_GH.t()
-        gates_NG, rz_NR = torch.empty_like(i_NG), i_NG.new_empty(len(i_NG), 2 * hidden)
+        # What W h is added to in place, so that r and z come out of the product whole.
+        gates_NG = i_NG + bias_G
+        gates_NG[:, 2 * hidden :] = bias_G[2 * hidden :]
         n_NH, h_NH = i_NG.new_empty(2, len(i_NG), hidden).unbind()
         # Views of every step, made at once: in the loop they would cost as much as the arithmetic.
-        columns = i_NG.split([2 * hidden, hidden], dim=1), gates_NG.split([2 * hidden, hidden], 1)
-        (i_rz, i_n), (g_rz, g_n) = ([part.split(sizes) for part in pair] for pair in columns)
-        gates, rz, n, h = (part.split(sizes) for part in (gates_NG, rz_NR, n_NH, h_NH))
-        r, z = (part.split(sizes) for part in rz_NR.split(hidden, dim=1))
+        gates, n, h = (part.split(sizes) for part in (gates_NG, n_NH, h_NH))
+        rz, g_n = (p.split(sizes) for p in gates_NG.split([2 * hidden, hidden], dim=1))
+        r, z, _ = (p.split(sizes) for p in gates_NG.split(hidden, dim=1))
+        i_n = i_NG[:, 2 * hidden :].split(sizes)
         h_SH, finished, before = h0_SH, [], []
         for t, b in enumerate(sizes):
             if b < len(h_SH):  # segments end from the last one on
                 finished.append(h_SH[b:])
                 h_SH = h_SH[:b]
             before.append(h_SH)
-            torch.addmm(bias_G, h_SH, weight_HG, out=gates[t])
-            torch.add(i_rz[t], g_rz[t], out=rz[t]).sigmoid_()
+            gates[t].addmm_(h_SH, weight_HG)
+            rz[t].sigmoid_()
             torch.addcmul(i_n[t], r[t], g_n[t], out=n[t]).tanh_()
             h_SH = torch.lerp(n[t], h_SH, z[t], out=h[t])
         last_SH = torch.cat([h_SH, *reversed(finished)])
         before_NH = torch.cat(before) if before else h_NH
-        ctx.batch_sizes = batch_sizes
-        ctx.save_for_backward(rz_NR, n_NH, gates_NG, before_NH, weight_GH)
+        ctx.batch_sizes, ctx.dtype = batch_sizes, dtype
+        ctx.save_for_backward(gates_NG, n_NH, before_NH, weight_GH)
         return h_NH, last_SH
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, grad_h_NH: Tensor, grad_last_SH: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-        rz_NR, n_NH, gates_NG, before_NH, weight_GH = ctx.saved_tensors
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
+        gates_NG, n_NH, before_NH, weight_GH = ctx.saved_tensors
         hidden, sizes = n_NH.shape[1], ctx.batch_sizes
-        recurrent_n_NH = gates_NG[:, 2 * hidden :]
-        r_NH, z_NH = rz_NR[:, :hidden], rz_NR[:, hidden:]
-        # What a state's gradient is multiplied with on its way to each gate, all steps at once.
-        to_n_NH = (1.0 - z_NH) * (1.0 - n_NH * n_NH)
-        to_z_NH = (before_NH - n_NH) * z_NH * (1.0 - z_NH)
-        to_r_NH = to_n_NH * recurrent_n_NH * r_NH * (1.0 - r_NH)
-        to_recurrent_n_NH = to_n_NH * r_NH
-        factor_NGH = torch.stack([to_r_NH, to_z_NH, to_recurrent_n_NH], dim=1)
-        grad_NGH = torch.empty_like(factor_NGH)  # with respect to W h + b
-        state_NH = torch.empty_like(n_NH)  # with respect to h'
-        factor, grads = factor_NGH.split(sizes), grad_NGH.split(sizes)
-        flat = grad_NGH.flatten(1).split(sizes)
-        state, z, grad_h = state_NH.split(sizes), z_NH.split(sizes), grad_h_NH.split(sizes)
-        carried_SH = grad_last_SH[: sizes[-1]]
+        r_NH, z_NH, recurrent_n_NH = gates_NG.split(hidden, dim=1)
+        # What a state's gradient is multiplied with on its way to W_n h + b_n and to the inputs of
+        # r, z and n: all steps at once.
+        factor_N4H = n_NH.new_empty(len(n_NH), 4, hidden)
+        to_recurrent, to_r, to_z, to_n = factor_N4H.unbind(dim=1)
+        torch.addcmul(n_NH.new_ones(()), n_NH, n_NH, value=-1.0, out=to_n)
+        to_n.addcmul_(to_n, z_NH, value=-1.0)
+        torch.mul(to_n, r_NH, out=to_recurrent)
+        torch.mul(to_recurrent, recurrent_n_NH, out=to_r)
+        to_r.addcmul_(to_r, r_NH, value=-1.0)
+        torch.sub(before_NH, n_NH, out=to_z)
+        to_z.mul_(torch.addcmul(z_NH, z_NH, z_NH, value=-1.0))
+        grad_N4H, state_NH = torch.empty_like(factor_N4H), grad_h_NH.clone()
+        grad_h0_SH = grad_last_SH.clone()  # right where there was no step: it went through
+        factor, grads = factor_N4H.split(sizes), grad_N4H.split(sizes)
+        to_gates = grad_N4H.flatten(1)[:, : 3 * hidden].split(sizes)
+        state, z = state_NH.split(sizes), z_NH.split(sizes)
+        state_1 = state_NH[:, None].split(sizes)
+        weight_nrz_GH, going_on = weight_GH.roll(hidden, 0), 0
         for t in range(len(sizes) - 1, -1, -1):
             b = sizes[t]
-            if b > len(carried_SH):  # segments whose last step this is
-                carried_SH = torch.cat([carried_SH, grad_last_SH[len(carried_SH) : b]])
-            g_SH = torch.add(carried_SH, grad_h[t], out=state[t])
-            torch.mul(factor[t], g_SH[:, None], out=grads[t])
-            carried_SH = torch.addmm(g_SH * z[t], flat[t], weight_GH)
-        grad_NG = grad_NGH.flatten(1)
-        grad_weight_GH = grad_NG.t() @ before_NH
-        grad_bias_G = grad_NG.sum(dim=0)
-        # i and W h + b enter every gate alike, but for n, where r stands between.
-        grad_i_NG = grad_NG.clone()
-        torch.mul(state_NH, to_n_NH, out=grad_i_NG[:, 2 * hidden :])
-        missing = grad_last_SH[len(carried_SH) :]
-        if len(missing):  # segments without any step: their state went through untouched
-            carried_SH = torch.cat([carried_SH, missing])
-        return grad_i_NG, carried_SH, grad_weight_GH, grad_bias_G, None
+            if b > going_on:  # segments whose last step this is
+                state[t][going_on:].add_(grad_last_SH[going_on:b])
+                going_on = b
+            torch.mul(factor[t], state_1[t], out=grads[t])
+            before = state[t - 1][:b] if t else grad_h0_SH[:b].zero_()
+            before.addcmul_(state[t], z[t]).addmm_(to_gates[t], weight_nrz_GH)
+        grad_NG = grad_N4H.flatten(1)
+        recurrent_NG = grad_NG[:, : 3 * hidden]  # of n, r, z
+        grad_weight_GH = recurrent_NG.to(ctx.dtype).t() @ before_NH.to(ctx.dtype)
+        grad_weight_GH = grad_weight_GH.to(weight_GH.dtype).roll(-hidden, 0)
+        grad_bias_G = recurrent_NG.sum(dim=0).roll(-hidden)
+        return grad_NG[:, hidden:], grad_h0_SH, grad_weight_GH, grad_bias_G, None, None
 
 
 def scan(
-    i_NG: Tensor, h0_SH: Tensor, weight_GH: Tensor, bias_G: Tensor, batch_size_T: Tensor
+    i_NG: Tensor,
+    h0_SH: Tensor,
+    weight_GH: Tensor,
+    bias_G: Tensor,
+    batch_size_T: Tensor,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the recurrence.
 
@@ -105,9 +115,12 @@ def scan(
         h0_SH: state before each segment's first position.
         weight_GH, bias_G: recurrent weights, as `weight_hh_l0` and `bias_hh_l0` of `torch.nn.GRU`.
         batch_size_T: how many segments reach each step, descending.
+        dtype: of the one product that makes the weights' gradient; None: the weights'. The steps
+            stay in the weights': a state rounded at every step drifts.
 
     Returns:
         h of every position `[N, H]`, and of each segment after its last one `[S, H]`.
     """
-    h_NH, last_SH = _Scan.apply(i_NG, h0_SH, weight_GH, bias_G, batch_size_T.tolist())  # type: ignore[no-untyped-call]
+    sizes, dtype = batch_size_T.tolist(), dtype or weight_GH.dtype
+    h_NH, last_SH = _Scan.apply(i_NG, h0_SH, weight_GH, bias_G, sizes, dtype)  # type: ignore[no-untyped-call]
     return h_NH, last_SH

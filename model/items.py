@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from model.fields import FieldBags, FieldEmbedding, FieldEncoding
-from model.rows import lookup
+from model.rows import StepRows, lookup
 
 
 class FieldTower(nn.Module):
@@ -59,7 +59,7 @@ class Items(nn.Module):
         super().__init__()
         self.num_items = num_items
         self.read_ids = read_ids
-        self.sparse = False  # gradients of the rows that were read alone (`model.rows`)
+        self.rows: StepRows | None = None  # what a step on sampled items reads
         self.embedding = nn.Embedding(num_items + 1, size)
         nn.init.normal_(self.embedding.weight, std=size**-0.5)
         self.untied: nn.Embedding | None = None
@@ -121,10 +121,9 @@ class Items(nn.Module):
         """Encoder input `[N, D]` of each previous item (M = none)."""
         if self._folded_inputs is not None:
             return self._folded_inputs[item_N]
-        e_ND = lookup(
+        e_ND = self._lookup(
             self.embedding.weight,
             item_N if self.read_ids else torch.full_like(item_N, self.num_items),
-            sparse=self.sparse,
         )
         if self.input_tower is None:
             return e_ND
@@ -132,6 +131,9 @@ class Items(nn.Module):
         known_R = row_R < self.num_items
         fields_RD, _ = self.input_tower(self.bags.rows(row_R.clamp(max=self.num_items - 1)))
         return e_ND + (fields_RD * known_R[:, None])[row_N]
+
+    def _lookup(self, table: Tensor, index_N: Tensor) -> Tensor:
+        return (lookup if self.rows is None else self.rows.lookup)(table, index_N)
 
     def outputs(
         self, lambda_mix: Tensor | float | None = None, rows_R: Tensor | None = None
@@ -145,8 +147,8 @@ class Items(nn.Module):
         w_RD: Tensor = self.output_embedding.weight[: self.num_items]
         b_R: Tensor = self.bias
         if rows_R is not None:
-            w_RD = lookup(self.output_embedding.weight, rows_R, sparse=self.sparse)
-            b_R = lookup(self.bias, rows_R, sparse=self.sparse)
+            w_RD = self._lookup(self.output_embedding.weight, rows_R)
+            b_R = self._lookup(self.bias, rows_R)
         if self.output_tower is None:
             return w_RD, b_R
         bags = self.bags if rows_R is None else self.bags.rows(rows_R)

@@ -14,6 +14,7 @@ from model.fields import FieldBags, FieldEmbedding
 from model.inputs import InputEncodings, Positions
 from model.items import Items
 from model.repeats import RepeatPrior
+from model.rows import StepRows
 from model.sequences import Histories
 from model.settings import SettingsBase
 from model.transitions import TransitionPrior
@@ -115,11 +116,11 @@ class HRNNMeta(nn.Module):
             modules += [self.values.item, self.values.bias]
         return [self.items.bias, *(m.get_parameter("weight") for m in modules if m is not None)]
 
-    def use_sparse_rows(self) -> None:
-        """From now on `row_tables` get gradients of the rows read alone (`model.rows`)."""
-        self.items.sparse = True
+    def use_rows(self, rows: StepRows) -> None:
+        """From now on `row_tables` are read through `rows`."""
+        self.items.rows = rows
         if self.values is not None:
-            self.values.sparse = True
+            self.values.rows = rows
 
     def positions(self, histories: Histories, trend: TrendTable | None) -> Positions:
         """What this network reads at every position of some histories."""

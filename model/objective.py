@@ -5,6 +5,7 @@ Shapes: N packed positions, M items, S sampled negatives, P trend periods, U use
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -50,6 +51,14 @@ class Shares:
     values: Tensor | float = 1.0
 
 
+@dataclass(frozen=True)
+class Draws:
+    """What chance decides in a step."""
+
+    lambda_mix: Tensor
+    negative_S: Tensor | None  # distinct items, ascending; None: dense softmax
+
+
 @dataclass
 class Objective:
     """−log p(a | h, t), p ∝ exp(φ̃ + β·log q(t)) (eq. 2, 3, 5), and the values' error (Table 4)."""
@@ -76,11 +85,21 @@ class Objective:
         share = own / processes.sum(own).clamp(min=torch.finfo(own.dtype).tiny)
         return Shares(share[0], share[1])
 
-    def skip(self) -> None:
-        """Draw the random numbers that `loss` would."""
-        torch.rand((), generator=self.generator, device=self.generator.device)
+    @cached_property
+    def log_count_M(self) -> Tensor:
+        """log of how often each item is expected among the negatives of a step (`sampling`)."""
+        assert self.sampler is not None  # noqa: S101 - the caller's branch
+        every_item_M = torch.arange(self.network.num_items, device=self.fold.device)
+        return self.sampler.log_expected_count(every_item_M, self.negatives)
+
+    def draw(self) -> Draws:
+        """The random numbers of the next step, the same in every process."""
+        # λ ~ U[0, 1] keeps ids and fields able to stand alone (§2.3).
+        lambda_mix = torch.rand((), generator=self.generator, device=self.generator.device)
+        negative_S = None
         if self.sampler is not None:
-            self.sampler.negatives(self.negatives, self.generator)
+            negative_S = self.sampler.negatives(self.negatives, self.generator)
+        return Draws(lambda_mix, negative_S)
 
     def loss(
         self,
@@ -88,25 +107,23 @@ class Objective:
         targets: EventTargets,
         event_N: Tensor,
         encoded: Encoded,
+        draws: Draws,
         share: Shares,
     ) -> tuple[Tensor, Tensor]:
         """The loss to descend, and its softmax part alone (the log of the training PPL).
 
         Args:
+            draws: of `draw`.
             share: what this process's part counts in the batch; the second value is the mean over
                 its own positions.
         """
         target_N, weight_N = positions.target[event_N], targets.weight[event_N]
         reward_N = None if targets.reward is None else targets.reward[event_N]
-        # λ ~ U[0, 1] keeps ids and fields able to stand alone (§2.3).
-        lambda_mix = torch.rand((), generator=self.generator, device=self.generator.device)
         rows_NR = self._transition_rows(positions, event_N)
         period_N = None if positions.trend_row is None else positions.trend_row[event_N]
         seen = None if self.network.repeats is None else positions.seen_items(event_N)
         softmax = self._dense if self.sampler is None else self._sampled
-        ranking = softmax(
-            encoded, lambda_mix, target_N, rows_NR, seen, period_N, reward_N, weight_N
-        )
+        ranking = softmax(encoded, draws, target_N, rows_NR, seen, period_N, reward_N, weight_N)
         if self.network.values is None or not self.value_weight:
             return ranking * share.ranking, ranking.detach()
         predicted_N = self.network.predict_values(positions, event_N, encoded, target_N)
@@ -125,7 +142,7 @@ class Objective:
     def _dense(
         self,
         encoded: Encoded,
-        lambda_mix: Tensor,
+        draws: Draws,
         target_N: Tensor,
         rows_NR: Tensor | None,
         seen: SeenItems | None,
@@ -133,14 +150,16 @@ class Objective:
         reward_N: Tensor | None,
         weight_N: Tensor,
     ) -> Tensor:
-        w_MD, b_M = self.network.items.outputs(lambda_mix)
+        w_MD, b_M = self.network.items.outputs(draws.lambda_mix)
         prior = self.network.prior
         log_q = None if period_N is None else self._log_q(period_N)
         if not encoded.query_ND.is_cuda:
             lifts = None
             if prior is not None and self.transitions is not None and rows_NR is not None:
                 lifts = Lifts.dense(self.transitions, rows_NR, prior.alpha_R, prior.inverse_p_M)
-            given = Targets(target_N, weight_N, reward_N, None, log_q, lifts, seen, self.dtype)
+            given = Targets(
+                target_N, weight_N, None, reward_N, None, log_q, lifts, seen, self.dtype
+            )
             return fused_loss(encoded.query_ND, w_MD, b_M, given, **self._coefficients())
         # A GPU has the memory and the kernels for the scores as a whole.
         phi_NM = torch.addmm(b_M, encoded.query_ND, w_MD.T)
@@ -158,7 +177,7 @@ class Objective:
     def _sampled(
         self,
         encoded: Encoded,
-        lambda_mix: Tensor,
+        draws: Draws,
         target_N: Tensor,
         rows_NR: Tensor | None,
         seen: SeenItems | None,
@@ -167,13 +186,14 @@ class Objective:
         weight_N: Tensor,
     ) -> Tensor:
         """What `model.losses` defines as sampled losses, on shared negatives."""
-        assert self.sampler is not None  # noqa: S101 - the caller's branch
+        lambda_mix, negative_S = draws.lambda_mix, draws.negative_S
+        assert self.sampler is not None and negative_S is not None  # noqa: S101 - caller's branch
         network, query_ND = self.network, encoded.query_ND
-        negative_S = self.sampler.negatives(self.negatives, self.generator)
         item_R, place_N = target_N.unique(return_inverse=True)
-        w_RD, b_R = network.items.outputs(lambda_mix, item_R)
-        w_SD, b_S = network.items.outputs(lambda_mix, negative_S)
-        hit_N = (query_ND * w_RD.index_select(0, place_N)).sum(dim=1) + b_R.index_select(0, place_N)
+        sizes = [len(item_R), len(negative_S)]
+        w_XD, b_X = network.items.outputs(lambda_mix, torch.cat([item_R, negative_S]))
+        (w_RD, w_SD), (b_R, b_S) = w_XD.split(sizes), b_X.split(sizes)
+        hit_N = b_R.index_select(0, place_N)  # and the product of query and vector
         lifts = log_q = None
         if rows_NR is not None and network.prior is not None and self.transitions is not None:
             prior = network.prior
@@ -187,8 +207,8 @@ class Objective:
         if period_N is not None and self.trend_table is not None:
             hit_N = hit_N + network.beta * self.trend_table.at(period_N, target_N)
             log_q = self._log_q(period_N, negative_S)
-        hit_N = hit_N - self.sampler.log_expected_count(target_N, self.negatives)
-        log_count_S = self.sampler.log_expected_count(negative_S, self.negatives)
+        hit_N = hit_N - self.log_count_M[target_N]
+        log_count_S = self.log_count_M[negative_S]
         column_R = torch.searchsorted(negative_S, item_R).clamp_(max=max(len(negative_S) - 1, 0))
         among_R = torch.full_like(item_R, -1)
         if len(negative_S):
@@ -197,9 +217,12 @@ class Objective:
         if reward_N is not None:
             any_item_S = torch.exp(-log_count_S) / network.num_items
         column_N = among_R.index_select(0, place_N)
-        given = Targets(column_N, weight_N, reward_N, any_item_S, log_q, lifts, seen, self.dtype)
+        given = Targets(
+            column_N, weight_N, place_N, reward_N, any_item_S, log_q, lifts, seen, self.dtype
+        )
+        b_S = b_S - log_count_S
         return fused_loss(
-            query_ND, w_SD, b_S - log_count_S, given, hit_N=hit_N, **self._coefficients()
+            query_ND, w_SD, b_S, given, w_RD=w_RD, hit_N=hit_N, **self._coefficients()
         )
 
     def _coefficients(self) -> dict[str, Tensor]:

@@ -7,43 +7,73 @@ weights) works on these rows in place; no pass over the table, no copy of it.
 Shapes: M rows of a table, D their size, R rows with a gradient.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 
-class _SparseLookup(Function):
-    """weight[index], with a sparse gradient; `F.embedding` has one for matrices only."""
+class StepRows:
+    """The rows of some tables that a step meets, in small tables of their own while it lasts.
 
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, index_N: Tensor) -> Tensor:
-        ctx.save_for_backward(index_N)
-        ctx.shape = weight.shape
-        return weight.index_select(0, index_N)
+    Between `open` and `close`, `lookup` reads a table's rows from its small copy, whose gradient is
+    dense and as small; `close` makes it the table's own sparse gradient, every row once.
+    """
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (index_N,) = ctx.saved_tensors
-        return _sparse(index_N, grad, ctx.shape), None
+    def __init__(self) -> None:
+        self._open: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # table, its rows, the copy
+        self._places: list[tuple[Tensor, Tensor]] = []  # of indices asked for before
+
+    def open(self, tables: Iterable[nn.Parameter], row_R: Tensor) -> None:
+        """Take rows out.
+
+        Args:
+            row_R: ascending and distinct; those beyond the end of a table are not its own.
+        """
+        self._places = []
+        for table in tables:
+            own_R = row_R[: int(torch.searchsorted(row_R, len(table)))]
+            copy = table.detach().index_select(0, own_R).requires_grad_()
+            self._open.append((table, own_R, copy))
+        self._row_R = row_R
+
+    def lookup(self, table: Tensor, index_N: Tensor) -> Tensor:
+        """Rows of a table, or entries of a vector: `[N, …]`.
+
+        Raises:
+            ValueError: an index is not among the rows taken out.
+        """
+        for own, _, copy in self._open:
+            if own is table:
+                place_N = self._place(index_N)
+                return F.embedding(place_N, copy) if copy.dim() == 2 else copy[place_N]
+        return lookup(table, index_N)
+
+    def _place(self, index_N: Tensor) -> Tensor:
+        for asked_N, place_N in self._places:
+            if asked_N is index_N:
+                return place_N
+        place_N = torch.searchsorted(self._row_R, index_N)
+        found_N = self._row_R.index_select(0, place_N.clamp(max=len(self._row_R) - 1)) == index_N
+        if not bool(found_N.all()):
+            raise ValueError("a step looks up rows of a table that it has not opened")
+        self._places.append((index_N, place_N))
+        return place_N
+
+    def close(self) -> None:
+        """Give every table the gradient of its rows, and forget them."""
+        for table, row_R, copy in self._open:
+            if copy.grad is not None:
+                table.grad = torch.sparse_coo_tensor(
+                    row_R[None], copy.grad, table.shape, check_invariants=False, is_coalesced=True
+                )
+        self._open, self._places = [], []
 
 
-def _sparse(index_R: Tensor, value: Tensor, shape: Sequence[int], distinct: bool = False) -> Tensor:
-    return torch.sparse_coo_tensor(
-        index_R[None], value, tuple(shape), check_invariants=False, is_coalesced=distinct or None
-    )
-
-
-def lookup(weight: Tensor, index_N: Tensor, *, sparse: bool) -> Tensor:
-    """Rows of a table, or entries of a vector: `[N, …]`; the gradient is sparse if asked for."""
-    if sparse:
-        return _SparseLookup.apply(weight, index_N)  # type: ignore[no-untyped-call]
-    return F.embedding(index_N, weight) if weight.dim() == 2 else weight[index_N]
+def lookup(table: Tensor, index_N: Tensor) -> Tensor:
+    """Rows of a table, or entries of a vector: `[N, …]`; the gradient is the whole table's."""
+    return F.embedding(index_N, table) if table.dim() == 2 else table[index_N]
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
@@ -98,5 +128,4 @@ class RowwiseAdagrad(torch.optim.Optimizer):
                 sum_M.index_copy_(0, row_R, sum_R)
                 rate_R = group["lr"] / (sum_R.sqrt() + group["eps"])
                 step_R = grad_R * (rate_R[:, None] if grad_R.dim() > 1 else rate_R)
-                row = table.index_select(0, row_R).sub_(step_R)
-                table.index_copy_(0, row_R, row)
+                table.index_copy_(0, row_R, table.index_select(0, row_R).sub_(step_R))

@@ -181,7 +181,9 @@ def bptt_batches(
     rng: np.random.Generator | None,
     share: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
-    """Cut histories into batches of about `batch_events` positions; every position exactly once.
+    """Cut histories into batches of `batch_events` positions; every position exactly once.
+
+    All are full until the users run out: equal shapes let a library keep what it made for them.
 
     A user's next segment always comes in the next batch, so the state of the batch before is all
     that has to be carried. Short histories are gathered until the batch is full.
@@ -201,11 +203,13 @@ def bptt_batches(
     joined = 0
     start_S = end_S = owner_S = place_S = np.empty(0, dtype=np.int64)
     while True:
+        over = 0
         room = batch_events - int(np.minimum(end_S - start_S, bptt).sum())
         if room > 0 and joined < len(users):
             before = int(total_U[joined - 1]) if joined else 0
             until = int(np.searchsorted(total_U, before + room)) + 1
             new = np.arange(joined, min(until, len(users)))
+            over = max(0, int(total_U[new[-1]]) - before - room)
             start_S = np.concatenate([start_S, begin_U[new]])
             end_S = np.concatenate([end_S, end_U[new]])
             owner_S = np.concatenate([owner_S, new % processes])
@@ -214,6 +218,7 @@ def bptt_batches(
         if not len(start_S):
             return
         length_S = np.minimum(end_S - start_S, bptt)
+        length_S[-1] -= over  # of the last one, what fits
         order = np.argsort(-length_S, kind="stable")
         start_S, end_S, owner_S, place_S = (
             column[order] for column in (start_S, end_S, owner_S, place_S)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from model.averaging import WeightAverage
 from model.catalogue import Catalogue
 from model.checkpoint import Checkpoint
-from model.device import choose_device, choose_dtype, move, precision, send
+from model.device import choose_device, choose_dtype, keep_freed_memory, move, precision, send
 from model.distributed import Processes
 from model.fields import FieldBags
 from model.hrnn import TrainedHRNN, encode_batch
@@ -24,7 +24,7 @@ from model.inputs import InputEncodings, Positions
 from model.network import HRNNMeta
 from model.objective import EventTargets, Objective
 from model.repeats import SeenItems
-from model.rows import RowwiseAdagrad, clip_gradients
+from model.rows import RowwiseAdagrad, StepRows, clip_gradients
 from model.sampling import AliasSampler, frequency_sampler
 from model.schema import Schema
 from model.sequences import Batch, Histories, bptt_batches
@@ -60,6 +60,7 @@ class Trainer:
         trend: ResolvedTrend | None,
         schema: Schema,
     ) -> None:
+        keep_freed_memory()
         self.train, self.settings = train, settings
         self.device = choose_device(settings.device)
         self.processes = Processes.current(self.device)
@@ -92,9 +93,10 @@ class Trainer:
         # Items that were never trained on are known by their fields alone; the others' λ is chosen
         # at the end, half and half until then.
         self.set_lambda(self.network, 0.5)
-        self.tables: list[nn.Parameter] = []
+        self.tables: list[nn.Parameter] = []  # of which a step reads some rows
+        self.rows = StepRows()
         if self.objective.sampler is not None:
-            self.network.use_sparse_rows()
+            self.network.use_rows(self.rows)
             self.tables = self.network.row_tables()
         self.optimisers = self._optimisers()
         self.average: WeightAverage | None = None
@@ -211,16 +213,22 @@ class Trainer:
             optimiser.zero_grad(set_to_none=True)
         event_N = send(batch.event_N, self.device)
         share = self.objective.shares(positions, targets, event_N, self.processes)
+        draws = self.objective.draw()
         total = 0.0
         if len(batch.event_N):
+            if draws.negative_S is not None:
+                row_R = _rows_met(positions, event_N, draws.negative_S, self.network.num_items)
+                self.rows.open(self.tables, row_R)
             with precision(self.device, self.dtype):
                 encoded = encode_batch(self.network, positions, batch, state_SK)
-                loss, ranking = self.objective.loss(positions, targets, event_N, encoded, share)
+                loss, ranking = self.objective.loss(
+                    positions, targets, event_N, encoded, draws, share
+                )
             loss.backward()
+            self.rows.close()
             state_SK = encoded.state_SK.detach()
             total = float(ranking) * len(batch.event_N)
-        else:  # nothing of this batch is ours, but its random numbers are everybody's
-            self.objective.skip()
+        else:  # nothing of this batch is ours
             state_SK = self.network.initial_state(0)
         self.processes.sum_gradients(self.network.parameters(), self.tables)
         clip_gradients(self.network.parameters(), self.settings.clip_norm)
@@ -308,6 +316,13 @@ class Trainer:
             total=float(tensors[own + "total"]),
             state_SK=None if state_SK is None else state_SK.to(self.device),
         )
+
+
+def _rows_met(positions: Positions, event_N: Tensor, negative_S: Tensor, none: int) -> Tensor:
+    """The items of a step, ascending: read, chosen or negatives; and `none`, where one is read."""
+    row_none = torch.full_like(negative_S[:1], none)
+    read_N, chosen_N = positions.previous_item[event_N], positions.target[event_N]
+    return torch.cat([read_N, chosen_N, negative_S, row_none]).unique()
 
 
 def _copy(network: HRNNMeta) -> HRNNMeta:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model.rows import lookup
+from model.rows import StepRows, lookup
 
 LATENT = 16
 TASTES = 8
@@ -120,7 +120,7 @@ class ValueHead(nn.Module):
         self.taste_MY: Tensor
         self.register_buffer("mean_M", torch.zeros(num_items))
         self.register_buffer("taste_MY", torch.zeros(num_items, TASTES))
-        self.sparse = False  # gradients of the rows that were read alone (`model.rows`)
+        self.rows: StepRows | None = None  # what a step on sampled items reads
         self.item = nn.Embedding(num_items, LATENT)
         self.bias = nn.Embedding(num_items, 1)
         nn.init.normal_(self.item.weight, std=0.1)
@@ -139,6 +139,7 @@ class ValueHead(nn.Module):
         own_N = (taste_NW[:, :TASTES] * self.taste_MY[item_N]).sum(dim=1) + taste_NW[:, TASTES]
         x_NX = torch.cat([self.dropout(h_NH), taste_NW], dim=1)
         u_NV, u_N = self.user(x_NX).tensor_split([LATENT], dim=1)
-        latent_N = (u_NV * lookup(self.item.weight, item_N, sparse=self.sparse)).sum(dim=1)
-        bias_N = lookup(self.bias.weight, item_N, sparse=self.sparse)[:, 0]
+        read = lookup if self.rows is None else self.rows.lookup
+        latent_N = (u_NV * read(self.item.weight, item_N)).sum(dim=1)
+        bias_N = read(self.bias.weight, item_N)[:, 0]
         return self.mean_M[item_N] + own_N + bias_N + latent_N + u_N[:, 0]

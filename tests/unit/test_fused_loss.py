@@ -116,6 +116,7 @@ def test_sampled_value_and_gradients(with_reward, with_extras):
     c = _Case()
     negative = torch.tensor([0, 2, 3, 7, 8])
     correction_N, correction_S = -torch.rand(N), -torch.rand(len(negative))
+    item, place = c.target.unique(return_inverse=True)
     phi_N = (c.query * c.w[c.target]).sum(1) + c.b[c.target]
     phi_NS = torch.addmm(c.b[negative], c.query, c.w[negative].T)
     trend_N = trend_NS = None
@@ -123,8 +124,9 @@ def test_sampled_value_and_gradients(with_reward, with_extras):
     given = {
         "column_N": torch.where(negative[at] == c.target, at, -1),
         "weight_N": c.weight,
+        "place_N": place,
     }
-    hit_N = phi_N - correction_N
+    hit_N = c.b[c.target] - correction_N
     coefficients = {}
     if with_extras:
         bonus_N = c.prior.at(c.transitions, c.recent, c.target)
@@ -161,6 +163,7 @@ def test_sampled_value_and_gradients(with_reward, with_extras):
         c.w[negative],
         c.b[negative] - correction_S,
         Targets(**given),
+        w_RD=c.w[item],
         hit_N=hit_N,
         **coefficients,
     )
@@ -170,13 +173,16 @@ def test_sampled_value_and_gradients(with_reward, with_extras):
 @pytest.mark.parametrize("sampled", [False, True])
 def test_half_precision_is_near(sampled):
     c = _Case()
-    hit_N = torch.randn(N) if sampled else None
+    place = torch.arange(N) % 2
+    targets = {}
+    if sampled:
+        targets = {"w_RD": torch.randn(2, D), "hit_N": torch.randn(N) - 300.0}
     column = torch.where(torch.arange(N) % 3 > 0, -1, c.target) if sampled else c.target
     bias = c.b - 300.0  # bfloat16 alone would round the scores to multiples of 2
     results = []
     for dtype in (torch.float32, torch.bfloat16):
-        given = Targets(column, c.weight, dtype=dtype)
-        loss = fused_loss(c.query, c.w, bias, given, hit_N=None if hit_N is None else hit_N - 300)
+        given = Targets(column, c.weight, place, dtype=dtype)
+        loss = fused_loss(c.query, c.w, bias, given, **targets)
         results.append([loss.detach(), *torch.autograd.grad(loss, c.leaves[:3])])
     for exact, near in zip(*results, strict=True):
         assert near.dtype == torch.float32
@@ -185,9 +191,9 @@ def test_half_precision_is_near(sampled):
 
 def test_no_negatives_leave_nothing_to_compare_with():
     c = _Case()
-    given = Targets(torch.full((N,), -1), torch.ones(N))
-    hit_N = torch.randn(N, requires_grad=True)
-    loss = fused_loss(c.query, c.w[:0], c.b[:0], given, hit_N=hit_N)
+    given = Targets(torch.full((N,), -1), torch.ones(N), torch.zeros(N, dtype=torch.int64))
+    hit_N, w_RD = torch.randn(N, requires_grad=True), torch.randn(1, D)
+    loss = fused_loss(c.query, c.w[:0], c.b[:0], given, w_RD=w_RD, hit_N=hit_N)
     loss.backward()
     assert float(loss.detach()) == 0.0 and not hit_N.grad.any() and not c.query.grad.any()
 

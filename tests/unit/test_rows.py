@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from model.averaging import WeightAverage
 from model.network import NetworkSettings
-from model.rows import RowwiseAdagrad, clip_gradients, lookup
+from model.rows import RowwiseAdagrad, StepRows, clip_gradients, lookup
 from model.schema import Schema
 from model.train_settings import Softmax, TrainSettings
 from model.trainer import Trainer
@@ -31,9 +31,9 @@ class _Tables(nn.Module):
         self.vector = nn.Parameter(torch.randn(M))
         self.dense = nn.Parameter(torch.randn(D))
 
-    def loss(self, row: torch.Tensor, sparse: bool) -> torch.Tensor:
-        read = lookup(self.matrix, row, sparse=sparse), lookup(self.vector, row, sparse=sparse)
-        again = lookup(self.matrix, row.flip(0), sparse=sparse)  # a tied table is read twice
+    def loss(self, row: torch.Tensor, read_rows=lookup) -> torch.Tensor:
+        read = read_rows(self.matrix, row), read_rows(self.vector, row)
+        again = read_rows(self.matrix, row.flip(0))  # a tied table is read twice
         return ((read[0] * again).sum(1) * self.dense.sum() + read[1] ** 2).sum()
 
 
@@ -60,9 +60,13 @@ def test_sparse_steps_equal_the_dense_rule_and_average(steps, clip):
     totals = [torch.zeros(M), torch.zeros(M)]
     for rows in steps:
         row = torch.tensor(rows)
-        for network, sparse in ((by_rows, True), (dense, False)):
-            network.zero_grad()
-            network.loss(row, sparse).backward()
+        by_rows.zero_grad()
+        dense.zero_grad()
+        dense.loss(row).backward()
+        step_rows = StepRows()
+        step_rows.open(tables, row.unique())
+        by_rows.loss(row, step_rows.lookup).backward()
+        step_rows.close()
         before = by_rows.matrix.detach().clone()
         clip_gradients(by_rows.parameters(), clip)
         nn.utils.clip_grad_norm_(dense.parameters(), clip)
@@ -81,6 +85,28 @@ def test_sparse_steps_equal_the_dense_rule_and_average(steps, clip):
     for got, want in ((by_rows, dense), (kept, wanted.module)):
         for name, value in got.state_dict().items():
             torch.testing.assert_close(value, want.state_dict()[name], atol=1e-5, rtol=1e-4)
+
+
+def test_rows_that_were_not_opened_cannot_be_read():
+    tables, rows = _Tables(), StepRows()
+    rows.open([tables.matrix], torch.tensor([1, 4]))
+    with pytest.raises(ValueError, match="not opened"):
+        rows.lookup(tables.matrix, torch.tensor([4, 2]))
+
+
+def test_rows_of_tables_of_different_lengths():
+    """The last row of the longer one is not the shorter one's."""
+    longer, shorter = nn.Parameter(torch.randn(M, D)), nn.Parameter(torch.randn(M - 1))
+    rows = StepRows()
+    rows.open([longer, shorter], torch.tensor([0, 3, M - 1]))
+    read = rows.lookup(longer, torch.tensor([M - 1, 0])), rows.lookup(shorter, torch.tensor([3]))
+    assert torch.equal(read[0], longer[[M - 1, 0]]) and torch.equal(read[1], shorter[[3]])
+    (read[0].sum() + read[1].sum()).backward()
+    rows.close()
+    assert longer.grad.indices().tolist() == [[0, 3, M - 1]]
+    assert longer.grad.values()[:, 0].tolist() == [1.0, 0.0, 1.0]
+    assert shorter.grad.to_dense().tolist() == [0.0, 0.0, 0.0, 1.0, 0.0, 0.0]
+    assert torch.equal(rows.lookup(shorter, torch.tensor([5])), shorter[[5]])  # closed
 
 
 @pytest.mark.parametrize("tied", [True, False])
