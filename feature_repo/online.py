@@ -92,8 +92,8 @@ def relax(store: "FeatureStore") -> None:
     the newest commits with the power, in order, and nothing else; Redis decides for itself.
     """
     if store.config.online_store.type == "sqlite":
-        connection = store._get_provider().online_store._get_conn(store.config)
-        connection.execute("PRAGMA synchronous=NORMAL")
+        online: Any = store._get_provider().online_store
+        online._get_conn(store.config).execute("PRAGMA synchronous=NORMAL")
 
 
 def _entity_key(view: "FeatureView", key: str) -> Any:
