@@ -11,7 +11,8 @@ request: it is kept under a digest of exactly what was read. A history that has 
 from there; one whose past has changed (a late event, the oldest one dropped) has another digest
 and is read from its beginning.
 
-Shapes: L events of one history, H hidden, G = 3·H gates (r, z, n), D embedding.
+Shapes: B queries, N open positions of all of them, L events of one history, H hidden, G = 3·H
+gates (r, z, n), D embedding.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +31,7 @@ from model.encoders import GRUEncoder
 from model.fields import FieldBags
 from model.inputs import MAX_DEVIATIONS
 from model.network import HRNNMeta
-from model.query import Event, Query
+from model.query import Event, History, Query
 
 Float32 = NDArray[np.float32]
 
@@ -92,7 +94,8 @@ class LeanGRU:
         names = () if event_type is None else event_type.vocabulary
         self._type_token: dict[str | None, int] = {n: t for t, n in enumerate(names, start=1)}
         self._begin_H = network.encoder.begin_state.detach().numpy()
-        self._query_DH = network.query.weight.detach().numpy()
+        self._weight_HG = np.ascontiguousarray(self._weight_GH.T)
+        self._query_HD = network.query.weight.detach().T.contiguous()
         self._query_D = network.query.bias.detach().numpy()
         self._states: OrderedDict[bytes, Float32] = OrderedDict()
         self._kept_states = kept_states
@@ -114,70 +117,116 @@ class LeanGRU:
         return sizes
 
     def read(self, query: Query, events: Sequence[Event]) -> Read:
-        """The query's vector.
+        """The vector of one query; see `read_all`."""
+        history = History.of(events)
+        known_L = np.array([self._index[i] for i in history.item_ids], dtype=np.int64)
+        return self.read_all([query], [(history, known_L)])[0]
+
+    def read_all(
+        self, queries: Sequence[Query], known: Sequence[tuple[History, NDArray[np.int64]]]
+    ) -> list[Read]:
+        """The vectors of B queries; what they have in common is computed for all at once.
 
         Args:
-            events: those of its history that the catalogue knows, in order of time.
+            known: of each query the events that the catalogue knows, in order of time, and the
+                positions of their items there.
         """
-        item_L = np.array([self._index[e.item_id] for e in events], dtype=np.int64)
-        # Times of the events, then of the request: position k is asked for at time k.
-        time_K = np.array([*(int(e.timestamp) for e in events), int(query.timestamp)])
-        token = self._type_token
-        type_L = np.array([token.get(e.event_type, 0) for e in events], dtype=np.int64)
-        value_L = np.array([np.nan if e.value is None else e.value for e in events], dtype=float)
-        user_G = self._user(query)
-        first, h_H = self._known_state(item_L, time_K, type_L, value_L, user_G)
-        gate_KG = self._inputs(first, item_L, time_K, type_L, value_L)
-        gate_KG += self._bias_G if user_G is None else self._bias_G + user_G
-        # The last position is the request's; the state before it is worth keeping.
-        h_H = self._steps(gate_KG[:-1], h_H)
-        self._keep(len(item_L), h_H, item_L, time_K, type_L, value_L, user_G)
-        h_H = self._steps(gate_KG[-1:], h_H)
-        return Read(self._query(query, h_H), item_L, len(gate_KG))
+        user_BG = self._users(queries)
+        pasts = [self._past(query, *one) for query, one in zip(queries, known, strict=True)]
+        gate_NG = self._inputs(pasts)
+        h_BH = np.empty((len(pasts), self._hidden), dtype=np.float32)
+        last_BG = np.empty((len(pasts), 3 * self._hidden), dtype=np.float32)
+        start = 0
+        for b, past in enumerate(pasts):
+            gate_KG = gate_NG[start : start + past.steps]
+            start += past.steps
+            gate_KG += self._bias_G if user_BG is None else self._bias_G + user_BG[b]
+            # The last position is the request's; the state before it is worth keeping.
+            h_H = self._steps(gate_KG[:-1], past.h_H) if past.steps > 1 else past.h_H
+            self._keep(past.key, h_H)
+            h_BH[b], last_BG[b] = h_H, gate_KG[-1]
+        x_BD = self._queries(queries, self._last_step(last_BG, h_BH))
+        return [Read(x_D, past.item_L, past.steps) for x_D, past in zip(x_BD, pasts, strict=True)]
 
-    def _user(self, query: Query) -> Float32 | None:
-        """What the user's fields add to the gates of every position; None: nothing is read."""
+    def _past(
+        self,
+        query: Query,
+        history: History,
+        item_L: NDArray[np.int64],
+    ) -> "_Past":
+        """What a query's positions read, and from where on they are to be read."""
+        length = len(item_L)
+        # Times of the events, then of the request: position k is asked for at time k.
+        time_K = np.empty(length + 1, dtype=np.int64)
+        time_K[:-1], time_K[-1] = history.time_L, query.timestamp
+        type_L = np.zeros(length, dtype=np.int64)
+        if history.event_types is not None:
+            token = self._type_token
+            type_L = np.array([token.get(t, 0) for t in history.event_types], dtype=np.int64)
+        value_L = history.value_L
+        if value_L is None:
+            value_L = np.full(length, np.nan)
+        user = b""
+        if self._network.user is not None:
+            fields = self._encodings.user_fields
+            user = repr([query.user.get(f.name) for f in fields]).encode()
+        past = _Past(item_L, time_K, type_L, value_L, user, self._begin_H)
+        if self._kept_states and length:
+            for first in range(length, max(length - LOOK_BACK, 0), -1):
+                key = past.digest(first)
+                if first == length:
+                    past.key = key
+                with self._lock:
+                    state = self._states.get(key)
+                    if state is not None:
+                        self._states.move_to_end(key)
+                        past.first, past.h_H = first, state
+                        break
+        return past
+
+    def _users(self, queries: Sequence[Query]) -> Float32 | None:
+        """What users' fields add to the gates of every position `[B, G]`; None: nothing is read."""
         if self._network.user is None:
             return None
         fields = self._encodings.user_fields
+        values = {f.name: [query.user.get(f.name) for query in queries] for f in fields}
         with torch.inference_mode():
-            bags = FieldBags.encode(fields, {f.name: [query.user.get(f.name)] for f in fields}, 1)
-            user_1U: Float32 = self._network.user(bags).numpy()
-        return (user_1U @ self._user_UG)[0]
+            bags = FieldBags.encode(fields, values, len(queries))
+            user_BU: Float32 = self._network.user(bags).numpy()
+        return user_BU @ self._user_UG
 
-    def _inputs(
-        self,
-        first: int,
-        item_L: NDArray[np.int64],
-        time_K: NDArray[np.int64],
-        type_L: NDArray[np.int64],
-        value_L: NDArray[np.float64],
-    ) -> Float32:
-        """W_i·x of positions first … L, without bias and user: float32 `[L + 1 − first, G]`."""
+    def _inputs(self, pasts: Sequence["_Past"]) -> Float32:
+        """W_i·x of all queries' open positions, without bias and user: float32 `[N, G]`."""
         network = self._network
         # Position k reads event k − 1; the first one has none.
-        previous_K = np.append(np.int64(network.num_items), item_L)[first:]
+        none = np.array([network.num_items])
+        previous_N = np.concatenate([p.previous(p.item_L, none) for p in pasts])
         # Torch's product keeps to the threads it was given; NumPy's BLAS takes every core, and
         # waits for all of them when they are busy.
-        item_KD = torch.from_numpy(self._item_MD.take(previous_K, axis=0))
-        gate_KG: Float32 = torch.mm(item_KD, torch.from_numpy(self._item_DG)).numpy()
-        has_previous_K = np.arange(first, len(time_K)) > 0
+        item_ND = torch.from_numpy(self._item_MD.take(previous_N, axis=0))
+        gate_NG: Float32 = torch.mm(item_ND, torch.from_numpy(self._item_DG)).numpy()
         if network.control is not None:
-            delta_K = np.diff(time_K, prepend=0)[first:]
-            gate_KG += self._bucket_KG[time_bucket(delta_K, has_previous_K)]
-            starts_K = ~has_previous_K | (delta_K > self._encodings.session_gap)
-            gate_KG[starts_K] += self._session_G
+            has_previous_N = np.concatenate([p.has_previous() for p in pasts])
+            delta_N = np.concatenate([p.deltas() for p in pasts])
+            gate_NG += self._bucket_KG[time_bucket(delta_N, has_previous_N)]
+            starts_N = ~has_previous_N | (delta_N > self._encodings.session_gap)
+            gate_NG[starts_N] += self._session_G
         if network.feedback is not None:
             if network.feedback.type_embedding is not None:
-                gate_KG += self._type_KG[np.append(np.int64(0), type_L)[first:]]
+                zero = np.zeros(1, dtype=np.int64)
+                gate_NG += self._type_KG[
+                    np.concatenate([p.previous(p.type_L, zero) for p in pasts])
+                ]
             if network.feedback.with_value:
+                nothing = np.array([np.nan])
+                value_N = np.concatenate([p.previous(p.value_L, nothing) for p in pasts])
                 mean, std = self._encodings.value_mean or 0.0, self._encodings.value_std
-                z_L = np.clip((value_L - mean) / std, -MAX_DEVIATIONS, MAX_DEVIATIONS)
-                z_K = np.append(np.nan, z_L)[first:].astype(np.float32)
-                known_K = ~np.isnan(z_K)
-                gate_KG += np.nan_to_num(z_K)[:, None] * self._value_2G[0]
-                gate_KG[known_K] += self._value_2G[1]
-        return gate_KG
+                z_N = np.clip((value_N - mean) / std, -MAX_DEVIATIONS, MAX_DEVIATIONS)
+                z_N = z_N.astype(np.float32)
+                known_N = ~np.isnan(z_N)
+                gate_NG += np.nan_to_num(z_N)[:, None] * self._value_2G[0]
+                gate_NG[known_N] += self._value_2G[1]
+        return gate_NG
 
     def _steps(self, gate_KG: Float32, h_H: Float32) -> Float32:
         """Run the recurrence over some positions; `h_H` is left as it is."""
@@ -206,69 +255,81 @@ class LeanGRU:
             np.add(h_H, n_H, out=h_H)
         return h_H
 
-    def _query(self, query: Query, h_H: Float32) -> Float32:
+    def _last_step(self, gate_BG: Float32, h_BH: Float32) -> Float32:
+        """One step of the recurrence for B queries."""
+        hidden = self._hidden
+        product_BG = torch.mm(torch.from_numpy(h_BH), torch.from_numpy(self._weight_HG)).numpy()
+        rz_BG = np.tanh(gate_BG[:, : 2 * hidden] + product_BG[:, : 2 * hidden])
+        r_BH, z_BH = rz_BG[:, :hidden], rz_BG[:, hidden:]
+        g_BH = product_BG[:, 2 * hidden :] + self._bias_h_n_H
+        n_BH = np.tanh(gate_BG[:, 2 * hidden :] + r_BH * g_BH + g_BH)
+        half_BH = (h_BH - n_BH) * np.float32(0.5)
+        result: Float32 = n_BH + half_BH + z_BH * half_BH
+        return result
+
+    def _queries(self, queries: Sequence[Query], h_BH: Float32) -> Float32:
+        """What scores are made with: `[B, D]`."""
         network = self._network
         if network.context is not None:
             fields = self._encodings.context_fields
+            values = {f.name: [query.context.get(f.name) for query in queries] for f in fields}
             with torch.inference_mode():
-                values = {f.name: [query.context.get(f.name)] for f in fields}
-                bags = FieldBags.encode(fields, values, 1)
-                h_H = network.context(torch.from_numpy(h_H)[None], bags)[0].numpy()
-        return self._query_DH @ h_H + self._query_D
+                bags = FieldBags.encode(fields, values, len(queries))
+                h_BH = network.context(torch.from_numpy(h_BH), bags).numpy()
+        x_BD: Float32 = torch.mm(torch.from_numpy(h_BH), self._query_HD).numpy()
+        return x_BD + self._query_D
 
-    def _digest(
-        self,
-        length: int,
-        item_L: NDArray[np.int64],
-        time_K: NDArray[np.int64],
-        type_L: NDArray[np.int64],
-        value_L: NDArray[np.float64],
-        user_G: Float32 | None,
-    ) -> bytes:
-        """Of all that positions 0 … length − 1 read: times so far, but not the last event."""
-        digest = hashlib.blake2b(digest_size=16)
-        digest.update(length.to_bytes(8, "little"))
-        before = max(length - 1, 0)
-        for array in (time_K[:length], item_L[:before], type_L[:before], value_L[:before]):
-            digest.update(array.tobytes())
-        if user_G is not None:
-            digest.update(user_G.tobytes())
-        return digest.digest()
-
-    def _known_state(
-        self,
-        item_L: NDArray[np.int64],
-        time_K: NDArray[np.int64],
-        type_L: NDArray[np.int64],
-        value_L: NDArray[np.float64],
-        user_G: Float32 | None,
-    ) -> tuple[int, Float32]:
-        """The first position not read yet, and the state there."""
-        if self._kept_states:
-            for length in range(len(item_L), max(len(item_L) - LOOK_BACK, 0), -1):
-                key = self._digest(length, item_L, time_K, type_L, value_L, user_G)
-                with self._lock:
-                    state = self._states.get(key)
-                    if state is not None:
-                        self._states.move_to_end(key)
-                        return length, state
-        return 0, self._begin_H
-
-    def _keep(
-        self,
-        length: int,
-        h_H: Float32,
-        item_L: NDArray[np.int64],
-        time_K: NDArray[np.int64],
-        type_L: NDArray[np.int64],
-        value_L: NDArray[np.float64],
-        user_G: Float32 | None,
-    ) -> None:
-        if not self._kept_states or length == 0:
+    def _keep(self, key: bytes | None, h_H: Float32) -> None:
+        if key is None:
             return
-        key = self._digest(length, item_L, time_K, type_L, value_L, user_G)
         with self._lock:
             self._states[key] = h_H
             self._states.move_to_end(key)
             while len(self._states) > self._kept_states:
                 self._states.popitem(last=False)
+
+
+@dataclass(slots=True)
+class _Past:
+    """What the positions 0 … L of one query read; those before `first` are in `h_H`."""
+
+    item_L: NDArray[np.int64]
+    time_K: NDArray[np.int64]
+    type_L: NDArray[np.int64]
+    value_L: NDArray[np.float64]
+    user: bytes  # fields
+    h_H: Float32
+    first: int = 0
+    key: bytes | None = None  # under which the state before the last position is kept
+
+    @property
+    def steps(self) -> int:
+        """Positions that are still to be read."""
+        return len(self.time_K) - self.first
+
+    def previous(self, column_L: NDArray[Any], none: NDArray[Any]) -> NDArray[Any]:
+        """The value of the event before each open position; `none` before the first."""
+        if self.first:
+            return column_L[self.first - 1 :]
+        return np.concatenate([none, column_L])
+
+    def has_previous(self) -> NDArray[np.bool_]:
+        has_K = np.ones(self.steps, dtype=np.bool_)
+        has_K[0] = self.first > 0
+        return has_K
+
+    def deltas(self) -> NDArray[np.int64]:
+        """Seconds between the event before each open position and its own moment."""
+        if self.first:
+            return self.time_K[self.first :] - self.time_K[self.first - 1 : -1]
+        return np.diff(self.time_K, prepend=0)
+
+    def digest(self, length: int) -> bytes:
+        """Of all that positions 0 … length − 1 read: times so far, but not the last event."""
+        digest = hashlib.blake2b(length.to_bytes(8, "little"), digest_size=16)
+        before = max(length - 1, 0)
+        digest.update(self.time_K[:length].tobytes())
+        for array in (self.item_L, self.type_L, self.value_L):
+            digest.update(array[:before].tobytes())
+        digest.update(self.user)
+        return digest.digest()

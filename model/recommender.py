@@ -19,7 +19,7 @@ from model.hrnn import encode_batches
 from model.inputs import Positions
 from model.lean import LeanGRU
 from model.network import Encoded
-from model.query import Event, ItemFilter, Query, Recommendation
+from model.query import Event, History, ItemFilter, Query, Recommendation
 from model.retrieval import Allowed, Ask, Retrieval
 from model.schema import FieldKind
 from model.sequences import Histories
@@ -53,7 +53,7 @@ class Recommender:
     """Scores every item for a query and ranks; safe to share between threads (read-only)."""
 
     max_history = 200  # newest known events of a history that are encoded
-    lean_queries = 8  # up to here one by one; more are encoded as a batch
+    lean_queries = 8  # up to here by `model.lean`; more are encoded as a batch
     kept_states = 50_000  # of histories read lately, one row of hidden numbers each
 
     def __init__(self, bundle: bundles.Bundle) -> None:
@@ -151,7 +151,7 @@ class Recommender:
             return []
         with torch.inference_mode():
             if self._lean is not None and len(queries) <= self.lean_queries:
-                reads = [self._lean.read(q, self._known_events(q.history)) for q in queries]
+                reads = self._lean.read_all(queries, [self._known(q.history) for q in queries])
                 x_BD = [read.x_D for read in reads]
                 bonuses = [self._bonus(read.item_L) for read in reads]
             else:
@@ -257,8 +257,8 @@ class Recommender:
     def _encode(self, queries: Sequence[Query]) -> "_Encoded":
         """Each query's position after its newest event."""
         encodings = self._bundle.model.encodings
-        known = [self._known_events(q.history) for q in queries]
-        length_B = np.array([len(events) + 1 for events in known])
+        known = [self._known(q.history) for q in queries]
+        length_B = np.array([len(events) + 1 for events, _ in known])
         offset_B1 = np.r_[0, np.cumsum(length_B)]
         # The request stands where the next event would; what was chosen (item 0) is not read.
         item_E = np.zeros(offset_B1[-1], dtype=np.int64)
@@ -269,14 +269,16 @@ class Recommender:
             field.name: np.full(offset_B1[-1], None, dtype=object)
             for field in encodings.context_fields
         }
-        for start, end, query, events in zip(
+        for start, end, query, (events, item_L) in zip(
             offset_B1[:-1], offset_B1[1:], queries, known, strict=True
         ):
             past = slice(start, end - 1)
-            item_E[past] = self._catalogue.encode([e.item_id for e in events])
-            timestamp_E[past] = [int(e.timestamp) for e in events]
-            value_E[past] = [np.nan if e.value is None else e.value for e in events]
-            event_type_E[past] = [e.event_type for e in events]
+            item_E[past] = item_L
+            timestamp_E[past] = events.time_L
+            if events.value_L is not None:
+                value_E[past] = events.value_L
+            if events.event_types is not None:
+                event_type_E[past] = events.event_types
             timestamp_E[end - 1] = int(query.timestamp)
             for name, column in context.items():
                 column[end - 1] = query.context.get(name)
@@ -309,10 +311,14 @@ class Recommender:
             encoded=encoded.rows(torch.from_numpy(last_B)),
         )
 
-    def _known_events(self, history: Sequence[Event]) -> list[Event]:
-        known = [e for e in history if e.item_id in self._catalogue.index]
-        known.sort(key=lambda e: e.timestamp)
-        return known[-self.max_history :]
+    def _known(self, events: Sequence[Event]) -> tuple[History, NDArray[np.int64]]:
+        """The newest events of items that the catalogue holds, and these items' positions."""
+        history = History.of(events).sorted()
+        item_L = self._catalogue.encode(history.item_ids)
+        if len(item_L) and item_L.min() < 0:
+            known_L = np.flatnonzero(item_L >= 0)
+            history, item_L = history.take(known_L), item_L[known_L]
+        return history[-self.max_history :], item_L[-self.max_history :]
 
     def allowed(self, query: Query) -> NDArray[np.bool_]:
         """Items `[M]` that pass the query's filter and, with `exclude_seen`, are not in history.
@@ -339,7 +345,7 @@ class Recommender:
             mask = any_M if mask is None else mask & any_M
         exclude = self._positions(item_filter.exclude)
         if query.exclude_seen:
-            exclude += self._positions([e.item_id for e in query.history])
+            exclude += self._positions(History.of(query.history).item_ids)
         return Allowed(
             len(self.item_ids), include, np.unique(np.array(exclude, dtype=np.int64)), mask
         )
