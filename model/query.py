@@ -130,6 +130,11 @@ class ItemFilter:
     exclude: frozenset[str] = frozenset()
     where: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
+    @property
+    def restricts(self) -> bool:
+        """Whether any item may fail to pass."""
+        return self.include is not None or bool(self.exclude) or bool(self.where)
+
 
 @dataclass(frozen=True, slots=True)
 class Query:

@@ -1,6 +1,7 @@
 """Inference: a loaded bundle answering queries.
 
-Shapes: B queries, N packed positions, M items (catalogue order: ids ascending), D embedding.
+Shapes: B queries, N packed positions, M items (catalogue order: ids ascending), D embedding,
+C best items, A items asked for besides, T items of a list.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,10 +21,15 @@ from model.inputs import Positions
 from model.lean import LeanGRU
 from model.network import Encoded
 from model.query import Event, History, ItemFilter, Query, Recommendation
-from model.retrieval import Allowed, Ask, Retrieval
+from model.retrieval import Allowed, Ask, Listed, Retrieval, Scores
 from model.schema import FieldKind
 from model.sequences import Histories
 from model.trends import TrendSnapshot
+
+Extra = NDArray[np.float64]
+
+_NO_ITEMS: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+_NO_SCORES: NDArray[np.float32] = np.empty(0, dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -39,14 +45,19 @@ class _Encoded:
 class Retrieved:
     """Affinities φ̃ of the best allowed items, descending, ties by item id, and of items asked for.
 
-    `exhausted`: the best are all that is allowed. `scored` leaves out what is not allowed.
+    `exhausted`: the best are all that is allowed. `affinity_A` is of the items asked for,
+    `affinity_T` of the list asked for; NaN where one is unknown or not allowed. The `extra` arrays,
+    if anything was to be added, say what is in the affinities beside them.
     """
 
     item_ids: list[str]
-    affinities: list[float]
-    scored: dict[str, float]
+    affinity_C: Scores
+    affinity_A: Scores
+    affinity_T: Scores
     exhausted: bool
-    extra: dict[str, float]  # what was asked to be added, of the items above; it is in both
+    extra_C: Extra | None = None
+    extra_A: Extra | None = None
+    extra_T: Extra | None = None
 
 
 class Recommender:
@@ -170,34 +181,56 @@ class Recommender:
             )
         ]
 
-    def retrieve(self, asks: Sequence[Ask], items: Sequence[Sequence[str]]) -> list[Retrieved]:
+    def listed(self, item_ids: Sequence[str]) -> Listed:
+        """Prepare a list of items that many queries ask for; unknown ones are allowed."""
+        return self.retrieval.listed(self._catalogue.encode(item_ids))
+
+    def retrieve(
+        self,
+        asks: Sequence[Ask],
+        items: Sequence[Sequence[str]],
+        lists: Sequence[Listed | None],
+    ) -> list[Retrieved]:
         """For each query its best items by affinity, and the affinities of some more.
 
         What `affinities` and sorting give, without scoring every item.
 
         Args:
-            items: which others; unknown ones and those not allowed are left out.
+            items: which others.
+            lists: of `listed`; None: no list.
         """
+        if not asks:
+            return []
+        by_list: dict[int, list[int]] = {}
+        for b, one in enumerate(lists):
+            if one is not None:
+                by_list.setdefault(id(one), []).append(b)
+        score_BT: list[Scores] = [_NO_SCORES] * len(asks)
+        for members in by_list.values():
+            some = [asks[b] for b in members]
+            listed = lists[members[0]]
+            assert listed is not None  # noqa: S101 - grouped above
+            for b, score_T in zip(members, self.retrieval.score_listed(some, listed), strict=True):
+                score_BT[b] = score_T
         answers = []
-        for ask, found, more in zip(asks, self.retrieval.top(asks), items, strict=True):
-            more_C = self._catalogue.encode(more)
-            more_C = more_C[more_C >= 0]
-            if not ask.allowed.unrestricted:
-                more_C = more_C[ask.allowed.passes(more_C)]
-            scored = self.retrieval.score(ask, more_C).tolist()
-            extra: dict[str, float] = {}
+        found = self.retrieval.top(asks)
+        for b, (ask, best, more) in enumerate(zip(asks, found, items, strict=True)):
+            item_A, score_A = _NO_ITEMS, _NO_SCORES
+            if more:
+                item_A = self._catalogue.encode(more)
+                unknown_A = item_A < 0
+                item_A = np.maximum(item_A, 0)
+                unknown_A |= ~ask.allowed.passes(item_A)
+                score_A = self.retrieval.score(ask, item_A)
+                score_A[unknown_A] = np.nan
+            extras: list[Extra | None] = [None] * 3
             if ask.extra_M is not None:
-                either_C = np.union1d(found.item_C, more_C)
-                names = self._id_M[either_C].tolist()
-                extra = dict(zip(names, ask.extra_M[either_C].tolist(), strict=True))
+                one = lists[b]
+                item_T = _NO_ITEMS if one is None else one.row_T
+                extras = [ask.extra_M[rows] for rows in (best.item_C, item_A, item_T)]
+            ids = self._id_M[best.item_C].tolist()
             answers.append(
-                Retrieved(
-                    self._id_M[found.item_C].tolist(),
-                    found.score_C.tolist(),
-                    dict(zip(self._id_M[more_C].tolist(), scored, strict=True)),
-                    found.exhausted,
-                    extra,
-                )
+                Retrieved(ids, best.score_C, score_A, score_BT[b], best.exhausted, *extras)
             )
         return answers
 
@@ -335,6 +368,8 @@ class Recommender:
             InputError: a filter names an item field that does not exist.
         """
         item_filter: ItemFilter = query.filter
+        if not (query.exclude_seen or item_filter.restricts):
+            return self._unrestricted
         include, mask = None, None
         if item_filter.include is not None:
             include = np.unique(np.array(self._positions(item_filter.include), dtype=np.int64))
@@ -349,6 +384,10 @@ class Recommender:
         return Allowed(
             len(self.item_ids), include, np.unique(np.array(exclude, dtype=np.int64)), mask
         )
+
+    @cached_property
+    def _unrestricted(self) -> Allowed:
+        return Allowed(len(self.item_ids))
 
     def passing(self, restriction: Allowed, items: Sequence[str]) -> list[str]:
         """Those of some items that exist and are allowed."""

@@ -13,7 +13,8 @@ The approximate scores are looked at group by group (a group's maximum is its bo
 of them are touched twice. Items that a sparse bonus changes (the transition prior) are scored in
 float32 at once and left out of the scan's count.
 
-Shapes: M items, D embedding, B queries, K groups of GROUP items, C candidates, S items with bonus.
+Shapes: M items, D embedding, B queries, K groups of GROUP items, C candidates, S items with bonus,
+T items of a list.
 """
 
 import math
@@ -111,6 +112,33 @@ class Ask:
     bonus_item_S: Int64
     bonus_S: Float32
     extra_M: NDArray[np.float64] | None = None
+
+
+class Listed:
+    """A list of items that many queries ask for (the trending ones), prepared for scoring.
+
+    `position_T` are distinct positions of the catalogue, −1 for items that it does not hold.
+    """
+
+    def __init__(self, w_MD: Float32, b_M: Float32, position_T: Int64) -> None:
+        self.position_T = position_T
+        self.unknown_T = position_T < 0
+        self.row_T = np.maximum(position_T, 0)
+        self.w_DT = torch.from_numpy(np.ascontiguousarray(w_MD.take(self.row_T, axis=0).T))
+        self.b_T = b_M.take(self.row_T)
+        self.b_T[self.unknown_T] = np.nan
+        self._place_S = np.flatnonzero(~self.unknown_T)
+        self._place_S = self._place_S[np.argsort(position_T[self._place_S], kind="stable")]
+        self._position_S = position_T[self._place_S]
+
+    def places(self, item_C: Int64) -> tuple[Int64, NDArray[np.bool_]]:
+        """Where some items stand in the list, and which of them do."""
+        if not len(self._position_S):
+            return item_C[:0], np.zeros(len(item_C), dtype=np.bool_)
+        at_C = np.searchsorted(self._position_S, item_C)
+        at_C = np.minimum(at_C, len(self._position_S) - 1)
+        hit_C = self._position_S[at_C] == item_C
+        return self._place_S[at_C[hit_C]], hit_C
 
 
 @dataclass(frozen=True)
@@ -288,6 +316,7 @@ class Retrieval:
         self._error_K = self._group_max(self._scan.error_M)
         self._norm_K = self._group_max(self._scan.norm_M)
         self._local = threading.local()
+        self._item_M = np.arange(self.num_items if self.num_items <= SMALL else 0)
 
     def _group_max(self, value_M: Float32) -> Float32:
         padded = np.zeros(self._chunks * self._chunk, dtype=np.float32)
@@ -315,6 +344,8 @@ class Retrieval:
 
     def top(self, asks: Sequence[Ask]) -> list[Found]:
         """The best allowed items of every query: exactly those of scoring all items."""
+        if 0 < self.num_items <= SMALL:
+            return self._small(asks)
         found: list[Found | None] = [None] * len(asks)
         scanned = []
         for i, ask in enumerate(asks):
@@ -332,6 +363,41 @@ class Retrieval:
             if found[i] is None:
                 found[i] = self._single(asks[i])
         return [f for f in found if f is not None]
+
+    def _small(self, asks: Sequence[Ask]) -> list[Found]:
+        """All scores of all queries by one product."""
+        x_BD = torch.from_numpy(np.stack([ask.x_D for ask in asks]))
+        score_BM: Float32 = torch.mm(x_BD, torch.from_numpy(self._w_MD).T).numpy()
+        score_BM += self._b_M
+        found = []
+        for ask, score_M in zip(asks, score_BM, strict=True):
+            score_M[ask.bonus_item_S] += ask.bonus_S
+            all_M: Scores = score_M if ask.extra_M is None else score_M + ask.extra_M
+            if ask.allowed.unrestricted:
+                found.append(self._sorted(ask, self._item_M, all_M, self.num_items))
+            else:
+                item_C = np.flatnonzero(ask.allowed.dense())
+                found.append(self._sorted(ask, item_C, all_M[item_C], len(item_C)))
+        return found
+
+    def listed(self, position_T: Int64) -> Listed:
+        """Prepare a list of items that many queries ask for."""
+        return Listed(self._w_MD, self._b_M, position_T)
+
+    def score_listed(self, asks: Sequence[Ask], listed: Listed) -> list[Scores]:
+        """Scores of a list for each query, `[T]`; NaN for what is unknown or not allowed."""
+        x_BD = torch.from_numpy(np.stack([ask.x_D for ask in asks]))
+        score_BT: Float32 = torch.mm(x_BD, listed.w_DT).numpy()
+        score_BT += listed.b_T
+        scores: list[Scores] = []
+        for ask, score_T in zip(asks, score_BT, strict=True):
+            place_S, hit_S = listed.places(ask.bonus_item_S)
+            score_T[place_S] += ask.bonus_S[hit_S]
+            if not ask.allowed.unrestricted:
+                score_T[~ask.allowed.passes(listed.row_T)] = np.nan
+            extra_M = ask.extra_M
+            scores.append(score_T if extra_M is None else score_T + extra_M[listed.row_T])
+        return scores
 
     def score(self, ask: Ask, item_C: Int64) -> Scores:
         """Exact scores of some items, bonus and extra included: `[C]`."""
@@ -354,7 +420,7 @@ class Retrieval:
             return np.flatnonzero(allowed.dense())[: max(1, -ask.top_n)]
         if allowed.include is not None:
             return allowed.include[allowed.passes(allowed.include)]
-        if self.num_items <= SMALL or ask.top_n > self.num_items // 4:
+        if ask.top_n > self.num_items // 4:
             return np.flatnonzero(allowed.dense())
         if allowed.mask is not None:
             count = int(np.count_nonzero(allowed.mask))

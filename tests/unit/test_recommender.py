@@ -267,21 +267,23 @@ def test_what_is_retrieved_is_what_scoring_and_sorting_give(recommender, monkeyp
     for batch_from, top_n in ((1, 1), (100, 1), (1, 5), (100, 5), (1, M), (100, 10**9), (1, 0)):
         index.batch_from = batch_from
         asks = recommender.asks(queries, restrictions, [top_n] * len(queries), extras)
-        more = [[*IDS[5:15], "nowhere"]] * len(queries)
-        answers = recommender.retrieve(asks, more)
-        for query, phi_M, answer in zip(queries, phi_BM, answers, strict=True):
+        more, trending = [*IDS[5:15], "nowhere"], ["lost", *IDS[::-3]]
+        lists = [recommender.listed(trending) if n % 3 else None for n in range(len(queries))]
+        answers = recommender.retrieve(asks, [more] * len(queries), lists)
+        for query, phi_M, listed, answer in zip(queries, phi_BM, lists, answers, strict=True):
             allowed = {IDS[j] for j in np.flatnonzero(recommender.allowed(query))}
             phi = {i: float(v) for i, v in zip(IDS, phi_M, strict=True) if i in allowed}
             assert answer.exhausted == (top_n >= len(allowed))
             assert len(answer.item_ids) == len(set(answer.item_ids)) == min(top_n, len(allowed))
             expected = sorted(phi.values(), reverse=True)[:top_n]
-            np.testing.assert_allclose(answer.affinities, expected, atol=ROUNDING)
-            np.testing.assert_allclose(
-                answer.affinities, [phi[i] for i in answer.item_ids], atol=ROUNDING
-            )
-            assert answer.scored.keys() == allowed & set(IDS[5:15])
-            for item, value in answer.scored.items():
-                assert abs(value - phi[item]) < ROUNDING
+            np.testing.assert_allclose(answer.affinity_C, expected, atol=ROUNDING)
+            for items, affinities in (
+                (answer.item_ids, answer.affinity_C),
+                (more, answer.affinity_A),
+                (trending if listed else [], answer.affinity_T),
+            ):
+                expected = [phi.get(i, np.nan) for i in items]
+                np.testing.assert_allclose(affinities, expected, atol=ROUNDING)
 
 
 def test_unknown_ids_are_skipped(recommender):
