@@ -5,18 +5,24 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from model.query import Event
+import numpy as np
+
+from model.query import Event, History
 
 
-def events_of(row: Mapping[str, Any], prefix: str = "") -> list[Event]:
+def events_of(row: Mapping[str, Any], prefix: str = "") -> History:
     """Events of a row with the arrays item_ids, timestamps, event_types, event_values."""
     columns = ("item_ids", "timestamps", "event_types", "event_values")
-    return [
-        Event(item, time, kind or None, None if math.isnan(value) else value)
-        for item, time, kind, value in zip(
-            *(row[prefix + name] or () for name in columns), strict=True
-        )
-    ]
+    items, times, types, values = (row[prefix + name] or [] for name in columns)
+    if not len(items) == len(times) == len(types) == len(values):
+        raise ValueError("columns of a history differ in length")
+    value_L = np.array(values, dtype=np.float64)
+    return History(
+        list(items),
+        np.array(times, dtype=np.float64),
+        [kind or None for kind in types] if any(types) else None,
+        None if np.isnan(value_L).all() else value_L,
+    )
 
 
 def values_of(events: Sequence[Event]) -> dict[str, list[Any]]:
@@ -29,7 +35,7 @@ def values_of(events: Sequence[Event]) -> dict[str, list[Any]]:
     }
 
 
-def merge(run: Sequence[Event], live: Sequence[Event], length: int) -> list[Event]:
+def merge(run: Sequence[Event], live: Sequence[Event], length: int) -> History:
     """What the last run knew and what the event log knows; the newest `length`, oldest first.
 
     The two overlap when the run's tables came from the log. An event is recognised by its item
@@ -37,16 +43,14 @@ def merge(run: Sequence[Event], live: Sequence[Event], length: int) -> list[Even
     times: two plays of one song in a second remain two. The log's form of it wins, and where
     times are equal its order.
     """
-    if not run or not live:
-        return list(run or live)[-length:]
-    held = Counter((e.item_id, e.timestamp) for e in live)
-    merged = []
-    for event in run:
-        key = (event.item_id, event.timestamp)
+    run, live = History.of(run), History.of(live)
+    if not len(run) or not len(live):
+        return (run if len(run) else live)[-length:]
+    held = Counter(zip(live.item_ids, live.time_L.tolist(), strict=True))
+    more = []
+    for k, key in enumerate(zip(run.item_ids, run.time_L.tolist(), strict=True)):
         if held[key] > 0:
             held[key] -= 1
         else:
-            merged.append(event)
-    merged += live
-    merged.sort(key=lambda e: e.timestamp)
-    return merged[-length:]
+            more.append(k)
+    return run.take(more).followed_by(live).sorted()[-length:]

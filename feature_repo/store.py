@@ -5,6 +5,7 @@ another's work, the pipeline and the followers of the event log (`feature_repo.l
 different views, and a reader puts a user together from both.
 """
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -19,8 +20,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow.parquet as pq
 
+from feature_repo import fast_redis
 from feature_repo import snapshot as snapshots
 from feature_repo.batches import BATCH_ROWS
 from feature_repo.connection import (
@@ -54,15 +57,16 @@ from feature_repo.names import (
     ViewOptions,
 )
 from feature_repo.online import Row, protos, read_row, write_rows
-from feature_repo.settings import FeatureStoreSettings
+from feature_repo.settings import FeatureStoreSettings, redis_connection
 from feature_repo.sources import APPLIED
 from model.errors import UnavailableError
-from model.query import Event, FieldValue
+from model.query import Event, FieldValue, History
 from model.schema import FieldKind, Schema, fits
 from model.trends import TrendSnapshot
 
 if TYPE_CHECKING:
     from feast import FeatureService, FeatureStore, FeatureView
+    from redis.asyncio import Redis
 
 __all__ = [
     "FeatureReader",
@@ -84,7 +88,7 @@ class UserFeatures:
 
     known: bool
     profile: dict[str, FieldValue] = field(default_factory=dict)
-    history: list[Event] = field(default_factory=list)  # oldest first
+    history: Sequence[Event] = field(default_factory=lambda: History.of(()))  # oldest first
 
 
 UNKNOWN = UserFeatures(known=False)
@@ -198,15 +202,44 @@ class FeatureReader:
         self._now: int | None = None  # Unix seconds of the log; None: not read yet
         self._newest = 0  # Unix second of the newest event seen in a history
         self._generation = 0  # of live rows: older ones count no more
+        self._redis: Redis | None = None  # of `read_users`
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether `read_users` can be used, which needs no thread."""
+        return self._settings.online == "redis"
 
     def user(self, user_id: str) -> UserFeatures:
         """Profile and history; an unknown user is no error."""
+        return self.users([user_id])[0]
+
+    def users(self, user_ids: Sequence[str]) -> list[UserFeatures]:
+        """Several, by one read."""
         if self._now is None:
             self.trend()
-        with unavailable("read a user's features"):
+        with unavailable("read users' features"):
             session = self._session
-            row = session.read_one(session.user, USER, user_id)
-        return self._user(session, row)
+            rows = session.read(session.user, USER, user_ids)
+            return [self._user(session, row) for row in rows]
+
+    async def read_users(self, user_ids: Sequence[str]) -> list[UserFeatures]:
+        """The same without blocking, for one event loop; from Redis only."""
+        if self._now is None:
+            await asyncio.to_thread(self.trend)
+        with unavailable("read users' features"):
+            if self._redis is None:
+                address = redis_connection(self._settings.redis_url or "")
+                self._redis = fast_redis.connect(address)
+            session = self._session
+            assert session.redis is not None  # noqa: S101 - see `asynchronous`
+            rows = await session.redis.read(self._redis, user_ids)
+            return [self._user(session, row) for row in rows]
+
+    async def close(self) -> None:
+        """Close what `read_users` opened."""
+        if self._redis is not None:
+            await self._redis.aclose()
+            self._redis = None
 
     def _user(self, session: "Session", row: Mapping[str, Any]) -> UserFeatures:
         events = events_of(row, f"{USER_HISTORY}__")
@@ -221,19 +254,20 @@ class FeatureReader:
             deleted_at = row[f"{USER_LIVE}__deleted_at"]
             if deleted_at is not None:
                 known, profile = False, {}
-                events = [e for e in events if e.timestamp > deleted_at]
+                events = events.take(np.flatnonzero(events.time_L > deleted_at))
         if session.live and (row.get(f"{USER_LIVE}__generation") or 0) >= self._generation:
             events = merge(events, events_of(row, f"{USER_LIVE}__"), session.history_length)
             if text := row[f"{USER_LIVE}__fields"]:
                 known = True
                 profile = session.with_fields(profile, json.loads(text))
-        if events and events[-1].timestamp > self._newest:
-            self._newest = int(events[-1].timestamp)
-        if not known and not events:
+        newest = events.time_L[-1] if len(events) else 0
+        if newest > self._newest:
+            self._newest = int(newest)
+        if not known and not len(events):
             return UNKNOWN
-        if self._now and session.history_ttl and events:
-            age = max(self._now, self._newest_event) - events[-1].timestamp
-            events = [] if age > session.history_ttl else events
+        if self._now and session.history_ttl:
+            age = max(self._now, self._newest_event) - newest
+            events = events[:0] if age > session.history_ttl else events
         return UserFeatures(known=True, profile=profile, history=events)
 
     def trend(self) -> TrendSnapshot | None:
@@ -282,6 +316,7 @@ class Session:
     live: bool  # false: an older registry, without the views that follow the event log
     checkpoint: "FeatureView | None"  # of what is live; None: an older registry
     period: int  # seconds between two refreshes of the trend, 0 = not known
+    redis: "fast_redis.RedisUsers | None"  # None: another online store
     stamp: Hashable  # of the registry it was opened on
 
     @classmethod
@@ -293,9 +328,11 @@ class Session:
         live = SERVING_USER in {service.name for service in store.list_feature_services()}
         # Counts are valid for a period: that is how often they are expected anew.
         valid = store.get_feature_view(CATALOGUE_POPULARITY).ttl
+        user = store.get_feature_service(SERVING_USER if live else SERVING_USER_V1)
         return cls(
             store=store,
-            user=store.get_feature_service(SERVING_USER if live else SERVING_USER_V1),
+            user=user,
+            redis=fast_redis.RedisUsers(store, user) if settings.online == "redis" else None,
             trend=store.get_feature_service(SERVING_TREND),
             profile_fields={
                 f.name: (f.tags[FIELD_TAG], FieldKind(f.tags[KIND_TAG]))
@@ -326,10 +363,19 @@ class Session:
         self, features: "FeatureService | list[str]", entity: str, key: str
     ) -> dict[str, Any]:
         """Values by `view__feature`."""
+        return self.read(features, entity, [key])[0]
+
+    def read(
+        self, features: "FeatureService | list[str]", entity: str, keys: Sequence[str]
+    ) -> list[dict[str, Any]]:
+        """Values by `view__feature` of each key."""
         answer = self.store.get_online_features(
-            features=features, entity_rows=[{JOIN_KEY[entity]: key}], full_feature_names=True
+            features=features,
+            entity_rows=[{JOIN_KEY[entity]: key} for key in keys],
+            full_feature_names=True,
         )
-        return {name: values[0] for name, values in answer.to_dict().items()}
+        columns = answer.to_dict()
+        return [{name: values[k] for name, values in columns.items()} for k in range(len(keys))]
 
     def read_generation(self) -> int:
         """Of the live rows that count; 0: all do."""

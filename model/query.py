@@ -105,6 +105,21 @@ class History(Sequence[Event]):
             None if value_L is None else value_L[rows],
         )
 
+    def followed_by(self, other: "History") -> "History":
+        """Both, one after the other."""
+        types: list[str | None] | None = None
+        if self.event_types is not None or other.event_types is not None:
+            types = [*_types(self), *_types(other)]
+        value_L: NDArray[np.float64] | None = None
+        if self.value_L is not None or other.value_L is not None:
+            value_L = np.concatenate([_values(self), _values(other)])
+        return History(
+            self.item_ids + other.item_ids,
+            np.concatenate([self.time_L, other.time_L]),
+            types,
+            value_L,
+        )
+
     def sorted(self) -> "History":
         """In order of time; ties keep their order."""
         if len(self) < 2 or bool((self.time_L[1:] >= self.time_L[:-1]).all()):
@@ -116,6 +131,14 @@ class History(Sequence[Event]):
         if not len(self) or self.time_L[-1] <= time:
             return self
         return self[: int(np.searchsorted(self.time_L, time, side="right"))]
+
+
+def _types(history: History) -> list[str | None]:
+    return [None] * len(history) if history.event_types is None else history.event_types
+
+
+def _values(history: History) -> NDArray[np.float64]:
+    return np.full(len(history), np.nan) if history.value_L is None else history.value_L
 
 
 @dataclass(frozen=True, slots=True)

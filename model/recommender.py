@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -215,7 +216,7 @@ class Recommender:
         answers = []
         found = self.retrieval.top(asks)
         for b, (ask, best, more) in enumerate(zip(asks, found, items, strict=True)):
-            item_A, score_A = _NO_ITEMS, _NO_SCORES
+            item_A, score_A = _NO_ITEMS, cast(Scores, _NO_SCORES)
             if more:
                 item_A = self._catalogue.encode(more)
                 unknown_A = item_A < 0

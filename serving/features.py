@@ -16,13 +16,19 @@ from model.errors import InputError, UnavailableError
 from model.query import Event
 from model.trends import TrendSnapshot
 from serving import metrics
+from serving.batching import Batcher
 from serving.guards import Breaker
 from serving.ranking import Trend
 from serving.settings import ServeSettings
 
 log = logging.getLogger("hrnn.serving")
 
-QUEUE_PER_THREAD = 4  # reads waiting for a thread before further ones are refused
+MOST_TOGETHER = 64  # users in one read
+READS_AT_ONCE = 2  # so that one that is slow does not hold up the next
+
+
+class _FullError(UnavailableError):
+    """Every thread is stuck in the store."""
 
 
 class UserFeatures(Protocol):
@@ -37,9 +43,13 @@ class UserFeatures(Protocol):
 
 
 class Reader(Protocol):
-    """feature_repo.store.FeatureReader as used here: blocking, thread-safe."""
+    """feature_repo.store.FeatureReader as used here; what blocks is thread-safe."""
 
-    def user(self, user_id: str) -> UserFeatures: ...
+    @property
+    def asynchronous(self) -> bool: ...
+    def users(self, user_ids: Sequence[str]) -> Sequence[UserFeatures]: ...
+    async def read_users(self, user_ids: Sequence[str]) -> Sequence[UserFeatures]: ...
+    async def close(self) -> None: ...
     def trend(self) -> TrendSnapshot | None: ...
     def trend_lag(self) -> tuple[int, int]: ...
 
@@ -69,7 +79,10 @@ class Features:
         self._users = ThreadPoolExecutor(settings.feature_threads, "features")
         # A thread of its own: reads of users that hang must not stop the trend.
         self._trends = ThreadPoolExecutor(1, "trend")
-        self._waiting = 0
+        self._busy = 0  # threads
+        self._reads: Batcher[str, UserFeatures] = Batcher(
+            self._read, most=MOST_TOGETHER, limit=READS_AT_ONCE
+        )
         self._breaker = Breaker("features", settings.breaker_failures, settings.breaker_seconds)
         self._trend: Trend | None = None
         self._snapshot: TrendSnapshot | None = None
@@ -96,6 +109,9 @@ class Features:
             self._refreshing.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._refreshing
+        await self._reads.close()
+        if self._reader is not None:
+            await self._reader.close()
         for executor in (self._users, self._trends):
             executor.shutdown(wait=False, cancel_futures=True)
 
@@ -114,40 +130,59 @@ class Features:
             UnavailableError: the store failed, or did not answer within the deadline, or did so
                 often just now.
         """
-        reader = self._reader
-        if reader is None:
+        if self._reader is None:
             metrics.FEATURE_ERRORS.labels("user", "error").inc()
             raise UnavailableError("the feature store is not connected")
-        if self._waiting >= self._settings.feature_threads * QUEUE_PER_THREAD:
-            metrics.FEATURE_ERRORS.labels("user", "full").inc()
-            raise UnavailableError("too many reads of the feature store are waiting")
         if not self._breaker.allows():
             metrics.FEATURE_ERRORS.labels("user", "open_circuit").inc()
             raise UnavailableError("the feature store failed several times just now")
-        future = self._users.submit(reader.user, user_id)
-        self._waiting += 1
-        loop = asyncio.get_running_loop()
-        # Counted until the thread is free, not until the caller has given up.
-        future.add_done_callback(lambda _: _call_soon(loop, self._read_done))
         try:
-            deadline = self._settings.feature_deadline_seconds
-            features = await asyncio.wait_for(asyncio.wrap_future(future), deadline)
+            async with asyncio.timeout(self._settings.feature_deadline_seconds):
+                features = await self._reads.ask(user_id)
         except TimeoutError:
             self._breaker.failed()
             metrics.FEATURE_ERRORS.labels("user", "deadline").inc()
             raise UnavailableError("the feature store missed its deadline") from None
-        except asyncio.CancelledError:
-            self._breaker.gave_up()
+        except _FullError:
+            self._breaker.failed()
+            metrics.FEATURE_ERRORS.labels("user", "full").inc()
             raise
         except Exception as error:
             self._breaker.failed()
             metrics.FEATURE_ERRORS.labels("user", "error").inc()
             raise UnavailableError(f"the feature store failed: {type(error).__name__}") from error
+        except BaseException:
+            self._breaker.gave_up()
+            raise
         self._breaker.succeeded()
         return features
 
-    def _read_done(self) -> None:
-        self._waiting -= 1
+    async def _read(self, user_ids: list[str]) -> list[UserFeatures]:
+        """Users that were asked for at the same time, by one read."""
+        reader = self._reader
+        assert reader is not None  # noqa: S101 - it stays once it is there
+        distinct = list(dict.fromkeys(user_ids))
+        # No longer than the first of the callers waits: what hangs must not hold up the next.
+        async with asyncio.timeout(self._settings.feature_deadline_seconds):
+            if reader.asynchronous:
+                found = await reader.read_users(distinct)
+            else:
+                found = await self._in_thread(reader, distinct)
+        by_id = dict(zip(distinct, found, strict=True))
+        return [by_id[user_id] for user_id in user_ids]
+
+    async def _in_thread(self, reader: Reader, user_ids: list[str]) -> Sequence[UserFeatures]:
+        if self._busy >= self._settings.feature_threads:
+            raise _FullError("all threads wait for the feature store")
+        future = self._users.submit(reader.users, user_ids)
+        self._busy += 1
+        loop = asyncio.get_running_loop()
+        # Counted until the thread is free, not until the caller has given up.
+        future.add_done_callback(lambda _: _call_soon(loop, self._thread_is_free))
+        return await asyncio.wrap_future(future)
+
+    def _thread_is_free(self) -> None:
+        self._busy -= 1
 
     async def _refresh_forever(self) -> None:
         loop = asyncio.get_running_loop()

@@ -30,6 +30,12 @@ INSTANCES = Histogram(
     "Instances in a request",
     buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256),
 )
+CALLS_TOGETHER = Histogram(
+    "hrnn_batched_requests",
+    "Requests that were worked on together because they came at the same time (transformer: in one "
+    "call to the predictor; predictor: calls by one use of the model)",
+    buckets=(1, 2, 4, 8, 16, 32, 64),
+)
 STAGE_SECONDS = Histogram(
     "hrnn_stage_duration_seconds",
     "Time in a stage of answering (transformer: features, predictor, ranking; "

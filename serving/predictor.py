@@ -8,8 +8,11 @@ import contextlib
 import gc
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,37 +21,37 @@ import threadpoolctl
 from numpy.typing import NDArray
 
 from model.errors import BundleError, InputError
-from model.query import Event, Query
+from model.query import Event, History, Query
 from model.trends import TrendSnapshot
 from serving import metrics
+from serving.batching import Batcher
 from serving.champions import Champions
 from serving.exploration import uncertainty, uniform
 from serving.process import leave
 from serving.schemas import ScoreInstance, parse_score_instances
 from serving.server import JsonModel, main
 from serving.settings import PREDICTOR, ServeSettings
+from serving.wire import (
+    Asked,
+    ItemList,
+    Limits,
+    Part,
+    Scored,
+    read_asks,
+    write_answers,
+    write_missing,
+)
 
 if TYPE_CHECKING:  # imports torch
+    from model.recommender import Retrieved
     from model.retrieval import Allowed
 
 log = logging.getLogger("hrnn.serving")
 
 RATED_AT_ONCE = 20_000  # items over a batch; each takes 1.5 kB or so
-
-
-class Retrieved(Protocol):
-    """What the predictor reads of model.recommender.Retrieved."""
-
-    @property
-    def item_ids(self) -> list[str]: ...
-    @property
-    def affinities(self) -> list[float]: ...
-    @property
-    def scored(self) -> dict[str, float]: ...
-    @property
-    def exhausted(self) -> bool: ...
-    @property
-    def extra(self) -> dict[str, float]: ...
+MOST_TOGETHER = 64  # questions by one use of the model, unless one caller asks more
+LISTS_KEPT = 8  # of trending items: those of the transformers there are, old and new
+MAX_LIST = 1_000_000
 
 
 class Scorer(Protocol):
@@ -72,9 +75,10 @@ class Scorer(Protocol):
         top_n: Sequence[int],
         extras: Sequence[NDArray[np.float64] | None],
     ) -> Sequence[Any]: ...
+    def listed(self, item_ids: Sequence[str]) -> Any: ...
     def retrieve(
-        self, asks: Sequence[Any], items: Sequence[Sequence[str]]
-    ) -> Sequence[Retrieved]: ...
+        self, asks: Sequence[Any], items: Sequence[Sequence[str]], lists: Sequence[Any]
+    ) -> "Sequence[Retrieved]": ...
     def rate(
         self, queries: Sequence[Query], items: Sequence[Sequence[str]]
     ) -> list[list[tuple[str, float]]]: ...
@@ -87,6 +91,7 @@ class LoadedModel:
         self.version = scorer.version
         self._scorer = scorer
         self._sigma_M = uncertainty(scorer.trend, scorer.item_ids)
+        self._lists: OrderedDict[str, Any] = OrderedDict()
         self._warm_up()
 
     def _warm_up(self) -> None:
@@ -98,62 +103,100 @@ class LoadedModel:
             Query(history=history[:1], timestamp=1000.0),
             Query(history=history, timestamp=1000.0, exclude_seen=True),
         ]
+        trending = self._scorer.listed(self._scorer.trend.item_ids)
         for batch in (queries[:1], queries[2:], queries, queries * 5):
             restrictions = [self._scorer.restriction(query) for query in batch]
             more = [items[:10]] * len(batch)
             asks = self._scorer.asks(batch, restrictions, [256] * len(batch), [None] * len(batch))
-            self._scorer.retrieve(asks, more)
+            self._scorer.retrieve(asks, more, [trending] * len(batch))
             if self._scorer.rates:
                 self._scorer.rate(batch, more)
 
-    def score(self, instances: Sequence[ScoreInstance]) -> list[dict[str, Any]]:
-        """One answer per instance.
-
-        Raises:
-            InputError: the model cannot read an instance, or cannot do what it asks for.
-        """
-        queries = [instance.to_query() for instance in instances]
-        restrictions = []
-        for i, (instance, query) in enumerate(zip(instances, queries, strict=True)):
+    def score(self, asked: Sequence[Asked]) -> list[Scored | InputError]:
+        """One answer per question, or why the model cannot read it or do what it asks for."""
+        answers: list[Scored | InputError | None] = [None] * len(asked)
+        restrictions: dict[int, Allowed] = {}
+        for b, one in enumerate(asked):
             try:
-                self._scorer.check(query)
-                restrictions.append(self._scorer.restriction(query))
+                self._scorer.check(one.query)
+                restrictions[b] = self._scorer.restriction(one.query)
+                if one.task == "rate" and not self._scorer.rates:
+                    raise InputError(
+                        "task: this model cannot rate: the log it was trained on has no event "
+                        "values, or all are the same"
+                    )
             except InputError as error:
-                raise InputError(f"instances[{i}].{error}") from None
-            if instance.task == "rate" and not self._scorer.rates:
-                raise InputError(
-                    f"instances[{i}].task: this model cannot rate: the log it was trained on has "
-                    "no event values, or all are the same"
-                )
-        answers = [self._answer(*one) for one in zip(instances, queries, strict=True)]
-        scored = [b for b, instance in enumerate(instances) if instance.task == "score"]
-        rated = [b for b, instance in enumerate(instances) if instance.task == "rate"]
+                answers[b] = error
+        good = [b for b in range(len(asked)) if answers[b] is None]
+        scored = [b for b in good if asked[b].task == "score"]
+        rated = [b for b in good if asked[b].task == "rate"]
         with metrics.stage("model"):
             asks = self._scorer.asks(
-                [queries[b] for b in scored],
+                [asked[b].query for b in scored],
                 [restrictions[b] for b in scored],
-                [instances[b].top_n for b in scored],
-                [self._bonus(instances[b]) for b in scored],
+                [asked[b].top_n for b in scored],
+                [self._bonus(asked[b]) for b in scored],
             )
-            asked = [self._scorer.passing(restrictions[b], instances[b].score_items) for b in rated]
-            values = self._rate([queries[b] for b in rated], asked)
+            passing = [self._scorer.passing(restrictions[b], asked[b].items) for b in rated]
+            values = self._rate([asked[b].query for b in rated], passing)
         with metrics.stage("candidates"):
-            found = self._scorer.retrieve(asks, [instances[b].score_items for b in scored])
-        for b, one in zip(scored, found, strict=True):
-            answers[b] |= {
-                "item_ids": one.item_ids,
-                "affinities": one.affinities,
-                "scored": one.scored,
-                "exhausted": one.exhausted,
-            }
-            if one.extra:
-                answers[b]["bonus"] = one.extra
+            found = self._scorer.retrieve(
+                asks, [asked[b].items for b in scored], [self._listed(asked[b]) for b in scored]
+            )
+        for b, best in zip(scored, found, strict=True):
+            answers[b] = self._scored(asked[b], best)
         for b, value in zip(rated, values, strict=True):
-            answers[b]["values"] = dict(value)
-        for b, instance in enumerate(instances):
-            if instance.task == "trend":
-                answers[b]["trend"] = self._scorer.trend.to_json()
-        return answers
+            by_item = dict(value)
+            value_A = np.array([by_item.get(item, np.nan) for item in asked[b].items])
+            answers[b] = replace(self._empty(asked[b]), affinity_A=value_A)
+        for b in good:
+            if asked[b].task == "trend":
+                answers[b] = replace(self._empty(asked[b]), trend=self._scorer.trend.to_json())
+        return [answer for answer in answers if answer is not None]
+
+    def _listed(self, asked: Asked) -> Any:
+        """The list that a part is asked of, prepared for this model; the last few are kept."""
+        if asked.part is None:
+            return None
+        name = asked.part.of.name
+        found = self._lists.get(name)
+        if found is None:
+            found = self._lists[name] = self._scorer.listed(asked.part.of.item_ids)
+            while len(self._lists) > LISTS_KEPT:
+                self._lists.popitem(last=False)
+        else:
+            self._lists.move_to_end(name)
+        return found
+
+    def _scored(self, asked: Asked, best: "Retrieved") -> Scored:
+        part = slice(0) if asked.part is None else slice(asked.part.first, asked.part.end)
+        return Scored(
+            self.version,
+            self._scorer.beta,
+            best.item_ids,
+            best.affinity_C,
+            best.affinity_A,
+            best.affinity_T[part],
+            best.extra_C,
+            best.extra_A,
+            None if best.extra_T is None else best.extra_T[part],
+            best.exhausted,
+            self._unknown(History.of(asked.query.history).item_ids),
+            self._unknown(asked.items),
+        )
+
+    def _empty(self, asked: Asked) -> Scored:
+        return Scored(
+            self.version,
+            self._scorer.beta,
+            [],
+            unknown_items=self._unknown(History.of(asked.query.history).item_ids),
+            unknown_asked=self._unknown(asked.items),
+        )
+
+    def _unknown(self, item_ids: Sequence[str]) -> int:
+        """How many of these items the model does not know."""
+        return len(item_ids) - sum(map(self._scorer.knows, item_ids))
 
     def _rate(
         self, queries: Sequence[Query], items: Sequence[Sequence[str]]
@@ -167,27 +210,12 @@ class LoadedModel:
             values += self._scorer.rate(queries[start:end], items[start:end])
         return values
 
-    def _bonus(self, instance: ScoreInstance) -> NDArray[np.float64] | None:
-        """What exploration adds to each item `[M]`; None if the instance does not explore."""
-        if instance.exploration_weight == 0:
+    def _bonus(self, asked: Asked) -> NDArray[np.float64] | None:
+        """What exploration adds to each item `[M]`; None if the question does not explore."""
+        if asked.exploration_weight == 0:
             return None
-        uniform_M = uniform(instance.seed, len(self._sigma_M))
-        return instance.exploration_weight * self._sigma_M * uniform_M
-
-    def _answer(self, instance: ScoreInstance, query: Query) -> dict[str, Any]:
-        """An answer without items yet."""
-        knows = self._scorer.knows
-        return {
-            "item_ids": [],
-            "affinities": [],
-            "scored": {},
-            "values": {},
-            "exhausted": False,
-            "beta": self._scorer.beta,
-            "model_version": self._scorer.version,
-            "unknown_items": sum(not knows(e.item_id) for e in query.history),
-            "unknown_score_items": sum(not knows(item) for item in instance.score_items),
-        }
+        uniform_M = uniform(asked.seed, len(self._sigma_M))
+        return asked.exploration_weight * self._sigma_M * uniform_M
 
 
 class Predictor(JsonModel):
@@ -207,6 +235,14 @@ class Predictor(JsonModel):
         self._champions: Champions[LoadedModel] | None = None
         self._follower: asyncio.Task[None] | None = None
         self._models: tuple[LoadedModel, ...] = ()  # the one in use, then the one before it
+        # What callers ask for at the same time is answered by one use of the model.
+        self._uses: Batcher[Sequence[Asked], list[Scored | InputError]] = Batcher(
+            self._score_all, most=MOST_TOGETHER, size=len
+        )
+        self._lists: OrderedDict[str, ItemList] = OrderedDict()
+        self._limits = Limits(
+            settings.max_instances, settings.max_history, settings.max_items, MAX_LIST
+        )
         if scorer is not None:
             self._use(LoadedModel(scorer))
 
@@ -250,6 +286,7 @@ class Predictor(JsonModel):
             self._follower.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._follower
+        await self._uses.close()
         for executor in (self._executor, self._loader):
             executor.shutdown(wait=False, cancel_futures=True)
         if self._champions is not None:
@@ -272,17 +309,120 @@ class Predictor(JsonModel):
         self._models = tuple(m for i, m in enumerate(self._models) if i == 0 or m is not model)
 
     async def answer(self, instances: list[Any], record: metrics.RequestRecord) -> list[Any]:
+        """The public form: JSON objects, for people and tools."""
         record.task = "score"
         parsed = parse_score_instances(instances, self.settings)
-        loop = asyncio.get_running_loop()
-        model = self._model(parsed)
-        record.version = model.version
-        return await loop.run_in_executor(self._executor, model.score, parsed)
+        answers = []
+        for i, (instance, scored) in enumerate(
+            zip(parsed, await self._uses.ask([one.to_asked() for one in parsed]), strict=True)
+        ):
+            if isinstance(scored, InputError):
+                raise InputError(f"instances[{i}].{scored}")
+            record.version = scored.model_version
+            answers.append(to_json(instance, scored))
+        return answers
 
-    def _model(self, instances: Sequence[ScoreInstance]) -> LoadedModel:
-        """The version that the instances began with if it is still there, else the newest."""
-        wanted = {instance.model_version for instance in instances}
-        return next((m for m in self._models if wanted == {m.version}), self._models[0])
+    async def answer_message(self, message: bytes, record: metrics.RequestRecord) -> bytes:
+        """The transformer's form; see serving.wire.
+
+        Raises:
+            InputError: the message cannot be read.
+        """
+        record.task = "score"
+        read = read_asks(message, self._limits)
+        for name, item_ids in read.lists.items():
+            items = ItemList(item_ids)
+            if items.name != name or len(set(item_ids)) != len(item_ids):
+                raise InputError("lists: one is not what its name says, or repeats items")
+            self._lists[name] = items
+        answers: list[Scored | InputError | None] = []
+        asked, missing = [], set()
+        for one, part in zip(read.asked, read.parts, strict=True):
+            if isinstance(one, InputError):
+                answers.append(one)
+                continue
+            if part is not None:
+                name, first, end = part
+                items_or_none = self._lists.get(name)
+                if items_or_none is None:
+                    missing.add(name)
+                    continue
+                self._lists.move_to_end(name)
+                if not first <= end <= len(items_or_none):
+                    answers.append(InputError("part: reaches beyond its list"))
+                    continue
+                one = replace(one, part=Part(items_or_none, first, end))
+            answers.append(None)
+            asked.append(one)
+        while len(self._lists) > LISTS_KEPT:
+            self._lists.popitem(last=False)
+        if missing:
+            return write_missing(sorted(missing))
+        scored = iter(await self._uses.ask(asked)) if asked else iter(())
+        whole = [next(scored) if answer is None else answer for answer in answers]
+        metrics.INSTANCES.observe(len(whole))
+        return write_answers(whole)
+
+    async def _score_all(
+        self, calls: Sequence[Sequence[Asked]]
+    ) -> Sequence[list[Scored | InputError] | Exception]:
+        """Answer several calls by one use of each model version that they need."""
+        metrics.CALLS_TOGETHER.observe(len(calls))
+        loop = asyncio.get_running_loop()
+        models = self._models
+        return await loop.run_in_executor(self._executor, _score_all, models, calls)
+
+
+def to_json(instance: ScoreInstance, scored: Scored) -> dict[str, Any]:
+    """An answer in its public form."""
+    asked = {
+        item: value
+        for item, value in zip(instance.score_items, scored.affinity_A.tolist(), strict=False)
+        if value == value  # NaN: unknown or not allowed
+    }
+    answer = {
+        "item_ids": scored.item_ids,
+        "affinities": scored.affinity_C.tolist(),
+        "scored": {} if instance.task == "rate" else asked,
+        "values": asked if instance.task == "rate" else {},
+        "exhausted": scored.exhausted,
+        "beta": scored.beta,
+        "model_version": scored.model_version,
+        "unknown_items": scored.unknown_items,
+        "unknown_score_items": scored.unknown_asked,
+    }
+    if scored.extra_C is not None and scored.extra_A is not None:
+        answer["bonus"] = dict(zip(scored.item_ids, scored.extra_C.tolist(), strict=True)) | {
+            item: bonus
+            for item, bonus in zip(instance.score_items, scored.extra_A.tolist(), strict=True)
+            if item in asked
+        }
+    if scored.trend is not None:
+        answer["trend"] = scored.trend
+    return answer
+
+
+def _score_all(
+    models: Sequence[LoadedModel], calls: Sequence[Sequence[Asked]]
+) -> list[list[Scored | InputError]]:
+    """Each question by the version that its search began with if that is still there, else by the
+    newest.
+    """
+    together = [one for call in calls for one in call]
+    answers: list[Scored | InputError | None] = [None] * len(together)
+    versions = {model.version: model for model in reversed(models)}
+    members: dict[str, list[int]] = {}
+    for b, one in enumerate(together):
+        began_with = one.model_version or ""
+        version = began_with if began_with in versions else models[0].version
+        members.setdefault(version, []).append(b)
+    for version, some in members.items():
+        for b, answer in zip(
+            some, versions[version].score([together[b] for b in some]), strict=True
+        ):
+            answers[b] = answer
+    all_answers = iter(answers)
+    return [[a for a in islice(all_answers, len(call)) if a is not None] for call in calls]
 
 
 def keep_to_threads(number: int) -> None:

@@ -10,7 +10,7 @@ lockstep with one call to the predictor per round.
 """
 
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,84 +18,116 @@ from numpy.typing import NDArray
 
 from model.query import Recommendation
 from model.trends import TrendSnapshot
+from serving.wire import AnswerError, Array, ItemList, Part, Scored
 
-# A second round costs a whole call, asking for more only some kB. With affinity and trend
-# independent, the bound is beaten at a depth near sqrt(k·M); the factor leaves some room.
+# A second round costs a whole call, asking for more only some kB. A list of trending items that
+# is asked for whole leaves only the floor for unseen items: then the first k by affinity, and some
+# for ties, are enough. With a part of it, affinity and trend independent, the bound is beaten at a
+# depth near sqrt(k·M); the factor leaves some room.
+SPARE = 8
 MIN_ASK, MAX_ASK, ASK_FACTOR = 256, 16_384, 1.5
 MAX_ROUNDS = 64  # N doubles every round: more than enough for any catalogue
 
-
-class AnswerError(Exception):
-    """The predictor's answer contradicts the protocol."""
-
-
-@dataclass(frozen=True, slots=True)
-class Candidates:
-    """The predictor's answer to one question.
-
-    `item_ids` and `affinities`: allowed items by affinity descending, ties by item id.
-    `scored`: affinities of the asked-for items that exist and are allowed.
-    `exhausted`: `item_ids` holds every allowed item.
-    """
-
-    item_ids: list[str]
-    affinities: list[float]
-    scored: dict[str, float]
-    exhausted: bool
-    beta: float
+Float64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What to ask the predictor next."""
+    """What to ask the predictor next: the best `top_n`, and a part of the trending items."""
 
     top_n: int
-    score_items: list[str]
+    part: Part | None
 
 
-Ask = Callable[[int, list[str]], Awaitable[Candidates]]
+Ask = Callable[[Question], Awaitable[Scored]]
 
 
 @dataclass(frozen=True)
 class Trend:
     """A trend snapshot prepared for look-ups; shared by the requests that use it."""
 
-    item_ids: tuple[str, ...]  # by log q descending
-    log_q: list[float]
+    items: ItemList  # by log q descending
+    log_q_T: Float64
     floor: float
     version: str | None
     num_items: int
-    by_item: dict[str, float] = field(repr=False)
+    place: dict[str, int] = field(repr=False)  # in `items`
 
     @classmethod
     def of(cls, snapshot: TrendSnapshot) -> "Trend":
-        log_q = snapshot.log_q.tolist()
-        by_item = dict(zip(snapshot.item_ids, log_q, strict=True))
         return cls(
-            snapshot.item_ids,
-            log_q,
+            ItemList(snapshot.item_ids),
+            snapshot.log_q,
             snapshot.floor,
             snapshot.version,
             snapshot.num_items,
-            by_item,
+            {item: t for t, item in enumerate(snapshot.item_ids)},
         )
 
     @classmethod
     def uniform(cls) -> "Trend":
         """No item trends: log q is 0 for all, so that score = affinity."""
-        return cls((), [], 0.0, None, 0, {})
+        return cls(ItemList(()), np.empty(0), 0.0, None, 0, {})
+
+    def log_q(self, item_ids: Sequence[str]) -> Float64:
+        """log q of some items: `[C]`."""
+        place, log_q_T = self.place, self.log_q_T
+        at_C = np.array([place.get(item, -1) for item in item_ids], dtype=np.int64)
+        if not len(log_q_T):
+            return np.full(len(at_C), self.floor)
+        return np.where(at_C < 0, self.floor, log_q_T[at_C])
 
     def get(self, item_id: str) -> float:
         """log q of one item."""
-        return self.by_item.get(item_id, self.floor)
+        at = self.place.get(item_id)
+        return self.floor if at is None else float(self.log_q_T[at])
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Items C with the parts of their scores; `listed` of them stand in the trend's order."""
+
+    names: Callable[[int], str]
+    affinity_C: Float64  # with exploration's bonus
+    extra_C: Float64 | None
+    trend_C: Float64
+
+    def best(self, k: int) -> list[Recommendation]:
+        """The first k by score descending, ties by item id; those that may not come are NaN."""
+        score_C = self.affinity_C + self.trend_C
+        kept_C = _top(score_C, k)
+        rows = sorted((-float(score_C[c]), self.names(c), c) for c in kept_C.tolist())[:k]
+        results = []
+        for minus, name, c in rows:
+            extra = 0.0 if self.extra_C is None else float(self.extra_C[c])
+            affinity = float(self.affinity_C[c]) - extra
+            results.append(Recommendation(name, -minus, affinity, float(self.trend_C[c]), extra))
+        return results
+
+    def brought_in(self, results: Sequence[Recommendation], k: int) -> int:
+        """How many of the results would not be there without the bonus, as far as is known."""
+        if self.extra_C is None:
+            return 0
+        plain = _Known(self.names, self.affinity_C - self.extra_C, None, self.trend_C)
+        usual = {r.item_id for r in plain.best(k)}
+        return sum(r.item_id not in usual for r in results)
+
+
+def _top(score_C: Float64, k: int) -> NDArray[np.int64]:
+    """Where the k largest are, and all that tie with the k-th; NaN never."""
+    count = len(score_C) - int(np.isnan(score_C).sum())
+    if k >= count:
+        return np.flatnonzero(~np.isnan(score_C))
+    # NaN sorts last.
+    cut = np.partition(score_C, count - k)[count - k]
+    return np.flatnonzero(score_C >= cut)
 
 
 class Search:
     """Top k of affinity + weight·β·log q; `question` until None, an answer to `tell` for each.
 
-    `known` are the affinities told so far, `coefficient` is weight·β.
-
-    Ties are broken by item id ascending. Fewer than k come back when fewer are allowed.
+    `coefficient` is weight·β. Ties are broken by item id ascending. Fewer than k come back when
+    fewer are allowed.
     """
 
     def __init__(
@@ -105,23 +137,33 @@ class Search:
         Args:
             first_ask: N and T of the first round; None: deep enough for most requests.
         """
-        self._k = k
-        self._trend = trend
-        self._weight = weight
-        if first_ask is None:
-            expected = math.ceil(ASK_FACTOR * math.sqrt(k * trend.num_items))
-            first_ask = min(max(MIN_ASK, expected), MAX_ASK)
-        self._top_n = max(k + 1, first_ask)
-        self._asked = 0  # how many of trend.item_ids have been asked for
-        self.known: dict[str, float] = {}
-        self._scored: _Scored | None = None  # of everything known, once a round needed it
+        self._k, self._trend, self._weight = k, trend, weight
+        length = len(trend.items)
+        depth = top_n = first_ask or 0
+        if first_ask is None and length <= MAX_ASK:
+            depth, top_n = length, k + SPARE
+        elif first_ask is None:
+            depth = top_n = min(
+                max(MIN_ASK, math.ceil(ASK_FACTOR * math.sqrt(k * trend.num_items))), MAX_ASK
+            )
+        self._top_n = max(k + 1, top_n)
+        # Without weight the order is the predictor's own: no trending item is needed.
+        self._asked, self._depth = 0, 0 if weight == 0 else min(depth, length)
         self.coefficient = 0.0
         self.rounds = 0
-        # Without weight the order is the predictor's own: no trending item is needed.
-        self._depth = 0 if weight == 0 else min(self._top_n, len(trend.item_ids))
-        self.question: Question | None = Question(self._top_n, list(trend.item_ids[: self._depth]))
+        self._item_ids: list[str] = []  # of the best ones, as far as they are not in the list
+        self._affinity_T = np.empty(0)  # of the list, as far as it was asked for
+        self._extra_T: Float64 | None = None
+        self._known: _Known | None = None
+        self.question: Question | None = self._next()
 
-    def tell(self, answer: Candidates) -> None:
+    def _next(self) -> Question:
+        part = None
+        if self._depth > self._asked:
+            part = Part(self._trend.items, self._asked, self._depth)
+        return Question(self._top_n, part)
+
+    def tell(self, answer: Scored) -> None:
         """Take the answer to `question`; sets the next one, or None when the top-k is proved.
 
         Raises:
@@ -129,106 +171,117 @@ class Search:
         """
         assert self.question is not None  # noqa: S101 - callers loop on it
         self.rounds += 1
-        _check(answer)
+        part = self.question.part
+        if len(answer.affinity_T) != (0 if part is None else part.end - part.first):
+            raise AnswerError("not as many affinities as items of the list")
         self.coefficient = self._weight * answer.beta
-        self.known.update(zip(answer.item_ids, answer.affinities, strict=True))
-        self.known.update(answer.scored)
+        self._affinity_T = np.concatenate([self._affinity_T, answer.affinity_T], dtype=np.float64)
+        extra_C = extra_T = None
+        if answer.extra_C is not None and answer.extra_T is not None:
+            before = np.empty(0) if self._extra_T is None else self._extra_T
+            extra_T = self._extra_T = np.concatenate([before, answer.extra_T], dtype=np.float64)
+            extra_C = np.asarray(answer.extra_C, dtype=np.float64)
         self._asked = self._depth
-        self._scored = None
+        self._known = self._merge(answer.item_ids, answer.affinity_C, extra_C, extra_T)
         if answer.exhausted or self._proved(answer):
             self.question = None
             return
         if len(answer.item_ids) < self.question.top_n or self.rounds >= MAX_ROUNDS:
             raise AnswerError("fewer candidates than asked for, but not exhausted")
         self._top_n *= 2
-        self._depth = min(max(2 * self._depth, 1), len(self._trend.item_ids))
+        self._depth = min(max(2 * self._depth, 1), len(self._trend.items))
         if self._weight == 0:
             self._depth = 0
-        self.question = Question(self._top_n, list(self._trend.item_ids[self._asked : self._depth]))
+        self.question = self._next()
 
-    def _proved(self, answer: Candidates) -> bool:
-        if len(self.known) < self._k:
-            return False
+    def _merge(
+        self,
+        item_ids: list[str],
+        affinity_C: Array,
+        extra_C: Float64 | None,
+        extra_T: Float64 | None,
+    ) -> _Known:
+        """The part of the list asked for, and the best ones that are not in it."""
+        trend, asked = self._trend, self._asked
+        place = trend.place
+        rest, log_q, ids = [], [], []
+        for c, item in enumerate(item_ids):
+            at = place.get(item, -1)
+            if not 0 <= at < asked:
+                rest.append(c)
+                ids.append(item)
+                log_q.append(trend.floor if at < 0 else trend.log_q_T[at])
+        listed = trend.items.item_ids
+        self._item_ids = ids
+        affinity = np.concatenate([self._affinity_T, affinity_C[rest]], dtype=np.float64)
+        # + 0.0 turns the −0.0 of a zero coefficient into 0.0
+        trend_C = self.coefficient * np.concatenate([trend.log_q_T[:asked], log_q]) + 0.0
+        extra = None
+        if extra_C is not None and extra_T is not None:
+            extra = np.concatenate([extra_T, extra_C[rest]])
+
+        def name(c: int) -> str:
+            return listed[c] if c < asked else ids[c - asked]
+
+        return _Known(name, affinity, extra, trend_C)
+
+    def _proved(self, answer: Scored) -> bool:
         if self.coefficient == 0:
             # The predictor orders by affinity and item id, which is then the final order.
             return len(answer.item_ids) >= self._k
-        if not answer.affinities:
+        assert self._known is not None  # noqa: S101 - told just now
+        score_C = self._known.affinity_C + self._known.trend_C
+        count = len(score_C) - int(np.isnan(score_C).sum())
+        if count < self._k or not len(answer.affinity_C):
             return False
-        bound = answer.affinities[-1] + self.coefficient * self._best_unseen_log_q()
-        self._scored = _Scored.of(self.known, self._trend, self.coefficient)
-        score_C = self._scored.score_C
-        kth = float(np.partition(score_C, len(score_C) - self._k)[len(score_C) - self._k])
+        bound = float(answer.affinity_C[-1]) + self.coefficient * self._best_unseen_log_q()
+        kth = float(np.partition(score_C, count - self._k)[count - self._k])
         return kth > bound  # strictly: an unseen item could tie and come first by its id
 
     def _best_unseen_log_q(self) -> float:
         """Largest log q of an item not seen; its smallest if trends count against an item."""
-        if self.coefficient < 0:
-            return self._trend.floor
         trend = self._trend
-        for position in range(self._asked, len(trend.item_ids)):
-            if trend.item_ids[position] not in self.known:
-                return trend.log_q[position]
+        if self.coefficient < 0 or self._asked >= len(trend.items):
+            return trend.floor
+        seen = set(self._item_ids)
+        for position in range(self._asked, len(trend.items)):
+            if trend.items.item_ids[position] not in seen:
+                return float(trend.log_q_T[position])
         return trend.floor
 
     def results(self) -> list[Recommendation]:
         """The top k; call when `question` is None."""
-        scored = self._scored or _Scored.of(self.known, self._trend, self.coefficient)
-        return scored.best(self._k)
+        assert self._known is not None  # noqa: S101 - answered
+        return self._known.best(self._k)
 
-
-@dataclass(frozen=True)
-class _Scored:
-    """Items C with their parts; score = affinity + trend."""
-
-    item_ids: list[str]
-    affinity_C: NDArray[np.float64]
-    trend_C: NDArray[np.float64]
-    score_C: NDArray[np.float64]
-
-    @classmethod
-    def of(cls, affinities: Mapping[str, float], trend: Trend, coefficient: float) -> "_Scored":
-        get, floor = trend.by_item.get, trend.floor
-        item_ids = list(affinities)
-        affinity_C = np.array(list(affinities.values()), np.float64)
-        log_q_C = np.array([get(item, floor) for item in item_ids], np.float64)
-        # + 0.0 turns the −0.0 of a zero coefficient into 0.0
-        trend_C = coefficient * log_q_C + 0.0
-        return cls(item_ids, affinity_C, trend_C, affinity_C + trend_C)
-
-    def best(self, k: int) -> list[Recommendation]:
-        """The first k by score descending, ties by item id."""
-        score_C = self.score_C
-        kept = np.arange(len(score_C))
-        if k < len(score_C):
-            cut = np.partition(score_C, len(score_C) - k)[len(score_C) - k]
-            kept = np.flatnonzero(score_C >= cut)
-        rows = zip(
-            (-score_C[kept]).tolist(),
-            [self.item_ids[c] for c in kept.tolist()],
-            self.affinity_C[kept].tolist(),
-            self.trend_C[kept].tolist(),
-            strict=True,
-        )
-        return [Recommendation(item, -minus, a, t) for minus, item, a, t in sorted(rows)[:k]]
+    def brought_in(self, results: Sequence[Recommendation]) -> int:
+        """How many of the results are there because of exploration alone."""
+        assert self._known is not None  # noqa: S101 - answered
+        return self._known.brought_in(results, self._k)
 
 
 def ranked(
-    affinities: Mapping[str, float], trend: Trend, coefficient: float, k: int
-) -> list[Recommendation]:
-    """Sort items by affinity + coefficient·log q descending, ties by item id; the first k."""
-    return _Scored.of(affinities, trend, coefficient).best(k)
+    item_ids: Sequence[str],
+    affinity_C: Array,
+    trend: Trend,
+    coefficient: float,
+    k: int,
+    extra_C: Array | None = None,
+) -> tuple[list[Recommendation], int]:
+    """Sort items by affinity + coefficient·log q descending, ties by item id.
 
-
-def _check(answer: Candidates) -> None:
-    if len(answer.item_ids) != len(answer.affinities):
-        raise AnswerError("item_ids and affinities differ in length")
-    numbers = [*answer.affinities, *answer.scored.values(), answer.beta]
-    try:
-        finite = bool(np.isfinite(np.asarray(numbers, dtype=np.float64)).all())
-    except (TypeError, ValueError):
-        finite = False
-    if not finite:
-        raise AnswerError("an affinity or beta is not a finite number")
+    Returns:
+        The first k, without those whose affinity is NaN; and how many of them are there because
+        of `extra_C`, which the affinities hold.
+    """
+    known = _Known(
+        item_ids.__getitem__,
+        affinity_C.astype(np.float64),
+        None if extra_C is None else extra_C.astype(np.float64),
+        coefficient * trend.log_q(item_ids) + 0.0,
+    )
+    results = known.best(k)
+    return results, known.brought_in(results, k)
 
 
 async def top_k(
@@ -241,6 +294,5 @@ async def top_k(
     """
     search = Search(k, trend, weight, first_ask)
     while search.question is not None:
-        question = search.question
-        search.tell(await ask(question.top_n, question.score_items))
+        search.tell(await ask(search.question))
     return search.results(), search.rounds

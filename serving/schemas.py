@@ -21,11 +21,11 @@ from pydantic import (
 )
 
 from model.errors import InputError
-from model.query import Event, FieldValue, ItemFilter, Query
+from model.query import Event, FieldValue, History, ItemFilter, Query
 from serving.settings import ServeSettings
+from serving.wire import MAX_TIMESTAMP, Asked
 
 TASKS = ("recommend", "rank", "rate")
-MAX_TIMESTAMP = 253_402_300_799  # 9999-12-31; milliseconds of any recent year are above
 MAX_FIELDS = 100
 MAX_TEXT = 10_000
 SHOWN_PROBLEMS = 5
@@ -142,14 +142,24 @@ class ScoreInstance(Request):
     exploration_weight: Weight = 0.0
     seed: Annotated[str, StringConstraints(max_length=512)] = ""  # of the exploration
 
-    def to_query(self) -> Query:
-        return Query(
-            history=to_events(self.history),
+    def to_asked(self) -> Asked:
+        query = Query(
+            history=to_history(self.history),
             timestamp=self.timestamp,
             user=self.user,
             context=self.context,
             filter=self.filter.to_filter(),
             exclude_seen=self.exclude_seen,
+        )
+        return Asked(
+            self.task,
+            query,
+            self.top_n,
+            self.score_items,
+            None,
+            self.model_version,
+            self.exploration_weight,
+            self.seed,
         )
 
 
@@ -186,11 +196,11 @@ class Prediction(BaseModel):
     unknown_items: int = 0
 
 
-def to_events(history: Sequence[HistoryEvent]) -> list[Event]:
+def to_history(events: Sequence[HistoryEvent]) -> History:
     """Events in order of time; ties keep their order."""
-    events = [Event(e.item_id, e.timestamp, e.event_type, e.value) for e in history]
-    events.sort(key=lambda e: e.timestamp)
-    return events
+    return History.of(
+        [Event(e.item_id, e.timestamp, e.event_type, e.value) for e in events]
+    ).sorted()
 
 
 def parse_instances(raw: Sequence[Any], settings: ServeSettings) -> list[Instance]:

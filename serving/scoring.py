@@ -1,22 +1,27 @@
 """The transformer's client of the predictor: gRPC, one call for a batch, always a deadline."""
 
 import asyncio
-import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import grpc
-import orjson
 
 from model.errors import InputError, UnavailableError
+from model.query import Query
 from model.trends import TrendSnapshot
-from serving import codec, metrics
+from serving import metrics, wire
+from serving.batching import Batcher
 from serving.guards import PUSHBACK, Breaker
 from serving.kserve_api import pb, pb_grpc
-from serving.ranking import AnswerError, Candidates
 from serving.settings import MAX_MESSAGE_BYTES, ServeSettings
+from serving.wire import AnswerError, Asked, Scored
+
+MOST_TOGETHER = 64  # questions in one call, unless one request asks more
+# While the predictor works on one, the next is on its way.
+CALLS_AT_ONCE = 2
 
 
 class PredictorError(UnavailableError):
@@ -28,23 +33,19 @@ class PredictorError(UnavailableError):
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
-    """The predictor's answer to one instance; `values` by item id, of task rate."""
+class _Call:
+    """What one request asks, and until when (monotonic seconds)."""
 
-    candidates: Candidates
-    values: dict[str, float]
-    model_version: str
-    unknown_items: int
-    unknown_score_items: int
-    trend: dict[str, Any] | None = None  # of task trend
-    bonus: dict[str, float] = field(default_factory=dict)  # in affinities
+    asked: Sequence[Asked]
+    deadline: float
 
 
 class PredictorClient:
     """Asks the predictor, unless it failed several times just now.
 
-    Scoring changes nothing, so a call whose connection broke is repeated once, on another
-    connection; a slow one is not, as that would make a slow predictor slower.
+    What requests ask at the same time goes in one call. Scoring changes nothing, so a call whose
+    connection broke is repeated once, on another connection; a slow one is not, as that would make
+    a slow predictor slower.
     """
 
     def __init__(self, settings: ServeSettings) -> None:
@@ -52,6 +53,12 @@ class PredictorClient:
         self._breaker = Breaker("predictor", settings.breaker_failures, settings.breaker_seconds)
         self._channel: Any = None
         self._call: Any = None
+        self._calls: Batcher[_Call, list[Scored | InputError]] = Batcher(
+            self._ask_all,
+            most=min(MOST_TOGETHER, settings.max_instances),
+            limit=CALLS_AT_ONCE,
+            size=lambda call: len(call.asked),
+        )
 
     async def open(self) -> None:
         self._channel = grpc.aio.insecure_channel(
@@ -71,34 +78,33 @@ class PredictorClient:
         self._call = pb_grpc.GRPCInferenceServiceStub(self._channel).ModelInfer
 
     async def close(self) -> None:
+        await self._calls.close()
         if self._channel is not None:
             await self._channel.close()
 
-    async def score(self, instances: Sequence[dict[str, Any]], timeout: float) -> list[Scored]:
-        """One answer per instance.
+    async def score(self, asked: Sequence[Asked], timeout: float) -> list[Scored | InputError]:
+        """One answer per question, or why the predictor refused it, e.g. an unknown filter field.
 
         Args:
             timeout: seconds left for this call.
 
         Raises:
-            InputError: the predictor refused an instance, e.g. an unknown filter field.
             PredictorError: it did not answer in time, or not sensibly.
         """
         if not self._breaker.allows():
             metrics.PREDICTOR_ERRORS.labels("open_circuit").inc()
             raise PredictorError("open_circuit")
         try:
-            answers = await self._ask(instances, time.monotonic() + timeout)
-        except InputError:
-            self._breaker.succeeded()
-            raise
-        except PredictorError as failure:
+            async with asyncio.timeout(timeout):
+                answers = await self._calls.ask(_Call(asked, time.monotonic() + timeout))
+        except (PredictorError, TimeoutError) as error:
+            failure = error if isinstance(error, PredictorError) else PredictorError("deadline")
             metrics.PREDICTOR_ERRORS.labels(failure.kind).inc()
             if failure.kind == "overloaded":  # alive; and asking less is the transformer's own gate
                 self._breaker.succeeded()
             else:
                 self._breaker.failed()
-            raise
+            raise failure from None
         except BaseException:
             self._breaker.gave_up()
             raise
@@ -111,43 +117,59 @@ class PredictorClient:
         Raises:
             PredictorError: as for `score`.
         """
-        ask = {"task": "trend", "timestamp": 0.0, "top_n": 0}
+        ask = Asked("trend", Query([], 0.0))
         (scored,) = await self._ask([ask], time.monotonic() + timeout)  # no user waits for it
         try:
+            if isinstance(scored, InputError):
+                raise ValueError(scored)
             return TrendSnapshot.from_json(scored.trend or {})
         except (KeyError, TypeError, ValueError):
             raise PredictorError("invalid_answer") from None
 
-    async def _ask(self, instances: Sequence[dict[str, Any]], deadline: float) -> list[Scored]:
-        """One call, and another one if the connection broke.
+    async def _ask_all(
+        self, calls: Sequence[_Call]
+    ) -> Sequence[list[Scored | InputError] | Exception]:
+        """One call for all; if it is one of them that the predictor fails with, one for each."""
+        metrics.CALLS_TOGETHER.observe(len(calls))
+        together = [one for call in calls for one in call.asked]
+        try:
+            answers = iter(await self._ask(together, max(call.deadline for call in calls)))
+        except PredictorError as failure:
+            if len(calls) == 1 or failure.kind not in ("error", "invalid_answer"):
+                raise
+            return await asyncio.gather(*map(self._ask_one, calls))
+        return [list(islice(answers, len(call.asked))) for call in calls]
+
+    async def _ask_one(self, call: _Call) -> list[Scored | InputError] | Exception:
+        try:
+            return await self._ask(call.asked, call.deadline)
+        except PredictorError as failure:
+            return failure
+
+    async def _ask(self, asked: Sequence[Asked], deadline: float) -> list[Scored | InputError]:
+        """One call, and another one if the connection broke or a list has to be sent.
 
         Args:
             deadline: in monotonic seconds.
         """
-        request = pb.ModelInferRequest(
-            model_name=self._settings.model_name,
-            inputs=[
-                pb.ModelInferRequest.InferInputTensor(
-                    name=codec.INPUT,
-                    datatype="BYTES",
-                    shape=[len(instances)],
-                    contents=pb.InferTensorContents(
-                        bytes_contents=[orjson.dumps(instance) for instance in instances]
-                    ),
-                )
-            ],
-        )
-        for attempt in (1, 2):
+        message, broken, sent = wire.write_asks(asked), False, False
+        while True:
             timeout = deadline - time.monotonic()
             if timeout <= 0:
                 raise PredictorError("deadline")
             try:
-                response = await self._call(request, timeout=timeout)
-                return _read(response, len(instances))
+                response = await self._call(self._request(message), timeout=timeout)
+                answers, missing = wire.read_answers(_value(response), asked)
+                if not missing:
+                    return answers
+                if sent:
+                    raise AnswerError("does not know a list that was sent")
+                # Once more, with all lists: another predictor may answer this time.
+                lists = {one.part.of.name: one.part.of for one in asked if one.part is not None}
+                message, sent = wire.write_asks(asked, list(lists.values())), True
+                continue
             except grpc.RpcError as error:
                 code = error.code()
-                if code == grpc.StatusCode.INVALID_ARGUMENT:
-                    raise InputError(error.details()) from None
                 if code == grpc.StatusCode.DEADLINE_EXCEEDED:
                     raise PredictorError("deadline") from None
                 if code != grpc.StatusCode.UNAVAILABLE:
@@ -161,60 +183,33 @@ class PredictorClient:
                 task = asyncio.current_task()
                 if task is not None and task.cancelling():
                     raise
-            if attempt == 1:
-                metrics.PREDICTOR_RETRIES.inc()
-        raise PredictorError("unavailable")
+            if broken:
+                raise PredictorError("unavailable")
+            broken = True
+            metrics.PREDICTOR_RETRIES.inc()
+
+    def _request(self, message: bytes) -> Any:
+        return pb.ModelInferRequest(
+            model_name=self._settings.model_name,
+            inputs=[
+                pb.ModelInferRequest.InferInputTensor(
+                    name=wire.ASKS,
+                    datatype="BYTES",
+                    shape=[1],
+                    contents=pb.InferTensorContents(bytes_contents=[message]),
+                )
+            ],
+        )
 
 
-def _read(response: Any, expected: int) -> list[Scored]:
-    """The answers in a response; `ranking` checks their numbers.
-
+def _value(response: Any) -> bytes:
+    """
     Raises:
         AnswerError: it is not what a predictor answers.
     """
     try:
         (output,) = response.outputs
-        values = [orjson.loads(value) for value in output.contents.bytes_contents]
+        (value,) = output.contents.bytes_contents
     except ValueError as error:
         raise AnswerError(str(error)) from None
-    if len(values) != expected:
-        raise AnswerError(f"{len(values)} answers to {expected} instances")
-    return [parse_answer(value) for value in values]
-
-
-def parse_answer(value: Any) -> Scored:
-    """One answer from its JSON object.
-
-    Raises:
-        AnswerError: a field is missing or has the wrong type.
-    """
-    try:
-        candidates = Candidates(
-            item_ids=value["item_ids"],
-            affinities=value["affinities"],
-            scored=value["scored"],
-            exhausted=value["exhausted"],
-            beta=value["beta"],
-        )
-        scored = Scored(
-            candidates,
-            values={str(item): float(v) for item, v in value["values"].items()},
-            model_version=str(value["model_version"]),
-            unknown_items=int(value["unknown_items"]),
-            unknown_score_items=int(value["unknown_score_items"]),
-            trend=value.get("trend"),
-            bonus={str(i): float(b) for i, b in (value.get("bonus") or {}).items()},
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AnswerError(repr(error)) from None
-    if not all(map(math.isfinite, (*scored.values.values(), *scored.bonus.values()))):
-        raise AnswerError("a value or bonus is not a finite number")
-    if not (
-        isinstance(candidates.item_ids, list)
-        and all(isinstance(item, str) for item in candidates.item_ids)
-        and isinstance(candidates.affinities, list)
-        and isinstance(candidates.scored, dict)
-        and isinstance(candidates.exhausted, bool)
-    ):
-        raise AnswerError("a field has the wrong type")
-    return scored
+    return value

@@ -12,7 +12,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import orjson
@@ -21,10 +21,9 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from google.protobuf.message import DecodeError
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from model.errors import HrnnError, InputError, UnavailableError
-from serving import codec, metrics
+from serving import codec, metrics, wire
 from serving.guards import PUSHBACK, RETRY_AFTER_SECONDS, Gate, OverloadedError
 from serving.kserve_api import (
     AsyncServerInterceptor,
@@ -39,6 +38,7 @@ from serving.kserve_api import (
     V1Endpoints,
     V2Endpoints,
     metrics_handler,
+    pb,
     pb_grpc,
 )
 from serving.process import (
@@ -51,6 +51,9 @@ from serving.process import (
     reserve,
 )
 from serving.settings import EXIT_WITH_PARENT, MAX_MESSAGE_BYTES, PREDICTOR, ServeSettings
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 log = logging.getLogger("hrnn.serving")
 
@@ -72,6 +75,14 @@ class JsonModel(Model):  # type: ignore[misc]
             UnavailableError: nothing can be answered now.
         """
         raise NotImplementedError
+
+    async def answer_message(self, message: bytes, record: metrics.RequestRecord) -> bytes:
+        """The answer to a message of serving.wire.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        raise InputError(f"inputs: expected one tensor named {codec.INPUT!r}")
 
     async def predict(
         self,
@@ -116,7 +127,27 @@ class Plane(DataPlane):  # type: ignore[misc]
 
 
 class Servicer(InferenceServicer):  # type: ignore[misc]
-    """gRPC Open Inference Protocol without the calls that load and unload models."""
+    """gRPC Open Inference Protocol without the calls that load and unload models.
+
+    Messages between transformer and predictor do not take KServe's way through arrays and JSON.
+    """
+
+    async def ModelInfer(self, request: Any, context: Any) -> Any:
+        if len(request.inputs) != 1 or request.inputs[0].name != wire.ASKS:
+            return await super().ModelInfer(request, context)
+        model = await self._data_plane.get_model(request.model_name)
+        values = request.inputs[0].contents.bytes_contents
+        if len(values) != 1:
+            raise InputError(f"inputs.{wire.ASKS}: must hold one value")
+        with metrics.request() as record:
+            answer = await model.answer_message(values[0], record)
+        output = pb.ModelInferResponse.InferOutputTensor(
+            name=wire.ANSWERS,
+            datatype="BYTES",
+            shape=[1],
+            contents=pb.InferTensorContents(bytes_contents=[answer]),
+        )
+        return pb.ModelInferResponse(model_name=request.model_name, outputs=[output])
 
     async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "models are loaded at start-up")
@@ -184,11 +215,13 @@ class Rest:
         # Clients that send slowly must not take the places of those that have sent.
         self._bodies = Gate(4 * settings.max_in_flight)
 
-    def application(self) -> FastAPI:
+    def application(self) -> "ASGIApp":
+        """What uvicorn calls."""
+        return Edge(self, self._routes())
+
+    def _routes(self) -> FastAPI:
         app = FastAPI(openapi_url=None)
         v1, v2 = V1Endpoints(self._plane), V2Endpoints(self._plane)
-        app.add_route("/v1/models/{model_name}:predict", self._v1, methods=["POST"])
-        app.add_route("/v2/models/{model_name}/infer", self._v2, methods=["POST"])
         get: list[tuple[str, Callable[..., Any]]] = [
             ("/", self._plane.live),
             ("/metrics", metrics_handler),
@@ -210,12 +243,6 @@ class Rest:
         app.add_exception_handler(ServerNotReady, _not_ready)
         return app
 
-    async def _v1(self, request: Request) -> Response:
-        return await self._predict(request, open_inference=False)
-
-    async def _v2(self, request: Request) -> Response:
-        return await self._predict(request, open_inference=True)
-
     async def _model_metadata(self, model_name: str) -> Any:
         return await self._plane.model_metadata(model_name)
 
@@ -224,18 +251,25 @@ class Rest:
             raise ModelNotReady(model_name)
         return {"name": model_name, "ready": True}
 
-    async def _predict(self, request: Request, open_inference: bool) -> Response:
-        name = request.path_params["model_name"]
+    async def predict(
+        self,
+        name: str,
+        open_inference: bool,
+        headers: Sequence[tuple[bytes, bytes]],
+        receive: "Receive",
+    ) -> Response:
+        """Answer one prediction, whatever comes."""
         try:
             self._gate.check()  # before the body is read
             with self._bodies.admit():
-                body = await self._body(request)
+                body = await self._body(headers, receive)
             with self._gate.admit():
-                await self._plane.get_model(name)
+                model = await self._plane.get_model(name)
                 payload = codec.parse_json(body)
                 if open_inference:
                     payload = codec.infer_request(payload, name)
-                result, _ = await self._plane.infer(model_name=name, request=payload, headers={})
+                # Not through KServe's data plane, whose hooks and histograms nothing here uses.
+                result = await model.predict(payload)
                 content = result.to_rest()[0] if open_inference else result
                 return Response(orjson.dumps(content), media_type="application/json")
         except InputError as error:  # before the model saw it, so not counted there
@@ -254,31 +288,57 @@ class Rest:
             log_failure(error)
             return _error(500, "internal error, see the server's log")
 
-    async def _body(self, request: Request) -> bytes:
+    async def _body(self, headers: Sequence[tuple[bytes, bytes]], receive: "Receive") -> bytes:
         """The whole body, at most `max_body_bytes`.
 
         Raises:
-            HTTPException: 408 too slow, 413 too large, 415 not JSON.
+            HTTPException: 400 cut off, 408 too slow, 413 too large, 415 not JSON.
         """
-        kind = request.headers.get("content-type", "application/json")
-        if kind.partition(";")[0].strip().lower() != "application/json":
-            raise HTTPException(415, "send the body as Content-Type: application/json")
-        if request.headers.get("content-encoding", "identity") != "identity":
-            raise HTTPException(415, "send the body without Content-Encoding")
+        for name, value in headers:
+            if name == b"content-type":
+                if value.partition(b";")[0].strip().lower() != b"application/json":
+                    raise HTTPException(415, "send the body as Content-Type: application/json")
+            elif name == b"content-encoding" and value != b"identity":
+                raise HTTPException(415, "send the body without Content-Encoding")
         limit = self._settings.max_body_bytes
         body = bytearray()
         seconds = self._settings.body_deadline_seconds
         try:
             async with asyncio.timeout(seconds):
-                async for chunk in request.stream():
-                    body += chunk
+                more = True
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise HTTPException(400, "the body was cut off")
+                    body += message.get("body", b"")
                     if len(body) > limit:
                         raise HTTPException(413, f"the body is larger than {limit} bytes")
+                    more = message.get("more_body", False)
         except TimeoutError:
             raise HTTPException(408, f"the body did not arrive within {seconds:g} s") from None
-        except ClientDisconnect:
-            raise HTTPException(400, "the body was cut off") from None
         return bytes(body)
+
+
+class Edge:
+    """The two routes of predictions before all others, which take FastAPI's longer way."""
+
+    def __init__(self, rest: Rest, routes: FastAPI) -> None:
+        self._rest, self._routes = rest, routes
+
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        name = None
+        if scope["type"] == "http" and scope["method"] == "POST":
+            path: str = scope["path"]
+            open_inference = path.startswith("/v2/models/") and path.endswith("/infer")
+            if open_inference:
+                name = path[len("/v2/models/") : -len("/infer")]
+            elif path.startswith("/v1/models/") and path.endswith(":predict"):
+                name = path[len("/v1/models/") : -len(":predict")]
+        if not name or "/" in name:
+            await self._routes(scope, receive, send)
+            return
+        response = await self._rest.predict(name, open_inference, scope["headers"], receive)
+        await response(scope, receive, send)
 
 
 def _error(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
@@ -362,6 +422,7 @@ class Server(ModelServer):  # type: ignore[misc]
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,  # nothing reads the client's address
                 lifespan="off",
                 timeout_keep_alive=65,  # longer than the proxies in front
                 timeout_graceful_shutdown=max(1, round(grace)),

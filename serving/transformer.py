@@ -8,26 +8,30 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 from uuid import uuid4
 
+import numpy as np
+
 from model.errors import InputError, UnavailableError
-from model.query import Event, Recommendation
+from model.query import History, Query, Recommendation
 from model.trends import TrendSnapshot
 from serving import metrics
 from serving.features import Features, Reader, UserFeatures
 from serving.process import leave
-from serving.ranking import AnswerError, Question, Search, Trend, ranked
-from serving.schemas import Filter, Instance, parse_instances, to_events
-from serving.scoring import PredictorClient, PredictorError, Scored
+from serving.ranking import Search, Trend, ranked
+from serving.schemas import Filter, Instance, parse_instances, to_history
+from serving.scoring import PredictorClient, PredictorError
 from serving.server import JsonModel, main
 from serving.settings import MULTIPROCESS, TRANSFORMER, ServeSettings
+from serving.wire import AnswerError, Asked, Scored
 
 log = logging.getLogger("hrnn.serving")
 
 FEATURES_UNAVAILABLE = "features_unavailable"
 PREDICTOR_UNAVAILABLE = "predictor_unavailable"
+NO_EVENTS = History.of(())
 
 
 class Predictors(Protocol):
@@ -35,7 +39,9 @@ class Predictors(Protocol):
 
     async def open(self) -> None: ...
     async def close(self) -> None: ...
-    async def score(self, instances: Sequence[dict[str, Any]], timeout: float) -> list[Scored]: ...
+    async def score(
+        self, asked: Sequence[Asked], timeout: float
+    ) -> Sequence[Scored | InputError]: ...
     async def trend(self, timeout: float) -> TrendSnapshot: ...
 
 
@@ -58,22 +64,28 @@ class Work:
         self.version: str | None = None
         self.recommendation_id = uuid4().hex
         self.explored = 0  # items in the answer that would not be there without exploration
-        self._bonus: dict[str, float] = {}
         self._items_out: list[dict[str, Any]] | None = None  # of the answer
         self._user = {**(features.profile if features else {}), **instance.user}
         if instance.history is not None:
-            history = to_events(instance.history)
+            history = to_history(instance.history)
         else:
-            history = list(features.history) if features else []
+            history = History.of(features.history) if features else NO_EVENTS
         # Events after the request time are not part of p(a | h, t). "Now" is never before the
         # newest event: clocks differ.
         if instance.timestamp is None:
-            newest = history[-1].timestamp if history else 0.0
-            self._timestamp = max(time.time(), newest)
+            newest = float(history.time_L[-1]) if len(history) else 0.0
+            timestamp = max(time.time(), newest)
         else:
-            self._timestamp = instance.timestamp
-            history = [e for e in history if e.timestamp <= self._timestamp]
-        self._history: list[Event] = history
+            timestamp = instance.timestamp
+            history = history.until(timestamp)
+        self._query = Query(
+            history,
+            timestamp,
+            self._user,
+            instance.context,
+            instance.filter.to_filter(),
+            instance.exclude_seen,
+        )
         if instance.task != "recommend":
             self._items = list(dict.fromkeys(instance.items or []))
             self._k = instance.num_results or len(self._items)
@@ -88,39 +100,23 @@ class Work:
             self._search = Search(self._k, self.trend, self.instance.trend_weight)
 
     @property
-    def question(self) -> Question | None:
-        """What to ask the predictor next; None when answered."""
-        if self._items_out is not None:
-            return None
-        return Question(0, self._items) if self._search is None else self._search.question
+    def answered(self) -> bool:
+        return self._items_out is not None
 
-    def ask(self) -> dict[str, Any]:
-        """The predictor's instance for `question`."""
-        question = self.question
-        assert question is not None  # noqa: S101 - only unanswered work asks
-        instance = self.instance
-        return {
-            "task": "rate" if instance.task == "rate" else "score",
-            "history": [
-                {
-                    "item_id": e.item_id,
-                    "timestamp": e.timestamp,
-                    "event_type": e.event_type,
-                    "value": e.value,
-                }
-                for e in self._history
-            ],
-            "timestamp": self._timestamp,
-            "user": self._user,
-            "context": instance.context,
-            "filter": instance.filter.model_dump(),
-            "exclude_seen": instance.exclude_seen,
-            "top_n": question.top_n,
-            "score_items": question.score_items,
-            "model_version": self.version,
-            "exploration_weight": instance.exploration_weight,
-            "seed": self.recommendation_id,
-        }
+    def ask(self) -> Asked:
+        """What to ask the predictor next."""
+        instance, search = self.instance, self._search
+        question = None if search is None else search.question
+        return Asked(
+            "rate" if instance.task == "rate" else "score",
+            self._query,
+            0 if question is None else question.top_n,
+            self._items,
+            None if question is None else question.part,
+            self.version,
+            instance.exploration_weight,
+            self.recommendation_id,
+        )
 
     def tell(self, scored: Scored) -> None:
         """Take an answer.
@@ -132,28 +128,26 @@ class Work:
         if self.version not in (None, scored.model_version):
             # The predictor changed its model between two rounds: affinities do not mix.
             self.version = None
-            self._bonus = {}
             self._restart()
             return
         self.version = scored.model_version
-        self.unknown_items = scored.unknown_items
-        candidates = scored.candidates
-        self._bonus |= scored.bonus
-        if self._search is None:
-            self.unknown_items += scored.unknown_score_items
-            if self.instance.task == "rate":
-                rated = [(i, scored.values[i]) for i in self._items if i in scored.values]
-                self._items_out = [{"item_id": i, "value": v} for i, v in rated[: self._k]]
-                return
-            coefficient = self.instance.trend_weight * candidates.beta
-            known = candidates.scored
-            self._answer(ranked(known, self.trend, coefficient, self._k))
-            self._count_explored(known, coefficient)
-            return
-        self._search.tell(candidates)
-        if self._search.question is None:
-            self._answer(self._search.results())
-            self._count_explored(self._search.known, self._search.coefficient)
+        self.unknown_items = scored.unknown_items + scored.unknown_asked
+        if self._search is None and self.instance.task == "rate":
+            rated = zip(self._items, scored.affinity_A.tolist(), strict=True)
+            known = [{"item_id": i, "value": v} for i, v in rated if v == v]  # not NaN
+            self._items_out = known[: self._k]
+        elif self._search is None:
+            coefficient = self.instance.trend_weight * scored.beta
+            results, self.explored = ranked(
+                self._items, scored.affinity_A, self.trend, coefficient, self._k, scored.extra_A
+            )
+            self._answer(results)
+        else:
+            self._search.tell(scored)
+            if self._search.question is None:
+                results = self._search.results()
+                self.explored = self._search.brought_in(results)
+                self._answer(results)
 
     def _answer(self, results: Sequence[Recommendation]) -> None:
         if self.instance.exploration_weight == 0:
@@ -162,26 +156,16 @@ class Work:
                 for r in results
             ]
             return
-        # The predictor's affinities hold the bonus, so that the search is exact with it.
-        bonus = self._bonus
         self._items_out = [
             {
                 "item_id": r.item_id,
                 "score": r.score,
-                "affinity": r.affinity - bonus.get(r.item_id, 0.0),
+                "affinity": r.affinity,
                 "trend": r.trend,
-                "exploration": bonus.get(r.item_id, 0.0),
+                "exploration": r.exploration,
             }
             for r in results
         ]
-
-    def _count_explored(self, known: Mapping[str, float], coefficient: float) -> None:
-        """Items that the bonus brought in, as far as the items seen tell."""
-        if not self._bonus:
-            return
-        plain = {item: a - self._bonus.get(item, 0.0) for item, a in known.items()}
-        usual = {r.item_id for r in ranked(plain, self.trend, coefficient, self._k)}
-        self.explored = sum(item["item_id"] not in usual for item in self._items_out or ())
 
     def fall_back(self) -> None:
         """Answer without the predictor: the trend's own order, log q as the score.
@@ -191,8 +175,7 @@ class Work:
         """
         self.degraded.append(PREDICTOR_UNAVAILABLE)
         self.version = None
-        self.unknown_items = 0
-        self._bonus = {}
+        self.unknown_items = self.explored = 0
         if self.instance.task == "rate":
             self._items_out = []
             return
@@ -200,19 +183,21 @@ class Work:
         include = None if item_filter.include is None else set(item_filter.include)
         exclude = set(item_filter.exclude)
         if self.instance.exclude_seen:
-            exclude |= {e.item_id for e in self._history}
+            exclude.update(History.of(self._query.history).item_ids)
+        candidates: Sequence[str]
         if self.instance.task == "rank":
             candidates = self._items
         elif include is not None:
             candidates = sorted(include)
         else:
-            candidates = list(self.trend.item_ids)
-        passing = {
-            i: 0.0
+            candidates = self.trend.items.item_ids
+        passing = [
+            i
             for i in candidates
             if i not in exclude and (include is None or i in include) and not item_filter.where
-        }
-        self._answer(ranked(passing, self.trend, 1.0, self._k))
+        ]
+        results, _ = ranked(passing, np.zeros(len(passing)), self.trend, 1.0, self._k)
+        self._answer(results)
 
     @property
     def num_items(self) -> int:
@@ -309,7 +294,7 @@ class Transformer(JsonModel):
         return users
 
     async def _rank(self, works: Sequence[Work]) -> None:
-        """Advance all instances in lockstep, one call to the predictor per round."""
+        """Advance all instances in lockstep, one question to the predictor per round."""
         deadline = time.monotonic() + self.settings.predictor_deadline_seconds
         pending = list(works)
         try:
@@ -320,15 +305,17 @@ class Transformer(JsonModel):
                     )
                 with metrics.stage("ranking"):
                     for work, answer in zip(pending, answers, strict=True):
+                        if isinstance(answer, InputError):
+                            raise InputError(f"instances[{works.index(work)}].{answer}")
                         work.tell(answer)
-                        if work.question is None and work.instance.task == "recommend":
+                        if work.answered and work.instance.task == "recommend":
                             metrics.ROUNDS.observe(work.rounds)
-                pending = [work for work in pending if work.question is not None]
+                pending = [work for work in pending if not work.answered]
         except PredictorError:
             self._fall_back(pending)
         except AnswerError:
             metrics.PREDICTOR_ERRORS.labels("invalid_answer").inc()
-            self._fall_back([work for work in pending if work.question is not None])
+            self._fall_back([work for work in pending if not work.answered])
 
     def _fall_back(self, pending: Sequence[Work]) -> None:
         for work in pending:

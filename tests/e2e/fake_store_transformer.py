@@ -24,6 +24,13 @@ class FileReader:
         time.sleep(values.get("delay", 0))
         return values
 
+    asynchronous = False
+
+    def users(self, user_ids):
+        return [self.user(user_id) for user_id in user_ids]
+
+    async def close(self): ...
+
     def user(self, user_id):
         user = self._read()["users"].get(user_id)
         if user is None:

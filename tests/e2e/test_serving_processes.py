@@ -155,7 +155,7 @@ def test_the_context_of_the_request_reaches_the_model(client, recommender):
     assert plain(number.items) == plain(text.items)
     for context, reason in [
         ({"volume": "loud"}, r"instances\[0\]\.context\.volume: expected numeric, got str"),
-        ({"device": ["tv"]}, r"instances\[0\]\.context\.device: expected categorical, got tuple"),
+        ({"device": ["tv"]}, r"instances\[0\]\.context\.device: expected categorical, got list"),
         ({"device": {"a": "b"}}, r"instances\[0\]\.context\.device: must be text"),
     ]:
         with pytest.raises(InputError, match=reason):

@@ -22,7 +22,6 @@ from feature_repo.refresh import publish_trend
 from feature_repo.settings import FeatureStoreSettings, redis_connection
 from feature_repo.snapshot import truncate
 from feature_repo.store import (
-    FeatureReader,
     UserFeatures,
     ViewOptions,
     apply,
@@ -34,6 +33,7 @@ from model.query import Event
 from model.schema import FieldKind, Schema
 from model.trends import TrendSnapshot
 from tests.feature_sources import AS_OF, HARSH, SCHEMA, snapshot, write_sources
+from tests.feature_store import CheckedReader as FeatureReader
 
 REPO = Path(__file__).resolve().parents[2]
 

@@ -18,10 +18,11 @@ from feature_repo.event_log import EventLog, NewEvent, Turn
 from feature_repo.histories import events_of, merge, values_of
 from feature_repo.live import LiveFeatures
 from feature_repo.names import LIVE_CHECKPOINT, LIVE_VIEWS
-from feature_repo.store import FeatureReader, UserFeatures, ViewOptions, apply, forget, materialise
+from feature_repo.store import UserFeatures, ViewOptions, apply, forget, materialise
 from model.errors import UnavailableError
 from model.query import Event
 from tests.feature_sources import AS_OF, HARSH, SCHEMA, write_sources
+from tests.feature_store import CheckedReader as FeatureReader
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from model.query import Recommendation
 from model.trends import snapshot_from_counts
-from serving.ranking import AnswerError, Candidates, Search, Trend, top_k
+from serving.ranking import AnswerError, Search, Trend, top_k
+from serving.wire import ItemList, Scored
 
 
 class Oracle:
@@ -21,15 +22,19 @@ class Oracle:
         self.beta = beta
         self.allowed = set(affinity) if allowed is None else allowed
 
-    async def ask(self, top_n, score_items):
+    def phi(self, items):
+        return np.array([self.affinity[i] if i in self.allowed else np.nan for i in items], float)
+
+    async def ask(self, question):
         order = sorted(self.allowed, key=lambda i: (-self.affinity[i], i))
-        best = order[:top_n]
-        return Candidates(
-            item_ids=best,
-            affinities=[self.affinity[i] for i in best],
-            scored={i: self.affinity[i] for i in score_items if i in self.allowed},
-            exhausted=top_n >= len(order),
-            beta=self.beta,
+        best, part = order[: question.top_n], question.part
+        return Scored(
+            "v",
+            self.beta,
+            best,
+            affinity_C=self.phi(best),
+            affinity_T=self.phi(part.of.item_ids[part.first : part.end] if part else ()),
+            exhausted=question.top_n >= len(order),
         )
 
     def brute_force(self, k, trend, weight):
@@ -76,7 +81,7 @@ def catalogues(draw):
     k=st.integers(1, 80),
     weight=st.sampled_from([0.0, 0.3, 1.0, 5.0]),
     beta=st.sampled_from([0.0, 0.5, 1.0, 2.5]),
-    first_ask=st.integers(1, 8),
+    first_ask=st.none() | st.integers(1, 8),
 )
 @settings(max_examples=400, deadline=None)
 def test_equals_brute_force(catalogue, k, weight, beta, first_ask):
@@ -100,7 +105,8 @@ def test_uniform_trend_leaves_the_affinity_order(weight):
 
 def test_a_tie_with_an_unseen_item_is_broken_by_id():
     # "a" ties with "z" in score and comes first by id, but is found last: low affinity, low trend.
-    trend = Trend(("z", "y", "a"), [-1.0, -2.0, -3.0], -9.0, "v", 3, {"z": -1, "y": -2, "a": -3})
+    log_q_T = np.array([-1.0, -2.0, -3.0])
+    trend = Trend(ItemList(("z", "y", "a")), log_q_T, -9.0, "v", 3, {"z": 0, "y": 1, "a": 2})
     oracle = Oracle({"z": 0.0, "y": -5.0, "a": 2.0})
     results, _ = solve(oracle, 1, trend)
     assert [r.item_id for r in results] == ["a"]
@@ -129,19 +135,27 @@ def test_nearly_always_one_round_on_realistic_scores(k):
     assert np.mean(rounds) <= 1.2
 
 
+def test_a_list_that_is_asked_for_whole_is_one_round():
+    """Unseen items then have the floor, so that the first k by affinity are enough."""
+    rng = np.random.default_rng(1)
+    ids = [f"i{j:04}" for j in range(3000)]
+    trend = trend_of(dict(zip(ids[::3], rng.zipf(1.3, 1000).tolist(), strict=True)), len(ids))
+    for k in (1, 10, 200):
+        oracle = Oracle(dict(zip(ids, rng.normal(0, 2, len(ids)).tolist(), strict=True)))
+        results, rounds = asyncio.run(top_k(oracle.ask, k, trend))
+        assert (results, rounds) == (oracle.brute_force(k, trend, 1.0), 1)
+
+
 @pytest.mark.parametrize(
     "change",
     [
-        {"affinities": [1.0]},
-        {"affinities": [float("nan"), 1.0]},
-        {"affinities": [None, 1.0]},
-        {"scored": {"a": float("inf")}},
-        {"beta": float("nan")},
+        {"affinity_T": np.array([1.0])},  # not as many as the list has
         {"item_ids": ["a", "b"], "exhausted": False},  # fewer than asked for, yet more to come
     ],
 )
 def test_an_answer_that_makes_no_sense_is_refused(change):
-    values = {"item_ids": ["a", "b"], "affinities": [2.0, 1.0], "scored": {}, "beta": 1.0}
-    answer = Candidates(**({"exhausted": True} | values | change))
+    values = {"item_ids": ["a", "b"], "affinity_C": np.array([2.0, 1.0]), "exhausted": True}
+    values |= {"affinity_T": np.array([2.0, 1.0])}
+    answer = Scored("v", 1.0, **(values | change))
     with pytest.raises(AnswerError):
         Search(25, trend_of({"a": 3, "c": 8}, 9)).tell(answer)

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import httpx
 import numpy as np
-import orjson
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -24,14 +23,13 @@ from model.query import Event
 from model.recommender import Retrieved
 from model.retrieval import Allowed
 from model.trends import snapshot_from_counts
-from serving import collector_metrics, metrics
+from serving import collector_metrics, metrics, wire
 from serving.exploration import uncertainty, uniform
 from serving.kserve_api import ModelRepository
 from serving.predictor import LoadedModel, Predictor
 from serving.process import parse_arguments
-from serving.ranking import AnswerError
 from serving.schemas import parse_instances
-from serving.scoring import PredictorError, parse_answer
+from serving.scoring import PredictorError
 from serving.server import Plane, Rest
 from serving.settings import ServeSettings
 from serving.transformer import Transformer
@@ -104,22 +102,23 @@ class FakeScorer:
     def asks(self, queries, restrictions, top_n, extras):
         return list(zip(queries, restrictions, top_n, extras, strict=True))
 
-    def retrieve(self, asks, items):
+    def listed(self, item_ids):
+        return item_ids
+
+    def retrieve(self, asks, items, lists):
         answers = []
-        for (query, allowed, n, extra_M), more in zip(asks, items, strict=True):
+        for (query, allowed, n, extra_M), more, listed in zip(asks, items, lists, strict=True):
             phi_M = self._one(query) + (0.0 if extra_M is None else extra_M)
             phi = dict(zip(ITEMS, phi_M.tolist(), strict=True))
             passing = self.passing(allowed, ITEMS)
             best = sorted(passing, key=lambda i: (-phi[i], i))[:n]
-            answers.append(
-                Retrieved(
-                    best,
-                    [phi[i] for i in best],
-                    {i: phi[i] for i in self.passing(allowed, more)},
-                    n >= len(passing),
-                    {} if extra_M is None else dict(zip(ITEMS, extra_M.tolist(), strict=True)),
-                )
-            )
+            groups = best, more, listed or []
+            affinities = [np.array([phi[i] if i in passing else np.nan for i in g]) for g in groups]
+            extras = [None] * 3
+            if extra_M is not None:
+                extra = dict(zip(ITEMS, extra_M.tolist(), strict=True))
+                extras = [np.array([extra.get(i, 0.0) for i in g]) for g in groups]
+            answers.append(Retrieved(best, *affinities, n >= len(passing), *extras))
         return answers
 
 
@@ -136,6 +135,13 @@ class FakeReader:
         self.fail = False
         self.snapshot = SNAPSHOT
         self.lag = 0, 3600
+
+    asynchronous = False
+
+    def users(self, user_ids):
+        return [self.user(user_id) for user_id in user_ids]
+
+    async def close(self): ...
 
     def user(self, user_id):
         time.sleep(self.delay)
@@ -175,13 +181,21 @@ class DirectPredictors:
     async def trend(self, timeout):
         raise PredictorError("unavailable")
 
-    async def score(self, instances, timeout):
-        self.calls.append(instances)
+    async def score(self, asked, timeout):
+        self.calls.append(asked)
         if self.fault:
             raise PredictorError(self.fault)
-        raw = json.loads(orjson.dumps(instances))
-        answers = await self.predictor.answer(raw, metrics.RequestRecord())
-        return [parse_answer(json.loads(json.dumps(a))) for a in answers]
+        lists = [one.part.of for one in asked if one.part is not None]
+        record = metrics.RequestRecord()
+        message = wire.write_asks(asked)
+        answer = await self.predictor.answer_message(message, record)
+        _, missing = wire.read_answers(answer, asked)
+        if missing:
+            message = wire.write_asks(asked, lists)
+            answer = await self.predictor.answer_message(message, record)
+        answers, missing = wire.read_answers(answer, asked)
+        assert not missing
+        return answers
 
 
 class Service:
@@ -228,7 +242,7 @@ def brute_force(query_instance, k, weight=1.0):
 
     values = {"top_n": 1, **query_instance}
     (instance,) = parse_score_instances([values], SETTINGS)
-    scorer, query = FakeScorer(), instance.to_query()
+    scorer, query = FakeScorer(), instance.to_asked().query
     phi = scorer.affinities([query])[0].astype(float)
     bias = weight * scorer.beta * SNAPSHOT.dense(ITEMS)
     rows = [
@@ -281,8 +295,8 @@ def test_stored_features_are_used_and_explicit_ones_win(service):
 
 def test_feedback_of_stored_events_is_passed_on(service):
     service.predict({"user_id": "u1", "timestamp": 600})
-    ((instance,),) = service.predictors.calls
-    sent = [(e["item_id"], e["event_type"], e["value"]) for e in instance["history"]]
+    ((asked,),) = service.predictors.calls
+    sent = [(e.item_id, e.event_type, e.value) for e in asked.query.history]
     assert sent == [("i001", "play", 4.0), ("i007", "skip", None), ("i009", None, 1.5)]
 
 
@@ -382,29 +396,12 @@ def test_rate_does_not_need_a_trend(service):
     assert recommended["degraded"] == ["trend_unavailable"]
 
 
-@pytest.mark.parametrize("values", [{"i001": None}, {"i001": "high"}, [], None, {"i001": 1e999}])
-def test_values_that_are_no_numbers_are_no_answer(values):
-    answer = {
-        "item_ids": [],
-        "affinities": [],
-        "scored": {},
-        "exhausted": False,
-        "beta": 1.0,
-        "model_version": "v",
-        "unknown_items": 0,
-        "unknown_score_items": 0,
-    }
-    assert parse_answer(answer | {"values": {"i001": 3}}).values == {"i001": 3.0}
-    with pytest.raises(AnswerError):
-        parse_answer(answer | {"values": values})
-
-
 def test_request_time_is_passed_through_and_defaults_to_now(service):
     early, late, _ = service.predict(
         {"timestamp": 300}, {"timestamp": 300 + 86_400}, {"num_results": 1}
     )
     assert early["items"] != late["items"]
-    sent = [i["timestamp"] for i in service.predictors.calls[0]]
+    sent = [one.query.timestamp for one in service.predictors.calls[0]]
     assert sent[:2] == [300, 86_700]
     assert abs(sent[2] - time.time()) < 60
 
@@ -412,9 +409,9 @@ def test_request_time_is_passed_through_and_defaults_to_now(service):
 def test_now_is_never_before_the_newest_event(service):
     future = time.time() + 1000
     service.predict({"history": [{"item_id": "i001", "timestamp": future}]})
-    (instance,) = service.predictors.calls[0]
-    assert instance["timestamp"] == future
-    assert len(instance["history"]) == 1
+    (asked,) = service.predictors.calls[0]
+    assert asked.query.timestamp == future
+    assert len(asked.query.history) == 1
 
 
 def test_filters_and_exclude_seen(service):
@@ -783,13 +780,13 @@ def test_the_predictor_over_v1(service):
 
 def test_a_model_change_between_rounds_starts_the_search_again(service, monkeypatch):
     monkeypatch.setattr("serving.ranking.MIN_ASK", 1)
-    monkeypatch.setattr("serving.ranking.ASK_FACTOR", 0)  # several rounds
+    monkeypatch.setattr("serving.ranking.MAX_ASK", 1)  # several rounds
     score = service.predictors.score
     asked = []
 
-    async def changing(instances, timeout):
-        asked.append(instances[0]["top_n"])
-        answers = await score(instances, timeout)
+    async def changing(questions, timeout):
+        asked.append(questions[0].top_n)
+        answers = await score(questions, timeout)
         return [replace(a, model_version="v1" if len(asked) == 1 else "v2") for a in answers]
 
     service.predictors.score = changing
@@ -799,10 +796,10 @@ def test_a_model_change_between_rounds_starts_the_search_again(service, monkeypa
     assert answer["items"] == brute_force({"timestamp": 5}, 3)
 
 
-@pytest.mark.parametrize("first_ask", [1, 256])
+@pytest.mark.parametrize("first_ask", [1, 16_384])
 def test_exploration_is_exact_and_can_be_drawn_again(service, monkeypatch, first_ask):
-    monkeypatch.setattr("serving.ranking.MIN_ASK", first_ask)
-    monkeypatch.setattr("serving.ranking.ASK_FACTOR", 0)
+    monkeypatch.setattr("serving.ranking.MIN_ASK", min(first_ask, 1))
+    monkeypatch.setattr("serving.ranking.MAX_ASK", first_ask)
     plain = {i["item_id"]: i for i in brute_force({"timestamp": 5}, 300)}
     sigma = dict(zip(ITEMS, uncertainty(SNAPSHOT, ITEMS), strict=True))
     ask = {"timestamp": 5, "num_results": 12, "exploration_weight": 30.0}
