@@ -23,7 +23,7 @@ from torch import Tensor
 from model.errors import InputError, UnavailableError
 
 FORMAT = "hrnn-meta-checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FILE = "training.safetensors"
 
 

@@ -26,13 +26,14 @@ from model.trends import TrendTable
 
 @dataclass(frozen=True)
 class EventTargets:
-    """What every event of the training log is worth: `[E]` float32."""
+    """What training knows of events beside the inputs: their worth, `[E]` float32, and folds."""
 
     weight: Tensor
     reward: Tensor | None  # None: every event has reward 1
+    fold_U: Tensor  # int64, of each user: whose transition counts leave it out
 
     @classmethod
-    def of(cls, log: Histories, feedback: FeedbackSettings) -> "EventTargets":
+    def of(cls, log: Histories, feedback: FeedbackSettings, fold_U: Tensor) -> "EventTargets":
         """Raises InputError when a setting needs a column that the log does not have."""
         reward = None
         if feedback.has_rewards:
@@ -40,7 +41,7 @@ class EventTargets:
                 event_rewards(feedback, log.num_events, log.event_type_E, log.value_E)
             )
         weight_E = event_weights(feedback, log.num_events, log.event_type_E, log.value_E)
-        return cls(torch.from_numpy(weight_E), reward)
+        return cls(torch.from_numpy(weight_E), reward, fold_U)
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,6 @@ class Objective:
     negatives: int
     trend_table: TrendTable | None
     transitions: Transitions | None  # cross-fitted: F·M rows
-    fold: Tensor  # of each training user, int64 `[U]`
     generator: torch.Generator
     dtype: torch.dtype = torch.float32  # of the products and the softmax over scores
 
@@ -89,7 +89,7 @@ class Objective:
     def log_count_M(self) -> Tensor:
         """log of how often each item is expected among the negatives of a step (`sampling`)."""
         assert self.sampler is not None  # noqa: S101 - the caller's branch
-        every_item_M = torch.arange(self.network.num_items, device=self.fold.device)
+        every_item_M = torch.arange(self.network.num_items, device=self.generator.device)
         return self.sampler.log_expected_count(every_item_M, self.negatives)
 
     def draw(self) -> Draws:
@@ -119,7 +119,7 @@ class Objective:
         """
         target_N, weight_N = positions.target[event_N], targets.weight[event_N]
         reward_N = None if targets.reward is None else targets.reward[event_N]
-        rows_NR = self._transition_rows(positions, event_N)
+        rows_NR = self._transition_rows(positions, targets, event_N)
         period_N = None if positions.trend_row is None else positions.trend_row[event_N]
         seen = None if self.network.repeats is None else positions.seen_items(event_N)
         softmax = self._dense if self.sampler is None else self._sampled
@@ -131,12 +131,14 @@ class Objective:
         loss = ranking * share.ranking + self.value_weight * error * share.values
         return loss, ranking.detach()
 
-    def _transition_rows(self, positions: Positions, event_N: Tensor) -> Tensor | None:
+    def _transition_rows(
+        self, positions: Positions, targets: EventTargets, event_N: Tensor
+    ) -> Tensor | None:
         """Rows of the cross-fitted counts for each position's recent items `[N, R]`."""
         if self.network.prior is None or self.transitions is None:
             return None
         item_NR = positions.recent_items(event_N, self.network.prior.recent)
-        fold_N1 = self.fold[positions.user[event_N]][:, None]
+        fold_N1 = targets.fold_U[positions.user[event_N]][:, None]
         return torch.where(item_NR >= 0, fold_N1 * self.network.num_items + item_NR, -1)
 
     def _dense(

@@ -4,7 +4,9 @@ Shapes: E events, U users, N positions of one batch. A position k of a user stan
 k: its input is event k − 1 (none for k = 0) and the time of event k; its target is event k.
 """
 
-from collections.abc import Iterator, Sequence
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +18,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from model.catalogue import Catalogue
+
+READ_EVENTS = 2**20  # read or copied at once
+FILE_EVENTS = 2**24  # columns of more numbers than this are kept in files
 
 
 @dataclass(frozen=True)
@@ -67,28 +72,56 @@ class Histories:
         present = set(pq.read_schema(path).names)
         optional = {n for n in ("event_type", "event_value") if n in present}
         names = ["user_id", "item_id", "timestamp", *sorted(optional), *context]
-        table = pq.read_table(path, columns=names)
-        user_code_E, user_names = _codes(table.column("user_id"))
-        item_code_E, item_names = _codes(table.column("item_id"))
-        starts = np.flatnonzero(np.r_[True, np.diff(user_code_E) != 0])[: len(user_code_E)]
+        with pq.ParquetFile(path) as file:
+            num_events = file.metadata.num_rows
+            item_E = new_column(num_events, np.int64)
+            timestamp_E = new_column(num_events, np.int64)
+            value_E = new_column(num_events, np.float64) if "event_value" in optional else None
+            objects = {
+                name: np.empty(num_events, dtype=object)
+                for name in [*context, *(optional - {"event_value"})]
+            }
+            user_ids: list[str] = []
+            starts: list[NDArray[np.int64]] = []
+            end = 0
+            for rows in file.iter_batches(READ_EVENTS, columns=names):
+                part = slice(end, end + len(rows))
+                user_code_E, user_names = _codes(rows.column("user_id"))
+                item_code_E, item_names = _codes(rows.column("item_id"))
+                item_E[part] = catalogue.encode(item_names)[item_code_E]
+                timestamp_E[part] = rows.column("timestamp").to_numpy()
+                if value_E is not None:
+                    value_E[part] = rows.column("event_value").to_numpy(zero_copy_only=False)
+                for name, column in objects.items():
+                    column[part] = rows.column(name).to_pylist()
+                new_E = np.diff(user_code_E, prepend=-1) != 0
+                if user_ids and len(new_E):
+                    new_E[0] = user_names[user_code_E[0]] != user_ids[-1]
+                user_ids += [user_names[code] for code in user_code_E[new_E]]
+                starts.append(np.flatnonzero(new_E) + end)
+                end = part.stop
         histories = cls(
-            user_ids=tuple(user_names[user_code_E[start]] for start in starts),
-            item_E=catalogue.encode(item_names)[item_code_E],
-            timestamp_E=table.column("timestamp").to_numpy().astype(np.int64),
-            offset_U1=np.r_[starts, len(user_code_E)].astype(np.int64),
-            event_type_E=_objects(table.column("event_type")) if "event_type" in optional else None,
-            value_E=table.column("event_value").to_numpy().astype(np.float64)
-            if "event_value" in optional
-            else None,
-            context_fields={name: _objects(table.column(name)) for name in context},
+            user_ids=tuple(user_ids),
+            item_E=item_E,
+            timestamp_E=timestamp_E,
+            offset_U1=np.concatenate([*starts, [num_events]]).astype(np.int64),
+            event_type_E=objects.pop("event_type", None),
+            value_E=value_E,
+            context_fields=objects,
         )
-        return histories.subset(np.flatnonzero(np.diff(histories.offset_U1) >= min_events))
+        kept_U = np.flatnonzero(np.diff(histories.offset_U1) >= min_events)
+        return histories if len(kept_U) == len(histories) else histories.subset(kept_U)
 
     def subset(self, users: NDArray[np.int64]) -> Self:
         """The histories of the users at these positions, in the given order."""
         length = np.diff(self.offset_U1)[users]
         offset = np.r_[0, np.cumsum(length)].astype(np.int64)
-        source = np.repeat(self.offset_U1[users] - offset[:-1], length) + np.arange(offset[-1])
+        shift = self.offset_U1[users] - offset[:-1]
+
+        def source(start: int, stop: int) -> NDArray[np.int64]:
+            at = np.arange(start, stop)
+            return at + shift[np.searchsorted(offset, at, side="right") - 1]
+
         return self._events(source, offset, users)
 
     def where(self, keep_E: NDArray[np.bool_]) -> Self:
@@ -96,7 +129,8 @@ class Histories:
         kept_U = np.zeros(len(self), dtype=np.int64)
         np.add.at(kept_U, self.user_E[keep_E], 1)
         offset = np.r_[0, np.cumsum(kept_U)].astype(np.int64)
-        return self._events(np.flatnonzero(keep_E), offset, np.arange(len(self)))
+        kept = np.flatnonzero(keep_E)
+        return self._events(lambda start, stop: kept[start:stop], offset, np.arange(len(self)))
 
     def with_items(self, position_M: NDArray[np.int64]) -> Self:
         """The same events in another catalogue: item j is now position[j]; −1: its events go."""
@@ -105,20 +139,37 @@ class Histories:
 
     def reordered(self, source_E: NDArray[np.int64]) -> Self:
         """The same histories with event k replaced by event source[k] of the same user."""
-        return self._events(source_E, self.offset_U1, np.arange(len(self)))
+
+        def source(start: int, stop: int) -> NDArray[np.int64]:
+            return source_E[start:stop]
+
+        return self._events(source, self.offset_U1, np.arange(len(self)))
 
     def _events(
-        self, source: NDArray[np.int64], offset: NDArray[np.int64], users: NDArray[np.int64]
+        self,
+        source: Callable[[int, int], NDArray[np.int64]],
+        offset: NDArray[np.int64],
+        users: NDArray[np.int64],
     ) -> Self:
+        """New event k is the old one that `source` names: places of a range of new ones."""
+        num_events = int(offset[-1])
+
+        def copied(column: NDArray[Any]) -> NDArray[Any]:
+            new = new_column(num_events, column.dtype)
+            for start in range(0, num_events, READ_EVENTS):
+                stop = min(start + READ_EVENTS, num_events)
+                new[start:stop] = column[source(start, stop)]
+            return new
+
         return type(self)(
             user_ids=tuple(self.user_ids[u] for u in users),
-            item_E=self.item_E[source],
-            timestamp_E=self.timestamp_E[source],
+            item_E=copied(self.item_E),
+            timestamp_E=copied(self.timestamp_E),
             offset_U1=offset,
             user_fields={n: [v[u] for u in users] for n, v in self.user_fields.items()},
-            event_type_E=None if self.event_type_E is None else self.event_type_E[source],
-            value_E=None if self.value_E is None else self.value_E[source],
-            context_fields={n: v[source] for n, v in self.context_fields.items()},
+            event_type_E=None if self.event_type_E is None else copied(self.event_type_E),
+            value_E=None if self.value_E is None else copied(self.value_E),
+            context_fields={n: copied(v) for n, v in self.context_fields.items()},
         )
 
     def with_user_fields(self, user_fields: dict[str, list[Any]]) -> Self:
@@ -126,15 +177,24 @@ class Histories:
         return replace(self, user_fields=user_fields)
 
 
-def _objects(column: pa.ChunkedArray) -> NDArray[np.object_]:
-    values = np.empty(len(column), dtype=object)
-    values[:] = column.to_pylist()
-    return values
+def new_column(length: int, dtype: Any) -> NDArray[Any]:
+    """An array to be filled; a large one of numbers lives in a file.
+
+    The file is in the folder for temporary ones (`TMPDIR`) and has no name: it is gone with the
+    array. What was not read lately need not be in memory. Strings (dtype object) always are.
+    """
+    dtype = np.dtype(dtype)
+    if dtype.hasobject or length < FILE_EVENTS:
+        return np.empty(length, dtype=dtype)
+    with tempfile.TemporaryFile(prefix="hrnn-column-") as file:
+        # A full disk is to be known now, not by a signal when a page is written.
+        os.posix_fallocate(file.fileno(), 0, length * dtype.itemsize)
+        return np.memmap(file, dtype=dtype, mode="r+", shape=(length,))
 
 
-def _codes(column: pa.ChunkedArray) -> tuple[NDArray[np.int64], list[str]]:
+def _codes(column: pa.Array) -> tuple[NDArray[np.int64], list[str]]:
     """Dictionary codes of a string column, and the strings."""
-    encoded = column.combine_chunks().dictionary_encode()
+    encoded = column.dictionary_encode()
     return encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64), (
         encoded.dictionary.to_pylist()
     )

@@ -55,6 +55,7 @@ class TrainSettings(SettingsBase):
     value_weight: float = 0.1  # of the value head's squared error beside the softmax
     bptt: int = 50  # positions of one user per gradient step
     batch_events: int = 1024  # positions per gradient step
+    part_events: int = 2_000_000  # of a larger log, this many are in memory, twice (`model.loader`)
     seed: int = 0
     threads: int | None = None
     device: Device = Device.AUTO

@@ -4,6 +4,7 @@ Shapes: E events, N packed positions, M items, S segments, K numbers of state.
 """
 
 import copy
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from model.averaging import WeightAverage
@@ -21,6 +23,7 @@ from model.distributed import Processes
 from model.fields import FieldBags
 from model.hrnn import TrainedHRNN, encode_batch
 from model.inputs import InputEncodings, Positions
+from model.loader import Loader, sample_of
 from model.network import HRNNMeta
 from model.objective import EventTargets, Objective
 from model.repeats import SeenItems
@@ -28,7 +31,7 @@ from model.rows import RowwiseAdagrad, StepRows, clip_gradients
 from model.sampling import AliasSampler, frequency_sampler
 from model.schema import Schema
 from model.sequences import Batch, Histories, bptt_batches
-from model.ties import shuffled_ties, stored_order_matters
+from model.ties import stored_order_matters
 from model.train_settings import Softmax, TrainSettings
 from model.transitions import Transitions
 from model.trends import ResolvedTrend, TrendTable
@@ -44,7 +47,8 @@ class EpochState:
     """How far an epoch has come."""
 
     rng: dict[str, Any]  # state of the trainer's generator before the epoch
-    batches: int = 0  # done
+    part: int = 0  # of the log (`model.loader`)
+    batches: int = 0  # of it that are done
     total: float = 0.0  # Σ loss over the positions done
     state_SK: Tensor | None = None  # left by the last batch
 
@@ -66,10 +70,11 @@ class Trainer:
         self.processes = Processes.current(self.device)
         self.rng = np.random.default_rng(settings.seed)
         self.shuffle_ties = settings.shuffle_ties
+        sample = sample_of(train, settings.part_events, np.random.default_rng(settings.seed))
         if self.shuffle_ties is None:
-            self.shuffle_ties = not stored_order_matters(train)
+            self.shuffle_ties = not stored_order_matters(sample)
         num_items = len(catalogue)
-        self.encodings = InputEncodings.fit(train, catalogue, schema, settings.session_gap_seconds)
+        self.encodings = InputEncodings.fit(sample, catalogue, schema, settings.session_gap_seconds)
         item_bags = FieldBags.encode(self.encodings.item_fields, catalogue.fields, num_items)
         self.network = HRNNMeta(
             settings.network, self.encodings, item_bags, with_trend=trend is not None
@@ -89,7 +94,7 @@ class Trainer:
                 mean_M,
                 len(train),
             )
-        self.objective = self._objective(num_items)
+        self.objective = self._objective(num_items, sample)
         # Items that were never trained on are known by their fields alone; the others' λ is chosen
         # at the end, half and half until then.
         self.set_lambda(self.network, 0.5)
@@ -113,11 +118,18 @@ class Trainer:
             transitions=None if kept.prior is None else Transitions.count(train, num_items),
             trend_log=train,
         )
-        self.positions, self.targets = self._read(train)
+        self.loader = Loader(
+            train,
+            self._read,
+            part_events=settings.part_events,
+            shuffle_ties=self.shuffle_ties,
+        )
+        self.waiting = 0.0  # seconds of this epoch, or the last one, spent waiting for its data
 
-    def _read(self, log: Histories) -> tuple[Positions, EventTargets]:
+    def _read(self, log: Histories, user_U: NDArray[np.int64]) -> tuple[Positions, EventTargets]:
         positions = self.network.positions(log, self.trend_table)
-        targets = EventTargets.of(log, self.settings.feedback)
+        fold_U = torch.from_numpy(self.fold_U[user_U])
+        targets = EventTargets.of(log, self.settings.feedback, fold_U)
         return move(positions, self.device), move(targets, self.device)
 
     def _optimisers(self) -> list[torch.optim.Optimizer]:
@@ -134,22 +146,22 @@ class Trainer:
             )
         return optimisers
 
-    def _objective(self, num_items: int) -> Objective:
+    def _objective(self, num_items: int, sample: Histories) -> Objective:
         settings, network = self.settings, self.network
         p_M = torch.from_numpy((self.count_M + 1.0) / (self.count_M.sum() + num_items)).float()
         if self.trend_table is None:
             # Start at the popularity model: learning begins with what is left.
             network.items.bias.data = p_M.log()
-        fold_U = self.rng.permutation(len(self.train)) % FOLDS
+        self.fold_U = self.rng.permutation(len(self.train)) % FOLDS
         transitions = None
         if network.prior is not None:
             network.prior.inverse_p_M = 1.0 / p_M
-            transitions = Transitions.cross_fitted(self.train, num_items, fold_U, FOLDS)
+            transitions = Transitions.cross_fitted(self.train, num_items, self.fold_U, FOLDS)
         if network.repeats is not None:
-            size = min(REPEAT_SAMPLE, self.train.num_events)
-            event_N = torch.from_numpy(self.rng.permutation(self.train.num_events)[:size])
-            target_N = torch.from_numpy(self.train.item_E)[event_N]
-            network.repeats.start_at(SeenItems.of_log(self.train, event_N), target_N, p_M)
+            size = min(REPEAT_SAMPLE, sample.num_events)
+            event_N = torch.from_numpy(self.rng.permutation(sample.num_events)[:size])
+            target_N = torch.from_numpy(sample.item_E)[event_N]
+            network.repeats.start_at(SeenItems.of_log(sample, event_N), target_N, p_M)
         sampler: AliasSampler | None = None
         negatives = settings.negatives or max(512, int(num_items**0.5))
         if settings.softmax is Softmax.SAMPLED or (
@@ -165,7 +177,6 @@ class Trainer:
             negatives=negatives,
             trend_table=move(self.trend_table, self.device),
             transitions=move(transitions, self.device),
-            fold=torch.from_numpy(fold_U).to(self.device),
             generator=torch.Generator(self.device).manual_seed(settings.seed),
             dtype=self.dtype,
         )
@@ -181,29 +192,37 @@ class Trainer:
             done: where to begin; kept up to date.
             after_step: called between steps, when `checkpoint` may be.
         """
-        settings, log = self.settings, self.train
+        settings = self.settings
         self.rng.bit_generator.state = done.rng
-        positions, targets = self.positions, self.targets
-        if self.shuffle_ties:
-            log = log.reordered(shuffled_ties(log, self.rng))
-            positions, targets = self._read(log)
         self.network.train()
-        batches = bptt_batches(
-            log,
-            bptt=settings.bptt,
-            batch_events=settings.batch_events,
-            rng=self.rng,
-            share=(self.processes.rank, self.processes.size),
-        )
-        for batch in islice(batches, done.batches, None):
-            loss, done.state_SK = self._step(positions, targets, batch, done.state_SK)
-            done.total += loss
-            done.batches += 1
-            after_step()
+        waited, cutting, self.waiting = self.loader.waited, 0.0, 0.0
+        for number, part in self.loader.parts(self.rng, done.part):
+            if number > done.part:
+                done.part, done.batches, done.state_SK = number, 0, None
+            positions, targets = part.read
+            batches = bptt_batches(
+                part.log,
+                bptt=settings.bptt,
+                batch_events=settings.batch_events,
+                rng=part.rng,
+                share=(self.processes.rank, self.processes.size),
+            )
+            rest = islice(batches, done.batches, None)
+            while True:
+                started = time.perf_counter()
+                batch = next(rest, None)
+                cutting += time.perf_counter() - started
+                self.waiting = self.loader.waited - waited + cutting
+                if batch is None:
+                    break
+                loss, done.state_SK = self._step(positions, targets, batch, done.state_SK)
+                done.total += loss
+                done.batches += 1
+                after_step()
         if self.average is not None:
             self.average.finish()
         total = self.processes.sum(torch.tensor(done.total, dtype=torch.float64))
-        return float(total) / log.num_events
+        return float(total) / self.train.num_events
 
     def _step(
         self, positions: Positions, targets: EventTargets, batch: Batch, state_SK: Tensor | None
@@ -256,6 +275,7 @@ class Trainer:
         tensors = {f"network/{n}": p.detach() for n, p in self.network.named_parameters()}
         state: dict[str, Any] = {
             "rng": done.rng,
+            "part": done.part,
             "batches": done.batches,
             "learning_rates": [o.param_groups[0]["lr"] for o in self.optimisers],
         }
@@ -312,6 +332,7 @@ class Trainer:
         state_SK = tensors.get(own + "state")
         return EpochState(
             rng=state["rng"],
+            part=state["part"],
             batches=state["batches"],
             total=float(tensors[own + "total"]),
             state_SK=None if state_SK is None else state_SK.to(self.device),

@@ -137,6 +137,7 @@ class _Run:
                     "seconds": seconds,
                     "events_per_second": log.num_events / seconds,
                     "train_events_per_second": log.num_events / trained,
+                    "waiting_share": trainer.waiting / trained,
                 }
             )
             rmse = f"  RMSE {entry['valid_rmse']:.4f}" if "valid_rmse" in entry else ""

@@ -50,17 +50,21 @@ def _train(folder: Path | None, softmax: Softmax = Softmax.DENSE, **changed):
 
 
 def main() -> None:
-    """What the killed processes run: `python -m tests.unit.test_checkpoint FOLDER SOFTMAX OUT`."""
-    folder, softmax, out = sys.argv[1:]
-    model = _train(Path(folder), Softmax(softmax))
+    """What killed processes run: `-m tests.unit.test_checkpoint FOLDER SOFTMAX PART_EVENTS OUT`."""
+    folder, softmax, part_events, out = sys.argv[1:]
+    model = _train(Path(folder), Softmax(softmax), part_events=int(part_events))
     save_file(model.network.state_dict(), out)
 
 
-@pytest.mark.parametrize("softmax", [Softmax.DENSE, Softmax.SAMPLED])
-def test_killed_again_and_again_the_weights_are_those_of_one_run(tmp_path, softmax):
-    wanted = _train(None, softmax).network.state_dict()
+@pytest.mark.parametrize(
+    ("softmax", "part_events"), [(Softmax.DENSE, 1000), (Softmax.SAMPLED, 100)]
+)
+def test_killed_again_and_again_the_weights_are_those_of_one_run(tmp_path, softmax, part_events):
+    """Also of a log of which a part at a time is in memory."""
+    wanted = _train(None, softmax, part_events=part_events).network.state_dict()
     folder, out = tmp_path / "checkpoints", tmp_path / "weights.safetensors"
-    command = [sys.executable, "-m", "tests.unit.test_checkpoint", folder, softmax.value, out]
+    command = [sys.executable, "-m", "tests.unit.test_checkpoint", folder, softmax.value]
+    command += [str(part_events), out]
     rng = np.random.default_rng(0)
     kills = 0
     for attempt in range(20):
@@ -187,7 +191,7 @@ def test_out_of_disk_is_an_error_and_the_checkpoint_before_stays(tmp_path):
     left = _interrupted(tmp_path / "checkpoints")
     command = [sys.executable, "-m", "tests.unit.test_checkpoint"]
     result = subprocess.run(
-        [*command, tmp_path / "checkpoints", "dense", tmp_path / "out"],
+        [*command, tmp_path / "checkpoints", "dense", str(SETTINGS.part_events), tmp_path / "out"],
         preexec_fn=_limit_file_size,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,

@@ -80,7 +80,9 @@ def test_precision_follows_the_device(monkeypatch):
 def test_everything_inside_is_moved():
     log = synthetic.feedback_decides(5, 4, 8, seed=0)
     trainer = Trainer(log, synthetic.catalogue(8), TrainSettings(), None, Schema())
-    moved = move(trainer.positions, torch.device("meta"))
+    _, part = next(trainer.loader.parts(trainer.rng))
+    positions, _ = part.read
+    moved = move(positions, torch.device("meta"))
     assert moved.target.is_meta and moved.previous_item.is_meta and moved.taste.is_meta
     assert all(t.is_meta for t in moved.user_bags.offset + moved.context_bags.offset)
-    assert not trainer.positions.target.is_meta
+    assert not positions.target.is_meta
