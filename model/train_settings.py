@@ -42,6 +42,7 @@ class TrainSettings(SettingsBase):
     trend_decomposition: bool = True
     softmax: Softmax = Softmax.AUTO
     negatives: int | None = None  # draws per gradient step, sampled softmax; None: √M, 512 or more
+    warm_start: str = "none"  # or champion, a version in the model store, a bundle's folder
     max_epochs: int = 60
     patience: int = 2  # epochs without a better validation loss, and PATIENT_STEPS steps at least
     learning_rate: float = 0.002

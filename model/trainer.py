@@ -36,6 +36,7 @@ from model.train_settings import Softmax, TrainSettings
 from model.transitions import Transitions
 from model.trends import ResolvedTrend, TrendTable
 from model.values import item_means, item_tastes
+from model.warm_start import Start, warm_start
 
 FOLDS = 5  # of the users, for cross-fitted transition counts
 REPEAT_SAMPLE = 50_000  # events, to see how often items come back before training begins
@@ -63,6 +64,7 @@ class Trainer:
         settings: TrainSettings,
         trend: ResolvedTrend | None,
         schema: Schema,
+        start: Start | None = None,
     ) -> None:
         keep_freed_memory()
         self.train, self.settings = train, settings
@@ -95,6 +97,10 @@ class Trainer:
                 len(train),
             )
         self.objective = self._objective(num_items, sample)
+        self.anew: list[str] = []  # weights that an older model could not give
+        if start is not None:
+            self.anew = warm_start(self.network.cpu(), catalogue, start)
+            self.network.to(self.device)
         # Items that were never trained on are known by their fields alone; the others' λ is chosen
         # at the end, half and half until then.
         self.set_lambda(self.network, 0.5)

@@ -25,6 +25,7 @@ from model.splits import Cases, later_events
 from model.train_settings import Device, Precision, Softmax, TrainSettings
 from model.trainer import Trainer
 from model.trends import ResolvedTrend
+from model.warm_start import Start
 
 __all__ = ["Device", "Precision", "Softmax", "TrainSettings", "fit"]
 
@@ -32,7 +33,7 @@ PATIENT_STEPS = 200  # an epoch of a small log is too few steps to judge by
 LAMBDA_GRID = (0.0, 0.25, 0.5, 0.75, 1.0)
 VALID_CELLS = 2**34  # scores of one validation: 17,000 cases of a million items
 # Settings that a run may be continued with another value of.
-FREE_SETTINGS = {"max_epochs", "threads", "checkpoint_minutes"}
+FREE_SETTINGS = {"max_epochs", "threads", "checkpoint_minutes", "warm_start"}
 
 
 def fit(
@@ -44,6 +45,7 @@ def fit(
     schema: Schema | None = None,
     progress: Callable[[str], None] = lambda line: None,
     checkpoints: Path | None = None,
+    start: Start | None = None,
 ) -> TrainedHRNN:
     """Train until the validation loss stops improving; the best epoch's weights are kept.
 
@@ -54,6 +56,7 @@ def fit(
         progress: receives one line per epoch.
         checkpoints: a folder of this run's own; every few minutes what is needed to go on is
             written there, and a run that finds it goes on from it. It is removed at the end.
+        start: an older model to begin with; None: at random.
 
     Raises:
         InputError: nothing to train on, a setting needs what the log does not have, the loss
@@ -75,7 +78,11 @@ def fit(
         )
     saved = None if file is None else file.read()  # before the long preparation
     torch.manual_seed(settings.seed)
-    trainer = Trainer(train, catalogue, settings, trend, schema)
+    trainer = Trainer(train, catalogue, settings, trend, schema, start)
+    if start is not None:
+        known = int((start.catalogue.encode(catalogue.item_ids) >= 0).sum())
+        anew = f"; new weights: {', '.join(trainer.anew)}" if trainer.anew else ""
+        progress(f"starting from an older model: {known:,} of {len(catalogue):,} items{anew}")
     run = _Run(trainer, _few(valid, len(catalogue)), progress, file)
     if saved is not None:
         run.restore(saved)

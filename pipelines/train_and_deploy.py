@@ -111,6 +111,7 @@ def train_and_deploy(
             trend=trend_settings,
             settings=train_settings,
             checkpoints=checkpoints,
+            model_store=model_store,
         )
         # Locally steps run one at a time; without this the order of independent ones varies.
         trained.after(stored)

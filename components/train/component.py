@@ -13,11 +13,13 @@ def train(
     trend: dict,
     settings: dict,
     checkpoints: str,
+    model_store: str,
     bundle: dsl.Output[dsl.Model],
 ) -> None:
     """Train HRNN on the clean tables and write a model bundle.
 
     `checkpoints`: a folder where an interrupted step finds what it had done; empty: none.
+    `model_store`: where `train.warm_start` looks for the older model.
     `data_digest` and `code` are parts of the cache's key and nothing else.
     """
     from pathlib import Path
@@ -30,5 +32,6 @@ def train(
         trend=trend,
         settings=settings,
         checkpoints=Path(checkpoints) if checkpoints else None,
+        model_store=model_store,
     )
     bundle.metadata["model_version"] = manifest.model_version

@@ -24,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--checkpoints", type=Path, help="folder that outlives this program, seen by all nodes"
     )
+    parser.add_argument("--model-store", default="", help="where train.warm_start looks")
     options = parser.parse_args(arguments)
     try:
         with joined():
@@ -33,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
                 trend=options.trend,
                 settings=options.settings,
                 checkpoints=options.checkpoints,
+                model_store=options.model_store,
             )
     except HrnnError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

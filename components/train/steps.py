@@ -1,5 +1,8 @@
 """Train: clean tables → model bundle."""
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +11,17 @@ import numpy as np
 from model import bundle as bundles
 from model.checkpoint import digest_of
 from model.distributed import Processes
+from model.errors import InputError
 from model.splits import split_users
+from model.store import ModelStore
 from model.tables import Log
 from model.training import TrainSettings, fit
 from model.trends import TrendSettings, choose_trend, items_for_choice, snapshot_from_counts
+from model.warm_start import Start
 
 __all__ = ["TrainSettings", "run"]
+
+NONE, CHAMPION = "none", "champion"
 
 
 def run(
@@ -23,6 +31,7 @@ def run(
     trend: dict[str, Any],
     settings: dict[str, Any],
     checkpoints: Path | None = None,
+    model_store: str = "",
 ) -> bundles.Manifest:
     """Train on the training users of `clean` and write a bundle.
 
@@ -31,10 +40,11 @@ def run(
     Args:
         checkpoints: a folder that outlives this process; every training run has a folder of its
             own in it, named by its settings and data, and a run that was interrupted goes on there.
+        model_store: folder or address of the store that `train.warm_start` refers to.
 
     Raises:
         InputError: wrong settings, or too little data.
-        UnavailableError: a checkpoint cannot be written.
+        UnavailableError: a checkpoint cannot be written, or the model store cannot be read.
     """
     train_settings = TrainSettings.parse(settings, "train")
     trend_settings = TrendSettings.parse(trend, "trend")
@@ -67,16 +77,22 @@ def run(
     if checkpoints is not None:
         data = histories.item_E, histories.timestamp_E, list(catalogue.item_ids)
         checkpoints = checkpoints / digest_of(settings, trend, *data)[:16]
-    model = fit(
-        split.train,
-        split.valid,
-        catalogue,
-        train_settings,
-        resolved if train_settings.trend_decomposition else None,
-        schema,
-        progress=say,
-        checkpoints=checkpoints,
-    )
+    with _older(train_settings.warm_start, model_store, processes) as older:
+        if older is not None:
+            say(f"warm start: version {older.manifest.model_version}")
+        elif train_settings.warm_start != NONE:
+            say("warm start: the model store has no champion yet, training starts at random")
+        model = fit(
+            split.train,
+            split.valid,
+            catalogue,
+            train_settings,
+            resolved if train_settings.trend_decomposition else None,
+            schema,
+            progress=say,
+            checkpoints=checkpoints,
+            start=None if older is None else Start(older.model.network, older.catalogue),
+        )
     # "Now" is the log's own end: everything that happened up to it counts.
     as_of = int(histories.timestamp_E.max()) + 1
     oldest = as_of - resolved.window_seconds if resolved.window_seconds else 0
@@ -100,6 +116,7 @@ def run(
             "seconds": sum(entry["seconds"] for entry in model.curve),
             "users": len(split.train),
             "events": split.train.num_events,
+            "warm_start": None if older is None else older.manifest.model_version,
         },
         "curve": model.curve,
     }
@@ -116,3 +133,32 @@ def run(
         )
 
     return processes.once(save)
+
+
+@contextmanager
+def _older(wanted: str, model_store: str, processes: Processes) -> Iterator[bundles.Bundle | None]:
+    """The bundle that training starts from; None: there is none to start from.
+
+    Raises:
+        InputError: there is no such version, or no model store to look for it in.
+    """
+    if wanted == NONE:
+        yield None
+        return
+    if (Path(wanted) / bundles.MANIFEST).exists():
+        yield bundles.load(Path(wanted))
+        return
+    if not model_store:
+        raise InputError(
+            f"train.warm_start: {wanted!r} is no bundle's folder, and no model store is given"
+        )
+    store = ModelStore(model_store)
+    version: str | None = wanted
+    if wanted == CHAMPION:  # the same for all processes, whatever is promoted meanwhile
+        champion = processes.once(store.champion)
+        version = None if champion is None else champion.version
+    if version is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield bundles.load(store.fetch(version, Path(folder)))
