@@ -19,3 +19,7 @@ class UnavailableError(HrnnError):
 
 class ConflictError(HrnnError):
     """Somebody else changed the same thing meanwhile; nothing was changed by the caller."""
+
+
+class RolledBackError(HrnnError):
+    """A candidate failed its trial; what served before goes on serving."""

@@ -99,6 +99,33 @@ def rollback(why: Why = "", store: Store = "", workspace: Workspace = Path("work
     _tell(champion)
 
 
+@app.command()
+def canary(
+    service: Annotated[str, typer.Argument(help="The InferenceService.")] = "hrnn-meta",
+    namespace: Annotated[str, typer.Option(help="Its namespace.")] = "hrnn",
+    end: Annotated[bool, typer.Option("--end", help="Take it away, whosever it is.")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds for that.", min=1)] = 900.0,
+) -> None:
+    """Show the canary that a release is trying on the cluster; with --end, end it in order.
+
+    For a canary whose run is dead and that nobody ends. The champion is not touched.
+    """
+    from components.deploy.kserve import InferenceServices, StableService, canary_of
+    from components.deploy.release import take_away
+
+    services = InferenceServices(namespace)
+    found = canary_of(services, StableService(services, service), percent=0)
+    mark = found.mark()
+    if mark is None and not end:
+        print(f"no canary on {namespace}/{service}")
+        return
+    if mark is not None:
+        print(f"canary of {mark.version} on {namespace}/{service}, begun by run {mark.run_id}")
+    if end:
+        take_away(found, timeout)
+        print(f"no canary on {namespace}/{service} any more")
+
+
 def _named(store: "ModelStore", version: str) -> str:
     from model.errors import InputError
 

@@ -1,11 +1,15 @@
 """The few calls of the Kubernetes API that a canary needs, for KServe 0.21's two modes.
 
 Stable predictors follow the model store's champion; a canary's predictor is pinned to one bundle.
-Beginning and ending a canary keep no state here: a run that was killed in between is put right by
-the next one, which begins (or ends) the same canary.
+All that is known of a canary is on the cluster, in its mark (whose it is, until when, what was
+there before): a run that was killed in between is put right by the next one, which ends the canary.
 
 Knative mode: the predictor's `canaryTrafficPercent` gives the new revision its share of the live
-traffic; the transformer reaches both revisions through the predictor's route.
+traffic; the transformer reaches both revisions through the predictor's route. The mark is a
+variable of the predictor's container, as KServe hands annotations and labels of the service on to
+the pods of all its parts, which would be replaced with every change of one. Whether a change is in
+force says the Knative service: `status.observedGeneration` of an InferenceService is the generation
+of one of its parts, not its own.
 
 Standard mode: KServe's own canary (`spec.canary`) does not fit a service with a transformer: it
 sends its share of the traffic to the predictor past the transformer, and wants a predictor with a
@@ -14,37 +18,119 @@ test requests and no live traffic.
 """
 
 import copy
+import json
+import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
-from model.errors import InputError, UnavailableError
+from model.errors import ConflictError, InputError, UnavailableError
 
 GROUP, API_VERSION, PLURAL = "serving.kserve.io", "v1beta1", "inferenceservices"
+KNATIVE = ("serving.knative.dev", "v1", "services")
 MODE = "serving.kserve.io/deploymentMode"
-PINNED = "hrnn-meta/model-dir-before"  # annotation: the variable before a canary pinned it
 MODEL_DIR, PREDICTOR_HOST = "HRNN_MODEL_DIR", "HRNN_PREDICTOR_HOST"
+MARK_VARIABLE = "HRNN_CANARY"  # of the predictor's container, in Knative mode
+MARK_ANNOTATION = "hrnn-meta/canary"  # of the second InferenceService, in Standard mode
 CALL_SECONDS = 30
+PASS_ON_SECONDS = 30.0  # KServe takes up a change within a second or two
 Json = dict[str, Any]
 
 
-class Canary(Protocol):
-    """A candidate served beside the champion."""
+class NotOursError(ConflictError):
+    """The canary on the service is another run's, which may still be trying it."""
 
-    def begin(self, model_dir: str) -> None:
-        """Serve the bundle at this address."""
-        ...
+
+@dataclass(frozen=True)
+class Mark:
+    """Whose a canary is."""
+
+    run_id: str
+    version: str
+    until: float  # Unix seconds: a run that has not ended it by then is dead
+    before: Json | None = None  # the variable that the canary replaced
+
+    @classmethod
+    def read(cls, text: str | None) -> "Mark | None":
+        """The mark in a variable or annotation; None if there is none."""
+        if not text:
+            return None
+        try:
+            return cls(**json.loads(text))
+        except (ValueError, TypeError):
+            return cls("unknown", "unknown", 0.0)  # somebody edited it: nobody waits for it
+
+    def write(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    def check(self, run_id: str, where: str) -> None:
+        """Raises NotOursError when another run may still be trying it."""
+        if self.run_id != run_id and self.until > time.time():
+            end = datetime.fromtimestamp(self.until, UTC).isoformat(timespec="seconds")
+            raise NotOursError(
+                f"run {self.run_id} is trying a canary of {self.version} on {where} and will have "
+                f"ended it by {end}: wait for it. If that run is dead, `hrnn models canary --end` "
+                "takes the canary away at once"
+            )
+
+
+class Served(Protocol):
+    """Something that answers requests."""
 
     def problem(self) -> str:
         """Why it is not ready; "" when it is."""
         ...
 
     def url(self) -> str:
-        """Where it, or the service of which it has a share, answers."""
+        """Where it answers, once it is ready."""
         ...
 
-    def end(self) -> None:
-        """Leave only the stable service; repeating it changes nothing."""
+    def labels(self) -> str:
+        """Prometheus' matchers for its pods and no others, once it is ready."""
         ...
+
+
+class Canary(Served, Protocol):
+    """A candidate served beside the champion; `url` may lead to both."""
+
+    def begin(self, model_dir: str, mark: Mark) -> None:
+        """Serve the bundle at this address."""
+        ...
+
+    def end(self, run_id: str, *, force: bool = False) -> str:
+        """Go a step towards leaving the stable service alone; what is waited for, "" at the end.
+
+        The first step takes the live traffic from it. No step gives it more than it had.
+
+        Args:
+            force: also another run's that has time left.
+
+        Raises:
+            NotOursError: another run's, and it has time left.
+        """
+        ...
+
+    def mark(self) -> Mark | None:
+        """Whose canary there is, None if none."""
+        ...
+
+
+@dataclass(frozen=True)
+class RunningService:
+    """A service that was started elsewhere, as `hrnn serve` does."""
+
+    address: str
+
+    def problem(self) -> str:
+        return ""  # whether it answers show the requests
+
+    def url(self) -> str:
+        return self.address.rstrip("/")
+
+    def labels(self) -> str:
+        return 'role="transformer"'
 
 
 class InferenceServices:
@@ -58,10 +144,12 @@ class InferenceServices:
         """
         from kubernetes import client, config
 
+        self.inside = False  # addresses of the cluster's own network can be reached
         if api is None:
             try:
                 try:
                     config.load_incluster_config()
+                    self.inside = True
                 except config.ConfigException:
                     config.load_kube_config()
             except config.ConfigException as error:
@@ -71,42 +159,79 @@ class InferenceServices:
 
     def get(self, name: str) -> Json | None:
         """The service, None if there is none."""
-        return self._call(self._api.get_namespaced_custom_object, name, missing=True)
+        found: Json | None = self._call("get", name)
+        return found
 
-    def put(self, service: Json) -> None:
-        """Create it, or put it in place of the one of its name."""
-        name = service["metadata"]["name"]
-        if (now := self.get(name)) is None:
-            self._call(self._api.create_namespaced_custom_object, None, service)
+    def existing(self, name: str) -> Json:
+        """The service.
+
+        Raises:
+            InputError: there is none.
+        """
+        service = self.get(name)
+        if service is None:
+            raise InputError(
+                f"there is no InferenceService {self.namespace}/{name}: apply k8s/ first"
+            )
+        return service
+
+    def knative(self, name: str) -> Json | None:
+        """The Knative service of a part of one, None if there is none (yet)."""
+        found: Json | None = self._call("get", name, kind=KNATIVE)
+        return found
+
+    def create(self, service: Json) -> None:
+        """Create one.
+
+        Raises:
+            ConflictError: there is one of its name.
+        """
+        self._call("create", service["metadata"]["name"], service)
+
+    def edit(self, name: str, change: Callable[[Json], Json]) -> None:
+        """Merge the change that is made of the service as it is; null removes.
+
+        Lists are replaced whole, so a change of another writer in between is read first.
+        """
+        for _ in range(5):
+            service = self.existing(name)
+            patch = change(service)
+            patch["metadata"] = {"resourceVersion": service["metadata"].get("resourceVersion")}
+            try:
+                self._call("patch", name, patch)
+            except ConflictError:
+                continue
             return
-        service = copy.deepcopy(service)
-        service["metadata"]["resourceVersion"] = now["metadata"].get("resourceVersion")
-        self._call(self._api.replace_namespaced_custom_object, name, service)
-
-    def patch(self, name: str, change: Json) -> None:
-        """Merge a change; null removes."""
-        self._call(self._api.patch_namespaced_custom_object, name, change)
+        raise ConflictError(f"InferenceService {self.namespace}/{name} changes all the time")
 
     def delete(self, name: str) -> None:
         """Delete it, if it is there."""
-        self._call(self._api.delete_namespaced_custom_object, name, missing=True)
+        self._call("delete", name)
 
     def _call(
-        self, function: Callable[..., Any], name: str | None, *body: Json, missing: bool = False
+        self,
+        verb: str,
+        name: str,
+        body: Json | None = None,
+        kind: tuple[str, str, str] = (GROUP, API_VERSION, PLURAL),
     ) -> Any:
         import urllib3
         from kubernetes.client import ApiException
 
-        where = [GROUP, API_VERSION, self.namespace, PLURAL, *([name] if name else [])]
+        group, version, plural = kind
+        where = [group, version, self.namespace, plural]
+        where += [name] if verb != "create" else []
+        function = getattr(self._api, f"{verb}_namespaced_custom_object")
         try:
-            return function(*where, *body, _request_timeout=CALL_SECONDS)
+            return function(*where, *([body] if body else []), _request_timeout=CALL_SECONDS)
         except ApiException as error:
-            if missing and error.status == 404:
+            if error.status == 404 and verb in ("get", "delete"):
                 return None
-            told = str(error.body or error.reason).strip()[:300]
-            raise UnavailableError(
-                f"Kubernetes answered {error.status} about InferenceService "
-                f"{self.namespace}/{name or body[0]['metadata']['name']}: {told}"
+            told = " ".join(str(error.body or error.reason).split())[:300]
+            kind_of_error = ConflictError if error.status == 409 else UnavailableError
+            raise kind_of_error(
+                f"Kubernetes answered {error.status} to {verb} {plural}.{group} "
+                f"{self.namespace}/{name}: {told}"
             ) from None
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise UnavailableError(
@@ -114,95 +239,145 @@ class InferenceServices:
             ) from None
 
 
+class StableService:
+    """The InferenceService that follows the champion."""
+
+    def __init__(self, services: InferenceServices, name: str, address: str = "") -> None:
+        """Args: address: where it answers, if not where its status says."""
+        self._services, self.name, self._address = services, name, address.rstrip("/")
+
+    def problem(self) -> str:
+        return _not_ready(self._services.existing(self.name))
+
+    def url(self) -> str:
+        return self._address or _url(self._services.existing(self.name), self._services.inside)
+
+    def labels(self) -> str:
+        return f'role="transformer", inferenceservice="{self.name}"'
+
+
 class KnativeCanary:
     """A share of the live traffic for a new revision of the predictor."""
 
-    def __init__(self, services: InferenceServices, name: str, percent: int) -> None:
-        self._services, self._name, self._percent = services, name, percent
+    def __init__(self, services: InferenceServices, stable: StableService, percent: int) -> None:
+        self._services, self._stable, self._percent = services, stable, percent
+        self._name = stable.name
+        self._withdrawn_at: float | None = None
 
-    def begin(self, model_dir: str) -> None:
-        service = _existing(self._services, self._name)
-        before = _variable(service["spec"]["predictor"], MODEL_DIR)
-        annotations = service["metadata"].get("annotations", {})
-        self._services.patch(
-            self._name,
-            {
-                "metadata": {"annotations": {PINNED: annotations.get(PINNED, before or "")}},
-                "spec": {
-                    "predictor": {
-                        "canaryTrafficPercent": self._percent,
-                        "containers": _with_variable(
-                            service["spec"]["predictor"], MODEL_DIR, model_dir
-                        ),
-                    }
-                },
-            },
-        )
+    def mark(self) -> Mark | None:
+        return _mark_of(self._services.existing(self._name))
+
+    def begin(self, model_dir: str, mark: Mark) -> None:
+        def change(service: Json) -> Json:
+            predictor = service["spec"]["predictor"]
+            if "canaryTrafficPercent" in predictor:
+                raise InputError(
+                    f"InferenceService {self._name} has canaryTrafficPercent "
+                    f"{predictor['canaryTrafficPercent']}, which is not ours: remove it first"
+                )
+            status = service.get("status", {}).get("components", {}).get("predictor", {})
+            waiting = _not_ready(service)
+            if waiting or not status.get("latestRolledoutRevision"):
+                raise UnavailableError(
+                    f"InferenceService {self._name} is not ready itself "
+                    f"({waiting or 'no revision has all of the traffic'}): a canary would have "
+                    "nothing to fall back on"
+                )
+            before = _entry(predictor, MODEL_DIR)
+            marked = replace(mark, before=before).write()
+            containers = _with(predictor, MODEL_DIR, {"name": MODEL_DIR, "value": model_dir})
+            pinned = {"containers": containers}
+            containers = _with(pinned, MARK_VARIABLE, {"name": MARK_VARIABLE, "value": marked})
+            # In one change: a share below 100 with the revision of before as the newest one makes
+            # KServe go back to the one before that.
+            return _predictor(canaryTrafficPercent=self._percent, containers=containers)
+
+        self._services.edit(self._name, change)
 
     def problem(self) -> str:
-        service = _existing(self._services, self._name)
-        if waiting := _not_ready(service):
+        service = self._services.existing(self._name)
+        mark = _mark_of(service)
+        if mark is None or service["spec"]["predictor"].get("canaryTrafficPercent") == 0:
+            raise ConflictError(f"the canary on {self._name} was taken away by somebody else")
+        knative = self._knative()
+        waiting = _not_passed_on(knative, mark, self._percent) or _not_configured(knative)
+        if waiting := waiting or _not_ready(service):
             return waiting
-        status = service["status"].get("components", {}).get("predictor", {})
-        created, ready = status.get("latestCreatedRevision"), status.get("latestReadyRevision")
-        if not created or created != ready:
-            return f"revision {created} is not ready"
-        shares = {t.get("revisionName"): t.get("percent") for t in status.get("traffic", [])}
-        if shares.get(created) != self._percent:
-            return f"revision {created} gets {shares.get(created, 0)}% of the traffic"
-        return ""
+        revision, share = _newest(knative), 0
+        for target in knative["status"].get("traffic", []):
+            if target.get("revisionName") == revision:
+                share += target.get("percent") or 0
+        return "" if share == self._percent else f"revision {revision} gets {share}% of the traffic"
 
     def url(self) -> str:
-        return _url(_existing(self._services, self._name))
+        return self._stable.url()
 
-    def end(self) -> None:
-        service = _existing(self._services, self._name)
-        annotations = service["metadata"].get("annotations", {})
-        if PINNED not in annotations:
-            return
+    def labels(self) -> str:
+        # The transformer is the champion's too: only predictors answer for one revision.
+        return f'role="predictor", revision="{_newest(self._knative())}"'
+
+    def end(self, run_id: str, *, force: bool = False) -> str:
+        service = self._services.existing(self._name)
         predictor = service["spec"]["predictor"]
-        self._services.patch(
-            self._name,
-            {
-                "metadata": {"annotations": {PINNED: None}},
-                "spec": {
-                    "predictor": {
-                        "canaryTrafficPercent": None,
-                        "containers": _with_variable(
-                            predictor, MODEL_DIR, annotations[PINNED] or None
-                        ),
-                    }
-                },
-            },
-        )
+        mark, percent = _mark_of(service), predictor.get("canaryTrafficPercent")
+        if mark is None and percent != 0:
+            return ""
+        if mark is not None:
+            if not force:
+                mark.check(run_id, self._name)
+            if percent != 0:
+                self._services.edit(self._name, lambda _: _predictor(canaryTrafficPercent=0))
+            if self._withdrawn_at is None:
+                self._withdrawn_at = time.monotonic()
+            # Until KServe has taken up the canary, its absence would prove nothing later on. A
+            # KServe that refuses it never does.
+            waiting = _not_passed_on(self._knative(), mark, 0)
+            if waiting and time.monotonic() < self._withdrawn_at + PASS_ON_SECONDS:
+                return waiting
+            self._services.edit(self._name, _restored)
+            return "the predictor's own revision is being made again"
+        # The newest revision that is ready gets all of the traffic once the field is gone: it
+        # must be the service's own.
+        knative = self._knative()
+        if waiting := _not_passed_on(knative, None, None) or _not_configured(knative):
+            return waiting
+        self._services.edit(self._name, lambda _: _predictor(canaryTrafficPercent=None))
+        return ""
+
+    def _knative(self) -> Json:
+        return self._services.knative(f"{self._name}-predictor") or {}
 
 
 class StandardCanary:
     """A second InferenceService beside the first."""
 
-    def __init__(self, services: InferenceServices, name: str) -> None:
-        self._services, self._stable, self._name = services, name, f"{name}-canary"
+    def __init__(self, services: InferenceServices, stable: StableService) -> None:
+        self._services, self._stable, self._name = services, stable, f"{stable.name}-canary"
 
-    def begin(self, model_dir: str) -> None:
-        service = _existing(self._services, self._stable)
+    def mark(self) -> Mark | None:
+        service = self._services.get(self._name)
+        return None if service is None else _mark_of(service)
+
+    def begin(self, model_dir: str, mark: Mark) -> None:
+        service = self._services.existing(self._stable.name)
         spec = copy.deepcopy(service["spec"])
         for part in ("predictor", "transformer"):
             if part in spec:
                 spec[part] |= {"minReplicas": 1, "maxReplicas": 1}
-        predictor = spec["predictor"]
-        predictor["containers"] = _with_variable(predictor, MODEL_DIR, model_dir)
+        pinned = {"name": MODEL_DIR, "value": model_dir}
+        spec["predictor"]["containers"] = _with(spec["predictor"], MODEL_DIR, pinned)
         if "transformer" in spec:
             host = _variable(spec["transformer"], PREDICTOR_HOST)
             if host is None:
                 raise InputError(
-                    f"InferenceService {self._stable}: its transformer has no variable "
+                    f"InferenceService {self._stable.name}: its transformer has no variable "
                     f"{PREDICTOR_HOST}, so a canary's cannot be led to the canary's predictor"
                 )
-            own = host.replace(f"{self._stable}-predictor", f"{self._name}-predictor")
-            spec["transformer"]["containers"] = _with_variable(
-                spec["transformer"], PREDICTOR_HOST, own
+            own = host.replace(f"{self._stable.name}-predictor", f"{self._name}-predictor")
+            spec["transformer"]["containers"] = _with(
+                spec["transformer"], PREDICTOR_HOST, {"name": PREDICTOR_HOST, "value": own}
             )
-        self._services.put(
+        self._services.create(
             {
                 "apiVersion": f"{GROUP}/{API_VERSION}",
                 "kind": "InferenceService",
@@ -210,84 +385,141 @@ class StandardCanary:
                     "name": self._name,
                     "namespace": self._services.namespace,
                     "labels": dict(service["metadata"].get("labels", {})),
-                    "annotations": {MODE: "Standard"},
+                    "annotations": {MODE: "Standard", MARK_ANNOTATION: mark.write()},
                 },
                 "spec": spec,
             }
         )
 
     def problem(self) -> str:
-        return _not_ready(_existing(self._services, self._name))
+        service = self._services.get(self._name)
+        if service is None or "deletionTimestamp" in service["metadata"]:
+            raise ConflictError(f"the canary {self._name} was taken away by somebody else")
+        return _not_ready(service)
 
     def url(self) -> str:
-        return _url(_existing(self._services, self._name))
+        return _url(self._services.existing(self._name), self._services.inside)
 
-    def end(self) -> None:
-        self._services.delete(self._name)
+    def labels(self) -> str:
+        return f'role="transformer", inferenceservice="{self._name}"'
+
+    def end(self, run_id: str, *, force: bool = False) -> str:
+        service = self._services.get(self._name)
+        if service is None:
+            return ""
+        mark = _mark_of(service)
+        if mark is not None and not force:
+            mark.check(run_id, self._stable.name)
+        if "deletionTimestamp" not in service["metadata"]:
+            self._services.delete(self._name)
+        return f"InferenceService {self._name} is being deleted"
 
 
-def canary_of(services: InferenceServices, name: str, percent: int) -> Canary:
+def canary_of(services: InferenceServices, stable: StableService, percent: int) -> Canary:
     """The canary that fits the service's deployment mode (its annotation, else its status)."""
-    service = _existing(services, name)
+    service = services.existing(stable.name)
     mode = service["metadata"].get("annotations", {}).get(MODE) or service.get("status", {}).get(
         "deploymentMode", ""
     )
     if mode in ("Knative", "Serverless"):
-        return KnativeCanary(services, name, percent)
+        return KnativeCanary(services, stable, percent)
     if mode in ("Standard", "RawDeployment"):
-        return StandardCanary(services, name)
-    raise InputError(f"InferenceService {name}: deployment mode {mode!r} is not known")
+        return StandardCanary(services, stable)
+    raise InputError(f"InferenceService {stable.name}: deployment mode {mode!r} is not known")
 
 
-def service_url(services: InferenceServices, name: str) -> str:
-    """Where the stable service answers."""
-    return _url(_existing(services, name))
+def _newest(knative: Json) -> str:
+    """The newest revision that is ready."""
+    return str(knative.get("status", {}).get("latestReadyRevisionName", ""))
 
 
-def _existing(services: InferenceServices, name: str) -> Json:
-    service = services.get(name)
-    if service is None:
-        raise InputError(
-            f"there is no InferenceService {services.namespace}/{name}: apply k8s/ first"
-        )
-    return service
+def _not_passed_on(knative: Json, mark: Mark | None, percent: int | None) -> str:
+    """Whether KServe still has to give the Knative service this mark (None: none) and share."""
+    spec = knative.get("spec")
+    if spec is None:
+        return "Knative has no service for the predictor yet"
+    passed_on = _variable(spec["template"]["spec"], MARK_VARIABLE) == (mark and mark.write())
+    if percent is not None:
+        newest = [t.get("percent") for t in spec.get("traffic", []) if t.get("latestRevision")]
+        passed_on = passed_on and newest == [percent]
+    return "" if passed_on else "KServe has not taken up the change yet"
+
+
+def _not_configured(knative: Json) -> str:
+    """Whether Knative still has to make the newest revision ready."""
+    status = knative.get("status", {})
+    if status.get("observedGeneration") != knative["metadata"].get("generation"):
+        return "Knative has not looked at it yet"
+    conditions = {c["type"]: c for c in status.get("conditions", [])}
+    condition = conditions.get("ConfigurationsReady", {"status": "Unknown"})
+    newest = status.get("latestCreatedRevisionName")
+    if condition["status"] == "True" and newest == status.get("latestReadyRevisionName"):
+        return ""
+    return f"revision {newest}: {_said(condition)}"
 
 
 def _not_ready(service: Json) -> str:
-    status = service.get("status", {})
-    if status.get("observedGeneration", 0) < service["metadata"].get("generation", 0):
-        return "KServe has not looked at it yet"
-    conditions = {c["type"]: c for c in status.get("conditions", [])}
+    conditions = {c["type"]: c for c in service.get("status", {}).get("conditions", [])}
     ready = conditions.get("Ready")
     if ready is None:
         return "it has no status yet"
-    if ready["status"] != "True":
-        waiting = [
-            f"{name}: {c.get('message') or c.get('reason') or c['status']}"
-            for name, c in conditions.items()
-            if c["status"] != "True"
-        ]
-        return "; ".join(waiting)
-    return ""
+    if ready["status"] == "True":
+        return ""
+    unready = {name: c for name, c in conditions.items() if c["status"] != "True"}
+    return "; ".join(f"{name}: {_said(c)}" for name, c in unready.items())
 
 
-def _url(service: Json) -> str:
-    url = service.get("status", {}).get("url")
+def _said(condition: Json) -> str:
+    text = condition.get("message") or condition.get("reason") or condition["status"]
+    return " ".join(str(text).split())
+
+
+def _url(service: Json, inside: bool) -> str:
+    """Its address in the cluster's network if that can be reached, else the one for the world."""
+    status = service.get("status", {})
+    url = (status.get("address", {}).get("url") if inside else None) or status.get("url")
     if not url:
         raise UnavailableError(f"InferenceService {service['metadata']['name']} has no address yet")
-    return str(url).rstrip("/")
+    parts = urlsplit(str(url))
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
 
 
-def _variable(part: Json, name: str) -> str | None:
+def _mark_of(service: Json) -> Mark | None:
+    annotations = service["metadata"].get("annotations", {})
+    variable = _variable(service["spec"]["predictor"], MARK_VARIABLE)
+    return Mark.read(annotations.get(MARK_ANNOTATION) or variable)
+
+
+def _predictor(**fields: Any) -> Json:
+    return {"spec": {"predictor": fields}}
+
+
+def _restored(service: Json) -> Json:
+    """The predictor as it was before it was pinned."""
+    predictor = service["spec"]["predictor"]
+    mark = _mark_of(service)
+    unpinned = {"containers": _with(predictor, MODEL_DIR, mark.before if mark else None)}
+    return _predictor(containers=_with(unpinned, MARK_VARIABLE, None))
+
+
+def _entry(part: Json, name: str) -> Json | None:
+    """A variable of the first container."""
     for variable in part["containers"][0].get("env", []):
         if variable["name"] == name:
-            return str(variable.get("value", ""))
+            return dict(variable)
     return None
 
 
-def _with_variable(part: Json, name: str, value: str | None) -> list[Json]:
-    """The containers with a variable of the first set (None: left out)."""
+def _variable(part: Json, name: str) -> str | None:
+    entry = _entry(part, name)
+    return None if entry is None else str(entry.get("value", ""))
+
+
+def _with(part: Json, name: str, entry: Json | None) -> list[Json]:
+    """The containers with a variable of the first set (None: left out), in its place."""
     containers = copy.deepcopy(part["containers"])
-    kept = [v for v in containers[0].get("env", []) if v["name"] != name]
-    containers[0]["env"] = [*kept, *([{"name": name, "value": value}] if value is not None else [])]
+    variables = containers[0].get("env", [])
+    names = [v["name"] for v in variables]
+    at = names.index(name) if name in names else len(names)
+    containers[0]["env"] = [*variables[:at], *([entry] if entry else []), *variables[at + 1 :]]
     return containers

@@ -7,8 +7,14 @@ from typing import Any
 
 from pydantic import Field
 
-from components.deploy.kserve import InferenceServices, canary_of, service_url
-from components.deploy.release import ReleaseSettings, release
+from components.deploy.kserve import (
+    InferenceServices,
+    RunningService,
+    StableService,
+    canary_of,
+)
+from components.deploy.release import RELEASED, Releaser
+from components.deploy.watch import ReleaseSettings
 from model import bundle as bundles
 from model.errors import BundleError, InputError
 from model.settings import SettingsBase
@@ -41,13 +47,15 @@ def run(
 ) -> dict[str, Any]:
     """Publish the bundle and make it the champion.
 
-    Doing it twice changes nothing: a run that was killed half-way can be run again.
+    Doing it twice changes nothing: a run that was killed half-way can be run again, and what a
+    release of this run came to is told again, not done again.
 
     Raises:
         InputError: the verdict did not pass, or is about another model.
         BundleError: the bundle is damaged.
-        ConflictError: another run deployed since this one was compared with the champion.
-        RolledBackError: the candidate failed its trial.
+        ConflictError: another run deployed since this one was compared with the champion, or is
+            trying a canary.
+        RolledBackError: the candidate failed its trial, now or in an earlier attempt of this run.
         UnavailableError: the store cannot be written, or the cluster does not answer.
     """
     chosen = DeploySettings.parse(settings, "deploy")
@@ -61,43 +69,47 @@ def run(
         )
     store = ModelStore(model_store)
     version = store.publish(bundle, _lineage(bundle, measured, judged, run_id))
-    champion = _promote(store, version, judged["champion"], chosen)
+    champion = _deployed(store, version, judged["champion"], chosen, run_id)
     removed = store.retain(chosen.keep)
     record = {**asdict(champion), "store": model_store, "removed": removed}
     deployment.parent.mkdir(parents=True, exist_ok=True)
     deployment.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"champion is {champion.version}, before it {champion.previous or 'none'}")
+    now = store.champion()
+    if now is not None and now.version != version:
+        print(f"{version} was deployed; the champion is {now.version} by now")
+    else:
+        print(f"champion is {version}, before it {champion.previous or 'none'}")
     if removed:
         print(f"removed {len(removed)} old versions")
     return record
 
 
-def _promote(
-    store: ModelStore, version: str, replaces: str | None, chosen: DeploySettings
+def _deployed(
+    store: ModelStore, version: str, replaces: str | None, chosen: DeploySettings, run_id: str
 ) -> Champion:
-    services = InferenceServices(chosen.namespace) if chosen.service else None
-    canary = None
-    if services is not None:
-        canary = canary_of(services, chosen.service, chosen.release.traffic_percent)
-        canary.end()  # of a run that was killed
-    now = store.champion()
-    if (now is not None and now.version == version) or not (chosen.service or chosen.service_url):
-        return store.promote(version, replaces=replaces, reason="deploy")
+    """Release the version unless this run did; how `champion.json` names it."""
+    if chosen.service or chosen.service_url:
+        _releaser(store, version, chosen, run_id).release(
+            f"{store.uri.rstrip('/')}/versions/{version}", replaces=replaces
+        )
+    elif store.release(version, run_id) is None:
+        store.promote(version, replaces=replaces, reason="deploy")
+        store.record(version, run_id, RELEASED)
+    champion = store.champion()
+    if champion is not None and champion.version == version:
+        return champion
+    told = store.release(version, run_id)
+    return Champion(version, f"versions/{version}", None, told.at if told else "", "deploy")
 
-    def address() -> str:
-        if chosen.service_url or services is None:
-            return chosen.service_url.rstrip("/")
-        return service_url(services, chosen.service)
 
-    return release(
-        store,
-        version,
-        replaces=replaces,
-        canary=canary,
-        service=address,
-        model_dir=f"{store.uri.rstrip('/')}/versions/{version}",
-        settings=chosen.release,
-    )
+def _releaser(store: ModelStore, version: str, chosen: DeploySettings, run_id: str) -> Releaser:
+    if not chosen.service:
+        service = RunningService(chosen.service_url)
+        return Releaser(store, version, run_id, service, None, chosen.release)
+    services = InferenceServices(chosen.namespace)
+    stable = StableService(services, chosen.service, chosen.service_url)
+    canary = canary_of(services, stable, chosen.release.traffic_percent)
+    return Releaser(store, version, run_id, stable, canary, chosen.release)
 
 
 def _lineage(

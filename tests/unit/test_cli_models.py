@@ -1,13 +1,16 @@
 """`hrnn models`: what the store holds, promoted and rolled back from the command line."""
 
+import copy
 import json
 
 import pytest
 from typer.testing import CliRunner
 
+from components.deploy.kserve import InferenceServices, Mark, StableService, canary_of
 from model.errors import InputError
 from model.store import Lineage, ModelStore
 from pipelines.cli import app
+from tests.kserve_cluster import Cluster
 from tests.unit.test_store import make_bundle
 
 
@@ -80,6 +83,34 @@ def test_the_store_is_the_option_else_the_environment_else_the_workspace(
     assert json.loads(hrnn("show").stdout)["version"] == "v3"
     with pytest.raises(InputError, match="no champion yet"):
         hrnn("show", "--store", tmp_path / "other")
+
+
+@pytest.mark.parametrize("mode", ["Knative", "Standard"])
+def test_a_canary_that_a_dead_run_left_is_shown_and_ended(store, tmp_path, monkeypatch, mode):
+    cluster = Cluster(store, mode)
+    config = {
+        "clusters": [{"name": "c", "cluster": {"server": cluster.address}}],
+        "users": [{"name": "u", "user": {}}],
+        "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
+        "current-context": "x",
+    }
+    (tmp_path / "config").write_text(json.dumps(config))
+    monkeypatch.setattr(
+        "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "config")
+    )
+    try:
+        assert "no canary on hrnn/hrnn-meta" in hrnn("canary").stdout
+        services = InferenceServices("hrnn", cluster.api())
+        before = copy.deepcopy(cluster.objects["hrnn-meta"]["spec"])
+        begun = canary_of(services, StableService(services, "hrnn-meta"), 20)
+        begun.begin("/stores/models/versions/v2", Mark("run-9", "v2", 2e9))
+        assert "canary of v2 on hrnn/hrnn-meta, begun by run run-9" in hrnn("canary").stdout
+        assert "any more" in hrnn("canary", "--end").stdout
+        assert "no canary on" in hrnn("canary").stdout
+        assert cluster.objects.keys() == {"hrnn-meta"}
+        assert cluster.objects["hrnn-meta"]["spec"] == before
+    finally:
+        cluster.close()
 
 
 def test_what_is_not_there_is_said(store, tmp_path):

@@ -64,6 +64,62 @@ def test_traffic_is_denied_by_default():
     assert deny["spec"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
 
 
+def _selects(selector, labels):
+    wanted = selector.get("matchLabels", {}).items() <= labels.items()
+    return wanted and all(
+        labels.get(e["key"]) in e["values"] for e in selector.get("matchExpressions", [])
+    )
+
+
+@pytest.mark.parametrize("name", ["hrnn-meta", "hrnn-meta-canary"])
+def test_pods_of_the_service_and_of_its_canary_are_reached_and_scraped(name):
+    """Labels as KServe 0.21 puts them on pods."""
+
+    def pod(role):
+        return {"serving.kserve.io/inferenceservice": name, "component": role}
+
+    policies = {
+        p["metadata"]["name"]: p["spec"]
+        for p in yaml.safe_load_all((ROOT / "k8s/base/network.yaml").read_text())
+    }
+    for role in ("transformer", "predictor"):
+        assert _selects(policies[role]["podSelector"], pod(role))
+    (to,) = policies["transformer"]["egress"][0]["to"]
+    assert _selects(to["podSelector"], pod("predictor"))
+    assert _selects(
+        policies["predictor"]["ingress"][0]["from"][0]["podSelector"], pod("transformer")
+    )
+    monitor, _ = yaml.safe_load_all((ROOT / "k8s/monitoring/podmonitor.yaml").read_text())
+    assert _selects(monitor["spec"]["selector"], pod("predictor"))
+
+
+def test_the_labels_by_which_a_release_is_watched_are_put_on_by_the_monitor():
+    monitor, _ = yaml.safe_load_all((ROOT / "k8s/monitoring/podmonitor.yaml").read_text())
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    labels = {r["targetLabel"]: r["sourceLabels"][0] for r in endpoint["relabelings"]}
+    assert labels.keys() == {"role", "inferenceservice", "revision"}
+    for label, pods in (
+        ("inferenceservice", "serving.kserve.io/inferenceservice"),
+        ("revision", "serving.knative.dev/revision"),
+        ("role", "component"),
+    ):
+        plain = re.sub(r"[^a-z]", "_", pods)
+        assert labels[label] == f"__meta_kubernetes_pod_label_{plain}"
+
+
+def test_the_pipeline_may_do_what_a_canary_needs_and_no_more():
+    """That it is enough show the releases: the stand-in of a cluster holds them to it."""
+    role, binding = yaml.safe_load_all((ROOT / "k8s/base/pipeline-access.yaml").read_text())
+    assert problems([role, binding]) == []
+    assert binding["roleRef"]["name"] == role["metadata"]["name"]
+    assert {s["namespace"] for s in binding["subjects"]} == {"hrnn"}
+    for rule in role["rules"]:
+        assert "*" not in rule["verbs"] + rule["resources"] + rule["apiGroups"]
+        assert rule["verbs"] == ["create"] or rule["resourceNames"]
+        if "delete" in rule["verbs"]:
+            assert rule["resourceNames"] == ["hrnn-meta-canary"]
+
+
 def test_variables_in_manifests_are_settings_of_the_servers():
     known = {f"HRNN_{name.upper()}" for name in ServeSettings.model_fields} | {"HRNN_IMAGE"}
     for path in (ROOT / "k8s").rglob("*"):
