@@ -65,7 +65,6 @@ class Recommender:
     """Scores every item for a query and ranks; safe to share between threads (read-only)."""
 
     max_history = 200  # newest known events of a history that are encoded
-    lean_queries = 8  # up to here by `model.lean`; more are encoded as a batch
     kept_states = 50_000  # of histories read lately, one row of hidden numbers each
 
     def __init__(self, bundle: bundles.Bundle) -> None:
@@ -162,7 +161,7 @@ class Recommender:
         if not queries:
             return []
         with torch.inference_mode():
-            if self._lean is not None and len(queries) <= self.lean_queries:
+            if self._lean is not None:
                 reads = self._lean.read_all(queries, [self._known(q.history) for q in queries])
                 x_BD = [read.x_D for read in reads]
                 bonuses = [self._bonus(read.item_L) for read in reads]

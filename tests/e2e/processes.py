@@ -35,8 +35,11 @@ RATED = [  # the same with what the user made of it
 ]
 
 
-def random_bundle(path, seed=0):
-    """A bundle with random weights: serving is about passing things on, not about accuracy."""
+def random_bundle(path, seed=0, fields=None, kinds=None):
+    """A bundle with random weights: serving is about passing things on, not about accuracy.
+
+    `fields`: of the items, by name, beside `parity`; `kinds`: theirs.
+    """
     torch.manual_seed(seed)
     settings = TrainSettings()
     categorical, numeric = FieldKind.CATEGORICAL, FieldKind.NUMERIC
@@ -73,9 +76,12 @@ def random_bundle(path, seed=0):
             ResolvedTrend(86_400, 0, 1.0),
             Transitions.count(past, len(ITEMS)),
         ),
-        catalogue=Catalogue(ITEMS, {"parity": [["even", "odd"][j % 2] for j in range(500)]}),
+        catalogue=Catalogue(
+            ITEMS, {"parity": [["even", "odd"][j % 2] for j in range(500)], **(fields or {})}
+        ),
         schema=Schema(
-            items={"parity": categorical}, context={"device": categorical, "volume": numeric}
+            items={"parity": categorical, **(kinds or {})},
+            context={"device": categorical, "volume": numeric},
         ),
         settings=settings,
         trend=trend,

@@ -406,9 +406,8 @@ def test_serving_reads_what_training_read(pair, log):
         np.testing.assert_allclose(rated, model.predict_values(users), atol=1e-5)
 
 
-def asked(recommender, queries, lean):
-    """Query vectors and transition bonuses, one history at a time or as a batch."""
-    recommender.lean_queries = len(queries) if lean else 0
+def asked(recommender, queries):
+    """Query vectors and transition bonuses."""
     free = [recommender.restriction(q) for q in queries]
     nothing = [None] * len(queries)
     asks = recommender.asks(queries, free, [3] * len(queries), nothing)
@@ -418,13 +417,22 @@ def asked(recommender, queries, lean):
     return np.stack([ask.x_D for ask in asks]), bonus
 
 
-def test_one_history_is_read_as_in_a_batch(pair, log):
-    recommender = Recommender.load(pair[1])
+@pytest.mark.parametrize("lockstep", [1, 10**9])
+def test_histories_are_read_as_in_a_batch(pair, log, monkeypatch, lockstep):
+    """By the network, all at once and one by one; anew, and on from a kept state."""
+    monkeypatch.setattr("model.lean.LOCKSTEP", lockstep)
     queries = [*QUERIES, *as_queries(log.histories.subset(np.arange(70, 73)))]
-    for one, many in zip(
-        asked(recommender, queries, lean=True), asked(recommender, queries, lean=False), strict=True
-    ):
-        np.testing.assert_allclose(one, many, atol=1e-5)
+    network = Recommender.load(pair[1])
+    network._lean = None
+    expected = asked(network, queries)
+    recommender = Recommender.load(pair[1])
+    for _ in range(2):
+        for found, one in zip(asked(recommender, queries), expected, strict=True):
+            np.testing.assert_allclose(found, one, atol=1e-5)
+    single = Recommender.load(pair[1])
+    for b, query in enumerate(queries):
+        for found, one in zip(asked(single, [query]), expected, strict=True):
+            np.testing.assert_allclose(found[0], one[b], atol=1e-5)
 
 
 @pytest.fixture
