@@ -67,6 +67,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no-user-fields": {"network": {"user_fields": False}},
     "no-feedback": {"network": {"feedback": False}},
     "no-transitions": {"network": {"transitions": False}},
+    "no-profile": {"network": {"profile": False}},
     "no-repeats": {"network": {"repeats": False}},
     "no-trend": {"trend_decomposition": False},
     "no-context": {

@@ -29,7 +29,7 @@ from model.transitions import Transitions
 from model.trends import ResolvedTrend, TrendSnapshot
 
 FORMAT = "hrnn-meta-bundle"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST = "manifest.json"
 TRANSITIONS = "transitions.safetensors"
 

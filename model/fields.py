@@ -182,7 +182,7 @@ def _gather(
     length_N = offset_R1[row_N + 1] - start_N
     offset_N1 = torch.cat([length_N.new_zeros(1), length_N.cumsum(0)])
     shift_T = torch.repeat_interleave(start_N - offset_N1[:-1], length_N)
-    source_T = shift_T + torch.arange(int(offset_N1[-1]))
+    source_T = shift_T + torch.arange(len(shift_T), device=shift_T.device)
     return token_T[source_T], weight_T[source_T], offset_N1
 
 

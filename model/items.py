@@ -25,6 +25,7 @@ class FieldTower(nn.Module):
         super().__init__()
         self.embedding = FieldEmbedding(encodings, hidden // 4)
         self.mix = nn.Sequential(
+            nn.Dropout(dropout),
             nn.Linear(self.embedding.output_size, hidden),
             nn.GELU(),
             nn.Dropout(dropout),

@@ -31,6 +31,7 @@ from model.encoders import GRUEncoder
 from model.fields import FieldBags
 from model.inputs import MAX_DEVIATIONS
 from model.network import HRNNMeta
+from model.profile import FoldedProfile
 from model.query import Event, History, Query
 
 Float32 = NDArray[np.float32]
@@ -98,6 +99,9 @@ class LeanGRU:
         self._weight_HG = np.ascontiguousarray(self._weight_GH.T)
         self._query_HD = network.query.weight.detach().T.contiguous()
         self._query_D = network.query.bias.detach().numpy()
+        self._profile: FoldedProfile | None = None
+        if network.profile is not None:
+            self._profile = FoldedProfile(network.profile, network.items.bags)
         self._states: OrderedDict[bytes, Float32] = OrderedDict()
         self._kept_states = kept_states
         self._lock = threading.Lock()
@@ -147,6 +151,9 @@ class LeanGRU:
             self._keep(past.key, h_H)
         last_BG = gate_NG[first_B + steps_B - 1]
         x_BD = self._queries(queries, self._step(last_BG, h_BH))
+        if self._profile is not None:
+            for x_D, past in zip(x_BD, pasts, strict=True):
+                x_D += self._profile(past.item_L)
         return [Read(x_D, past.item_L, past.steps) for x_D, past in zip(x_BD, pasts, strict=True)]
 
     def _past(

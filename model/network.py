@@ -13,7 +13,8 @@ from model.encoders import EncoderKind, build_encoder
 from model.fields import FieldBags, FieldEmbedding
 from model.inputs import InputEncodings, Positions
 from model.items import Items
-from model.repeats import RepeatPrior
+from model.profile import FieldProfile
+from model.repeats import RepeatPrior, SeenItems
 from model.rows import StepRows
 from model.sequences import Histories
 from model.settings import SettingsBase
@@ -38,6 +39,7 @@ class NetworkSettings(SettingsBase):
     feedback: bool = True
     user_fields: bool = True
     item_fields: bool = True
+    profile: bool = True  # the average of the fields of the items so far, beside the state
     request_context: bool = True
     transitions: bool = True  # the short path from recent items to the next one
     repeats: bool = True  # whether an item comes again, by how long ago it was chosen
@@ -52,10 +54,11 @@ class Encoded:
     query_ND: Tensor  # multiplied with item vectors
     hidden_NH: Tensor  # read by the value head
     state_SK: Tensor  # after each segment's last position
+    seen: SeenItems | None  # the items before each position, where the network asks for them
 
     def rows(self, row_B: Tensor) -> "Encoded":
         """Some of the positions, repeats allowed; the state is the segments' still."""
-        return Encoded(self.query_ND[row_B], self.hidden_NH[row_B], self.state_SK)
+        return Encoded(self.query_ND[row_B], self.hidden_NH[row_B], self.state_SK, None)
 
 
 class HRNNMeta(nn.Module):
@@ -96,6 +99,9 @@ class HRNNMeta(nn.Module):
         context = encodings.context_fields if settings.request_context else ()
         self.context = ContextGate(context, settings.context_embedding, hidden) if context else None
         self.query = nn.Linear(hidden, size)
+        self.profile: FieldProfile | None = None
+        if settings.profile and settings.item_fields and encodings.item_fields:
+            self.profile = FieldProfile(encodings.item_fields, size, settings.user_dropout)
         self.dropout = nn.Dropout(settings.dropout)
         self.user_dropout = nn.Dropout(settings.user_dropout)
         self.prior = TransitionPrior(encodings.num_items) if settings.transitions else None
@@ -175,7 +181,13 @@ class HRNNMeta(nn.Module):
         read_NH = self.dropout(h_NH)
         if self.context is not None:
             read_NH = self.context(read_NH, positions.context_bags.rows(event_N))
-        return Encoded(self.query(read_NH), h_NH, state_SK)
+        query_ND = self.query(read_NH)
+        seen = None
+        if self.repeats is not None or self.profile is not None:
+            seen = positions.seen_items(event_N)
+        if self.profile is not None and seen is not None:
+            query_ND = query_ND + self.profile(self.items.bags, seen)
+        return Encoded(query_ND, h_NH, state_SK, seen)
 
     def affinities(
         self, query_ND: Tensor, w_MD: Tensor, b_M: Tensor, prior_NM: Tensor | None

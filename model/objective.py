@@ -71,6 +71,7 @@ class Objective:
     trend_table: TrendTable | None
     transitions: Transitions | None  # cross-fitted: F·M rows
     generator: torch.Generator
+    fields_alone: float = 0.0  # share of the steps with λ = 1
     dtype: torch.dtype = torch.float32  # of the products and the softmax over scores
 
     def shares(
@@ -94,8 +95,10 @@ class Objective:
 
     def draw(self) -> Draws:
         """The random numbers of the next step, the same in every process."""
-        # λ ~ U[0, 1] keeps ids and fields able to stand alone (§2.3).
-        lambda_mix = torch.rand((), generator=self.generator, device=self.generator.device)
+        # λ ~ U[0, 1] keeps ids and fields able to stand alone (§2.3); a share of the steps sees the
+        # fields alone (λ = 1), as new items do.
+        uniform = torch.rand((), generator=self.generator, device=self.generator.device)
+        lambda_mix = (uniform / (1.0 - self.fields_alone)).clamp(max=1.0)
         negative_S = None
         if self.sampler is not None:
             negative_S = self.sampler.negatives(self.negatives, self.generator)
@@ -121,7 +124,7 @@ class Objective:
         reward_N = None if targets.reward is None else targets.reward[event_N]
         rows_NR = self._transition_rows(positions, targets, event_N)
         period_N = None if positions.trend_row is None else positions.trend_row[event_N]
-        seen = None if self.network.repeats is None else positions.seen_items(event_N)
+        seen = None if self.network.repeats is None else encoded.seen
         softmax = self._dense if self.sampler is None else self._sampled
         ranking = softmax(encoded, draws, target_N, rows_NR, seen, period_N, reward_N, weight_N)
         if self.network.values is None or not self.value_weight:

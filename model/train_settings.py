@@ -2,6 +2,8 @@
 
 from enum import StrEnum
 
+from pydantic import Field
+
 from model.feedback import FeedbackSettings
 from model.network import NetworkSettings
 from model.settings import SettingsBase
@@ -43,6 +45,9 @@ class TrainSettings(SettingsBase):
     softmax: Softmax = Softmax.AUTO
     negatives: int | None = None  # draws per gradient step, sampled softmax; None: √M, 512 or more
     warm_start: str = "none"  # or champion, a version in the model store, a bundle's folder
+    # Share of the steps that score items by their fields alone (λ = 1), as new ones are; None: the
+    # share of the log's last events that were on new items, ½ at most.
+    fields_alone: float | None = Field(None, ge=0.0, lt=1.0)
     max_epochs: int = 60
     patience: int = 2  # epochs without a better validation loss, and PATIENT_STEPS steps at least
     learning_rate: float = 0.002

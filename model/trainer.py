@@ -25,6 +25,7 @@ from model.hrnn import TrainedHRNN, encode_batch
 from model.inputs import InputEncodings, Positions
 from model.loader import Loader, sample_of
 from model.network import HRNNMeta
+from model.novelty import new_item_share
 from model.objective import EventTargets, Objective
 from model.repeats import SeenItems
 from model.rows import RowwiseAdagrad, StepRows, clip_gradients
@@ -174,6 +175,9 @@ class Trainer:
             settings.softmax is Softmax.AUTO and num_items > SAMPLED_ABOVE
         ):
             sampler = frequency_sampler(self.count_M)
+        fields_alone = settings.fields_alone
+        if fields_alone is None:
+            fields_alone = min(0.5, new_item_share(self.train))
         network.to(self.device)
         self.dtype = choose_dtype(settings.precision, self.device)
         return Objective(
@@ -184,6 +188,7 @@ class Trainer:
             trend_table=move(self.trend_table, self.device),
             transitions=move(transitions, self.device),
             generator=torch.Generator(self.device).manual_seed(settings.seed),
+            fields_alone=fields_alone,
             dtype=self.dtype,
         )
 
