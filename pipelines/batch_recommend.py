@@ -3,54 +3,47 @@
 The same tables, checks and model as in real time; no server is needed.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from kfp import dsl
 
 from components.batch_recommend.component import batch_recommend as recommend
-from components.digests import code_digest
 from components.ingest.component import ingest
 from components.validate.component import validate
 from pipelines.cluster import resources, retried, stores
+from pipelines.parameters import takes
+from pipelines.settings import BATCH
 
 
 @dsl.pipeline(name="batch-recommend", description=__doc__.splitlines()[0])
+@takes(BATCH)
 def batch_recommend(
     output: str,
-    dataset: str = "",
-    interactions: str = "",
-    users: str = "",
-    items: str = "",
-    cache: str = "",
+    source: Mapping[str, Any],
+    code: Any,
+    settings: Mapping[str, Any],
     model_store: str = "/stores/models",
     version: str = "",
     user_list: str = "",
-    code: str = code_digest(),
-    source_digest: str = "",
-    ingest_settings: dict = {},  # noqa: B006 - KFP reads the default, nothing mutates it
-    validate_settings: dict = {},  # noqa: B006
-    batch_recommend_settings: dict = {},  # noqa: B006
+    run_id: str = "",
 ) -> None:
     """Recommend to all users of a log, or to a list of them.
 
     Args:
-        output: folder or address that gets the Parquet files; a run that was stopped goes on there.
+        output: folder or address below which every batch gets a folder of its own; latest.json
+            there names the newest.
+        model_store: folder or address of the model store.
         version: of the model; empty: the champion.
         user_list: text file with one id a line, or Parquet with user_id; empty: everybody.
+        run_id: name of the batch; empty: the pipeline's own.
     """
-    tables = ingest(
-        dataset=dataset,
-        interactions=interactions,
-        users=users,
-        items=items,
-        cache=cache,
-        code=code,
-        source_digest=source_digest,
-        settings=ingest_settings,
-    )
+    tables = ingest(**source, code=code, settings=settings["ingest"])
     checked = validate(
         tables=tables.outputs["tables"],
         data_digest=tables.outputs["Output"],
         code=code,
-        settings=validate_settings,
+        settings=settings["validate"],
     )
     done = recommend(
         clean=checked.outputs["clean"],
@@ -58,7 +51,10 @@ def batch_recommend(
         version=version,
         users=user_list,
         output=output,
-        settings=batch_recommend_settings,
+        run_id=run_id,
+        job=dsl.PIPELINE_JOB_NAME_PLACEHOLDER,
+        code=code,
+        settings=settings["batch_recommend"],
     )
     resources(tables, cpu="1", memory="4Gi")
     resources(checked, cpu="1", memory="4Gi", cached=True)

@@ -110,7 +110,7 @@ def run(
 
 
 def _source(dataset: str, interactions: str, users: str, items: str) -> Any:
-    from pipelines.local_runner import CONFIGURED, Source
+    from pipelines.sources import Source, is_local
 
     if dataset and interactions:
         raise InputError("give either --dataset or --interactions, not both")
@@ -120,8 +120,7 @@ def _source(dataset: str, interactions: str, users: str, items: str) -> Any:
         # A missing file is better said now than after the pipeline has started.
         files = {"--interactions": interactions, "--users": users, "--items": items}
         for option, path in files.items():
-            local = path and "://" not in path and path != CONFIGURED
-            if local and not Path(path).is_file():
+            if is_local(path) and not Path(path).is_file():
                 raise InputError(f"{option} {path}: no such file")
         return Source("", interactions, users, items)
     from components.ingest.datasets import find
@@ -229,6 +228,14 @@ def compile_pipelines(
 
     for path in compile_all(output):
         print(path)
+
+
+@app.command("code-digest")
+def show_code_digest() -> None:
+    """Print the digest of the steps' code: an image must hold the code that runs are for."""
+    from components.digests import code_digest
+
+    print(code_digest())
 
 
 @app.command()

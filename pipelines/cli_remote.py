@@ -4,8 +4,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -41,8 +40,22 @@ Table = typer.Option(
     metavar="ADDRESS", help="What the pods can read: s3://…, https://…, /stores/…."
 )
 Interactions = Annotated[str, Table]
-ModelStoreAddress = Annotated[str, typer.Option(help="Folder or address of the model store.")]
-Output = Annotated[str, typer.Option(help="batch_recommend: where the Parquet files go.")]
+UserList = Annotated[
+    str,
+    typer.Option(metavar="ADDRESS", help="batch_recommend: ids, one a line, or Parquet."),
+]
+ModelStoreAddress = Annotated[
+    str,
+    typer.Option(metavar="ADDRESS", help="Of the model store: s3://…; default: /stores/models."),
+]
+Version = Annotated[str, typer.Option(help="batch_recommend: of the model; default: the champion.")]
+Output = Annotated[
+    str,
+    typer.Option(
+        metavar="ADDRESS",
+        help="batch_recommend: every batch gets a folder there; latest.json names the newest.",
+    ),
+]
 Override = Annotated[
     str, typer.Option(help="Deploy even if the gate refuses; say why.", metavar="WHY")
 ]
@@ -60,76 +73,6 @@ schedules = typer.Typer(
 )
 
 
-def arguments(
-    pipeline: str,
-    *,
-    dataset: str,
-    interactions: str,
-    users: str,
-    items: str,
-    model_store: str,
-    override: str,
-    output: str,
-    assignments: list[str] | None,
-    settings_file: Path | None,
-) -> dict[str, Any]:
-    """Parameters of a run, checked before anything is asked of the cluster.
-
-    Raises:
-        InputError: names the wrong setting, pipeline or address.
-    """
-    from pipelines.endpoint import PIPELINES
-    from pipelines.settings import BATCH, REFRESH, TRAINING, load
-
-    if pipeline not in PIPELINES:
-        raise InputError(f"no pipeline {pipeline!r} (known: {', '.join(PIPELINES)})")
-    if dataset and interactions:
-        raise InputError("give either --dataset or --interactions, not both")
-    if dataset:
-        from components.ingest.datasets import find
-
-        find(dataset)
-    tables = {"--interactions": interactions, "--users": users, "--items": items}
-    for option, address in tables.items():
-        _readable_by_pods(option, address)
-    settings = load(settings_file, assignments or [], own_data=bool(interactions))
-    if pipeline == "refresh_trends":
-        return {"interactions": interactions, **settings.to_arguments(REFRESH)}
-    if pipeline == "batch_recommend" and not output:
-        raise InputError("batch_recommend: give --output, a folder or address of its own")
-    if pipeline != "batch_recommend" and output:
-        raise InputError("--output goes with batch_recommend")
-    if pipeline == "batch_recommend":
-        override = ""
-    return {
-        **({"output": output} if output else {}),
-        **({"dataset": dataset} if dataset or interactions else {}),
-        "interactions": interactions,
-        "users": users,
-        "items": items,
-        **({"model_store": model_store} if model_store else {}),
-        **({"override": override} if override else {}),
-        **settings.to_arguments(BATCH if pipeline == "batch_recommend" else TRAINING),
-    }
-
-
-def _readable_by_pods(option: str, address: str) -> None:
-    from pipelines.local_runner import CONFIGURED
-
-    if not address or address == CONFIGURED:
-        return
-    if urlsplit(address).password:
-        raise InputError(
-            f"{option}: an address with a password would be shown with the run; put it into the "
-            f"Secret hrnn-secrets as HRNN_EVENT_LOG and give {CONFIGURED}"
-        )
-    if "://" not in address and not address.startswith("/stores/"):
-        raise InputError(
-            f"{option} {address}: the pods cannot read a file of this machine; give an address "
-            "(s3://…, https://…) or a path below /stores"
-        )
-
-
 def submit(
     pipeline: Pipeline = "train_and_deploy",
     endpoint: Address = "",
@@ -138,9 +81,11 @@ def submit(
     interactions: Interactions = "",
     users: Annotated[str, Table] = "",
     items: Annotated[str, Table] = "",
+    user_list: UserList = "",
     model_store: ModelStoreAddress = "",
-    override: Override = "",
+    version: Version = "",
     output: Output = "",
+    override: Override = "",
     name: Annotated[str, typer.Option(help="Of the run; default: pipeline and time.")] = "",
     wait: Annotated[bool, typer.Option("--wait", help="Follow the run to its end.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds to wait.", min=1)] = 86_400.0,
@@ -157,22 +102,23 @@ def submit(
     from datetime import UTC, datetime
 
     from pipelines.endpoint import Endpoint
+    from pipelines.submission import Options, parameters
 
-    parameters = arguments(
-        pipeline,
+    options = Options(
         dataset=dataset,
         interactions=interactions,
         users=users,
         items=items,
+        user_list=user_list,
         model_store=model_store,
-        override=override,
+        version=version,
         output=output,
-        assignments=assignments,
-        settings_file=settings_file,
+        override=override,
     )
+    given = parameters(pipeline, options, assignments, settings_file)
     connected = Endpoint(endpoint, namespace)
     title = name or f"{pipeline.replace('_', '-')} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
-    run_id = connected.submit(pipeline, parameters, title)
+    run_id = connected.submit(pipeline, given, title)
     _say(f"run {run_id} submitted")
     if not wait:
         print(json.dumps({"run_id": run_id}) if as_json else run_id)
@@ -235,34 +181,36 @@ def create_schedule(
     interactions: Interactions = "",
     users: Annotated[str, Table] = "",
     items: Annotated[str, Table] = "",
+    user_list: UserList = "",
     model_store: ModelStoreAddress = "",
+    version: Version = "",
     output: Output = "",
     assignments: Assignments = None,
     settings_file: SettingsFile = None,
 ) -> None:
     """Run a pipeline again and again, one run at a time; prints the schedule's id."""
     from pipelines.endpoint import Endpoint, cron_expression, interval_seconds
+    from pipelines.submission import Options, parameters
 
     if bool(cron) == bool(every):
         raise InputError("give either --cron or --every")
     expression = cron_expression(cron) if cron else ""
     seconds = interval_seconds(every) if every else 0
-    parameters = arguments(
-        pipeline,
+    options = Options(
         dataset=dataset,
         interactions=interactions,
         users=users,
         items=items,
+        user_list=user_list,
         model_store=model_store,
-        override="",
+        version=version,
         output=output,
-        assignments=assignments,
-        settings_file=settings_file,
     )
+    given = parameters(pipeline, options, assignments, settings_file)
     print(
         Endpoint(endpoint, namespace).schedule(
             pipeline,
-            parameters,
+            given,
             name or pipeline.replace("_", "-"),
             cron=expression,
             every_seconds=seconds,

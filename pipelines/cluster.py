@@ -6,9 +6,10 @@ default in the settings that read it.
 
 from kfp import dsl, kubernetes
 
+from pipelines.volumes import volumes
+
 CONFIG_MAP = "hrnn-config"  # k8s/base: where the stores are
 SECRET = "hrnn-secrets"  # noqa: S105 - its name; a team makes it, with any of the keys below
-CLAIM, CLAIM_PATH = "hrnn-stores", "/stores"
 GPU = "nvidia.com/gpu"
 LABELS = {"app.kubernetes.io/part-of": "hrnn-meta"}
 
@@ -94,15 +95,16 @@ def configured(task: dsl.PipelineTask) -> None:
 
 
 def stores(task: dsl.PipelineTask) -> None:
-    """The step reaches the feature store, the model store and the event log."""
+    """The step reaches the stores and the event log: addresses, secrets, volumes."""
     configured(task)
-    kubernetes.mount_pvc(task, pvc_name=CLAIM, mount_path=CLAIM_PATH)
+    for claim, folder in volumes().items():
+        kubernetes.mount_pvc(task, pvc_name=claim, mount_path=folder)
 
 
-def retried(task: dsl.PipelineTask, times: int = 2) -> None:
-    """Try again after a minute, then two: nodes are drained, stores restart.
+def retried(task: dsl.PipelineTask, times: int = 2, wait_seconds: int = 60) -> None:
+    """Try again after a while, then twice that: nodes are drained, stores restart.
 
     A pod cannot tell the cluster that its error was the user's, so steps that refuse input are
     not retried; by the time later steps run, their input has been checked.
     """
-    task.set_retry(num_retries=times, backoff_duration="60s", backoff_factor=2.0)
+    task.set_retry(num_retries=times, backoff_duration=f"{wait_seconds}s", backoff_factor=2.0)

@@ -15,6 +15,7 @@ from model.query import Event
 from pipelines import local_runner
 from pipelines.serving import champion_catalogue, local_serving
 from pipelines.settings import load
+from pipelines.sources import Source
 from pipelines.tables import console, evaluation_table, paths_table, side_by_side
 from serving.client import Client, Prediction
 from serving.event_client import EventClient, Sent
@@ -27,7 +28,7 @@ VISIBLE_SECONDS = 60
 def main(workspace: Path, say: Callable[[str], None]) -> None:
     """Run the whole thing and print what a person wants to see. Leaves no process behind."""
     started = time.monotonic()
-    result = local_runner.run(local_runner.Source(dataset=DATASET), workspace, load(), say=say)
+    result = local_runner.run(Source(dataset=DATASET), workspace, load(), say=say)
     evaluation_table(result, sys.stdout)
     if result["verdict"] == "refused":
         for reason in result["reasons"]:

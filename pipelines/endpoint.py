@@ -15,7 +15,6 @@ from typing import Any
 
 from model.errors import HrnnError, InputError, UnavailableError
 
-PIPELINES = ("train_and_deploy", "refresh_trends", "batch_recommend")
 CONNECT_SECONDS, READ_SECONDS = 5.0, 60.0
 FINISHED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 # A poll that fails is asked again so often before the wait is given up.

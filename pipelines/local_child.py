@@ -1,4 +1,4 @@
-"""Runs one pipeline with kfp.local; started as a process of its own by `local_runner`.
+"""Runs one pipeline with kfp.local; started as a process of its own by `local_process`.
 
 kfp.local swaps the root logger's handlers and `print` and cannot be stopped half-way; in a child
 process neither matters.
@@ -45,11 +45,10 @@ def for_this_machine(spec: Any, *, source_known: bool) -> None:
 
 
 def main() -> int:
-    """Read {"pipeline", "arguments", "root", "cache"} from the file named on the command line.
+    """Run what the file named on the command line says.
 
-    Then run it.
-
-    `pipeline` is the name of a module in this package and of the pipeline in it; `cache` the
+    It holds `pipeline`, the name of a module in this package and of the pipeline in it,
+    `arguments`, `run_id` for pipelines that record it, `root` for the artifacts, and `cache`, the
     folder of the cache's entries, null for none.
     """
     _end_with_parent()
@@ -59,7 +58,10 @@ def main() -> int:
     from kfp import local
 
     pipeline = getattr(import_module(f"pipelines.{spec['pipeline']}"), spec["pipeline"])
-    source_known = bool(spec["arguments"].get("source_digest"))
+    arguments = spec["arguments"]
+    if "run_id" in pipeline.component_spec.inputs:
+        arguments["run_id"] = spec["run_id"]
+    source_known = bool(arguments.get("source_digest"))
     for_this_machine(pipeline.pipeline_spec, source_known=source_known)
     local.init(
         local.SubprocessRunner(use_venv=False),
@@ -69,7 +71,7 @@ def main() -> int:
         cache_root=spec["cache"],
     )
     try:
-        pipeline(**spec["arguments"])
+        pipeline(**arguments)
     except RuntimeError as error:  # how kfp.local reports a failed step
         print(error)
         return 1

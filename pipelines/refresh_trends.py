@@ -3,26 +3,38 @@
 Schedule it as often as a period of the trend is long (hourly for news); models are not touched.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from kfp import dsl
 
 from components.refresh_trends.component import refresh_trends as count_and_publish
-from pipelines.cluster import resources, stores
+from pipelines.cluster import resources, retried, stores
+from pipelines.parameters import takes
+from pipelines.settings import REFRESH
 
 
 @dsl.pipeline(name="refresh-trends", description=__doc__.splitlines()[0])
+@takes(REFRESH)
 def refresh_trends(
+    code: Any,
+    settings: Mapping[str, Any],
     interactions: str = "",
     feature_store: str = "",
-    refresh_trends_settings: dict = {},  # noqa: B006 - KFP reads the default, nothing mutates it
 ) -> None:
     """Refresh the trend from the event log or from tables.
 
-    Empty `interactions` and `feature_store` mean: where HRNN_EVENT_LOG and HRNN_FEATURE_ROOT say.
+    Args:
+        interactions: the log to count; empty: the one in HRNN_EVENT_LOG.
+        feature_store: root of the feature store; empty: where HRNN_FEATURE_ROOT says.
     """
     task = count_and_publish(
-        interactions=interactions, feature_store=feature_store, settings=refresh_trends_settings
+        interactions=interactions,
+        feature_store=feature_store,
+        code=code,
+        settings=settings["refresh_trends"],
     )
-    # A refresh that failed for a moment is worth another try before the next one is due.
-    task.set_retry(num_retries=2, backoff_duration="30s")
     resources(task, cpu="1", memory="4Gi", timeout_seconds=1800)
     stores(task)
+    # A refresh that failed for a moment is worth another try before the next one is due.
+    retried(task, wait_seconds=30)

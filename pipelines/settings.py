@@ -52,10 +52,16 @@ class Settings:
 
     def to_arguments(self, names: Iterable[str] = TRAINING) -> dict[str, dict[str, Any]]:
         """Sections as pipeline parameters: kfp.local takes no null, and null is the default."""
-        return {
-            f"{name}_settings": self.sections[name].model_dump(mode="json", exclude_none=True)
-            for name in names
-        }
+        return {f"{name}_settings": _argument(self.sections[name]) for name in names}
+
+
+def defaults(name: str) -> dict[str, Any]:
+    """A section as the pipelines' parameters have it when nothing is given."""
+    return _argument(SECTIONS[name]())
+
+
+def _argument(section: SettingsBase) -> dict[str, Any]:
+    return section.model_dump(mode="json", exclude_none=True)
 
 
 def load(

@@ -2,12 +2,12 @@
 
 import json
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import Enum
 from typing import Any, Literal, get_args, get_origin
 
 from model.settings import SettingsBase
-from pipelines.settings import Settings, load
+from pipelines.settings import SECTIONS, Settings, load
 
 WIDTH = 100
 PAGE = """# Settings
@@ -22,12 +22,27 @@ or override one value with `--set section.key=value`. `null`: derived from the d
 """
 
 
-def to_yaml(settings: Settings) -> str:
-    """Every section, setting, value in force and meaning; reading it back gives the same values."""
-    lines = [
-        line for name, section in settings.sections.items() for line in _section(name, section, "")
-    ]
+def to_yaml(settings: Settings, names: Iterable[str] = ()) -> str:
+    """Every setting, value in force and meaning; reading it back gives the same values.
+
+    Args:
+        names: of sections; none: all.
+    """
+    wanted = tuple(names) or tuple(settings.sections)
+    lines = [line for n in wanted for line in _section(n, settings.sections[n], "")]
     return "\n".join(lines).lstrip()
+
+
+def describe(section: type[SettingsBase]) -> str:
+    """A section in one line, for where its default value stands beside it."""
+    unset = [name for name, f in section.model_fields.items() if f.default is None]
+    return _summary(section) + (f" Not set by default: {', '.join(unset)}." if unset else "")
+
+
+def overview(names: Iterable[str]) -> str:
+    """Sections, a line each, for --help."""
+    width = max(map(len, SECTIONS))
+    return "\n".join(f"  {n:<{width}}  {_summary(SECTIONS[n])}" for n in names)
 
 
 def to_page() -> str:

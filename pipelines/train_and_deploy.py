@@ -7,15 +7,14 @@ Caching: validate and train take the outputs of an earlier run when the data (it
 ingest returns), the settings and the code (its digest) are the same. Ingest always runs, since
 reading a source is the only way to know whether it changed; features and deploy always run, since
 they change stores; evaluate and gate always run, since the champion may be another.
-
-Retries are for what has nothing to do with the input: a pod whose node went away, a store that
-does not answer. Ingest and validate, where input is refused, have none.
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 from kfp import dsl
 
 from components.deploy.component import deploy
-from components.digests import code_digest
 from components.evaluate.component import evaluate
 from components.features.component import features
 from components.gate.component import gate
@@ -24,92 +23,60 @@ from components.outcome.component import report_outcome
 from components.train.component import train
 from components.validate.component import validate
 from pipelines.cluster import configured, gpu, resources, retried, stores
+from pipelines.parameters import takes
+from pipelines.settings import TRAINING
 
 NAME = "train-and-deploy"
 JOB = dsl.PIPELINE_JOB_NAME_PLACEHOLDER
 
 
 @dsl.pipeline(name=NAME, description=__doc__.splitlines()[0])
+@takes(TRAINING, dataset="movielens-100k")
 def train_and_deploy(
-    dataset: str = "movielens-100k",
-    interactions: str = "",
-    users: str = "",
-    items: str = "",
-    cache: str = "",
+    source: Mapping[str, Any],
+    code: Any,
+    settings: Mapping[str, Any],
     feature_store: str = "",
     model_store: str = "/stores/models",
     checkpoints: str = "/stores/checkpoints",
     override: str = "",
     run_id: str = "",
-    code: str = code_digest(),
-    source_digest: str = "",
-    ingest_settings: dict = {},  # noqa: B006 - KFP reads the default, nothing mutates it
-    validate_settings: dict = {},  # noqa: B006
-    features_settings: dict = {},  # noqa: B006
-    trend_settings: dict = {},  # noqa: B006
-    train_settings: dict = {},  # noqa: B006
-    evaluate_settings: dict = {},  # noqa: B006
-    gate_settings: dict = {},  # noqa: B006
-    deploy_settings: dict = {},  # noqa: B006
 ) -> None:
-    """Train on a named dataset or on the files given, and deploy what passes the gate.
+    """Train on a named dataset or on the tables given, and deploy what passes the gate.
 
     Args:
-        dataset: a named dataset, when no interactions are given.
-        interactions: table of who did what when: a file, an address, or an event log.
-        users: table of user fields.
-        items: table of item fields.
-        cache: folder for downloads.
         feature_store: root of the feature store; empty: where HRNN_FEATURE_ROOT says.
         model_store: folder or address of the model store.
         checkpoints: folder where an interrupted training finds what it had done; empty: none.
         override: why the model is to be deployed even if the gate refuses it; recorded.
         run_id: name of the run in records; empty: the pipeline's own.
-        code: digest of the steps' code, part of the cache's key.
-        source_digest: digest of the source, part of the key of ingest where that is cached.
-        ingest_settings: how columns are read. `hrnn settings` prints the keys of every section.
-        validate_settings: which rows are refused, and how many may be.
-        features_settings: how features are counted and stored.
-        trend_settings: period and window of the trend; left out: chosen on the log.
-        train_settings: network, schedule, split.
-        evaluate_settings: cut-offs, intervals, frames of time.
-        gate_settings: the rules.
-        deploy_settings: how many bundles stay; the service and its canary.
     """
     told = report_outcome(pipeline=NAME, run_id=run_id, job=JOB)
     resources(told, cpu="100m", memory="256Mi", timeout_seconds=300)
     configured(told)
     with dsl.ExitHandler(told, name="run"):
-        tables = ingest(
-            dataset=dataset,
-            interactions=interactions,
-            users=users,
-            items=items,
-            cache=cache,
-            code=code,
-            source_digest=source_digest,
-            settings=ingest_settings,
-        )
+        tables = ingest(**source, code=code, settings=settings["ingest"])
         data_digest = tables.outputs["Output"]
         checked = validate(
             tables=tables.outputs["tables"],
             data_digest=data_digest,
             code=code,
-            settings=validate_settings,
+            settings=settings["validate"],
         )
         clean = checked.outputs["clean"]
         stored = features(
             clean=clean,
             feature_store=feature_store,
-            trend=trend_settings,
-            settings=features_settings,
+            code=code,
+            trend=settings["trend"],
+            settings=settings["features"],
         )
         trained = train(
             clean=clean,
             data_digest=data_digest,
             code=code,
-            trend=trend_settings,
-            settings=train_settings,
+            trend=settings["trend"],
+            settings=settings["train"],
             checkpoints=checkpoints,
             model_store=model_store,
         )
@@ -117,10 +84,17 @@ def train_and_deploy(
         trained.after(stored)
         bundle = trained.outputs["bundle"]
         measured = evaluate(
-            clean=clean, bundle=bundle, model_store=model_store, settings=evaluate_settings
+            clean=clean,
+            bundle=bundle,
+            model_store=model_store,
+            code=code,
+            settings=settings["evaluate"],
         )
         judged = gate(
-            evaluation=measured.outputs["evaluation"], override=override, settings=gate_settings
+            evaluation=measured.outputs["evaluation"],
+            override=override,
+            code=code,
+            settings=settings["gate"],
         )
         with dsl.If(judged.outputs["Output"] == True, name="passed"):  # noqa: E712 - a KFP condition
             deployed = deploy(
@@ -130,7 +104,8 @@ def train_and_deploy(
                 model_store=model_store,
                 run_id=run_id,
                 job=JOB,
-                settings=deploy_settings,
+                code=code,
+                settings=settings["deploy"],
             )
     resources(tables, cpu="1", memory="4Gi")
     resources(checked, cpu="1", memory="4Gi", cached=True)

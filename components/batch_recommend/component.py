@@ -12,6 +12,9 @@ def batch_recommend(
     version: str,
     users: str,
     output: str,
+    run_id: str,
+    job: str,
+    code: str,
     settings: dict,
     summary: dsl.Output[dsl.Artifact],
 ) -> None:
@@ -19,7 +22,9 @@ def batch_recommend(
     from pathlib import Path
 
     from components.batch_recommend import steps
+    from components.digests import check_code
 
+    check_code(code)
     record = steps.run(
         Path(clean.path),
         model_store,
@@ -27,6 +32,7 @@ def batch_recommend(
         Path(summary.path),
         version=version,
         users=users,
+        run_id=run_id or job,
         settings=settings,
     )
     summary.metadata["model_version"] = record["model_version"]

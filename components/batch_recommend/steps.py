@@ -1,14 +1,18 @@
 """Batch: the champion's recommendations for all users, or for a list of them, as Parquet files.
 
-Memory holds one part: users_per_part users with their newest events, and the scores of a small
-block of them. Parts appear whole; a batch that was stopped goes on with the first that is missing.
+Every batch has a folder of its own below the output, and `latest.json` there names the newest
+whole one. Memory holds one part: users_per_part users with their newest events, and the scores of a
+small block of them. Parts appear whole; a batch that was stopped goes on with the first that is
+missing.
 """
 
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,7 +32,8 @@ from model.store import ModelStore
 
 __all__ = ["BatchRecommendSettings", "run"]
 
-PLAN, DONE = "plan.json", "summary.json"
+PLAN, DONE, LATEST = "plan.json", "summary.json", "latest.json"
+_DATED = re.compile(r"\d{8}T\d{6}Z")  # names of batches begin with the moment they began
 BLOCK_CELLS = 2**22  # scores held at once (float32: 16 MiB), whatever the catalogue's size
 SCHEMA = pa.schema(
     {
@@ -50,6 +55,7 @@ class BatchRecommendSettings(SettingsBase):
     exclude_seen: bool = False
     trend_weight: float = Field(1.0, ge=0.0)
     users_per_part: int = Field(20_000, ge=1)
+    keep: int = Field(0, ge=0)  # newest batches left below the output; 0: all
 
 
 @dataclass
@@ -67,20 +73,25 @@ def run(
     *,
     version: str = "",
     users: str = "",
+    run_id: str = "",
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write `part-00000.parquet` … and `summary.json` into `output`; returns the summary.
+    """Write `part-00000.parquet` … and `summary.json` into a folder of `output`; return that.
 
     Rows: user_id, rank (from 1), item_id, score, affinity, trend; users in the order of the log,
     listed users that the log does not know last (they get what new users get).
 
+    A batch of the same plan (model, data, users, moment, settings) that was begun and not finished
+    is gone on with; otherwise a new one begins.
+
     Args:
-        output: folder or address (s3://…) of its own.
+        output: folder or address (s3://…) of batches, of this pipeline's own.
         version: of the model; empty: the champion.
         users: text file with one id a line, or Parquet with user_id; empty: everybody in the log.
+        run_id: part of the name of a new batch, after its time.
 
     Raises:
-        InputError: no model, no such list, or `output` holds another batch.
+        InputError: no model, no such list, or `output` holds something else.
         BundleError: the model is damaged.
         UnavailableError: the model store, or the output, cannot be used.
     """
@@ -102,24 +113,30 @@ def run(
             "data_digest": tables_digest(clean),
             "users": None if wanted is None else _digest(wanted),
             "timestamp": moment,
-            **config.model_dump(exclude={"timestamp"}),
+            **config.model_dump(exclude={"timestamp", "keep"}),
         }
-        target = _Output(output, Path(work))
-        target.begin(plan)
+        target = Batches(output, Path(work))
+        batch = target.begin(plan, run_id)
         parts = total = 0
         everybody = _users(clean, recommender.max_history, wanted)
         while part := list(islice(everybody, config.users_per_part)):
             name = f"part-{parts:05d}.parquet"
             parts, total = parts + 1, total + len(part)
-            if target.has(name):
+            if target.has(batch, name):
                 continue
             _with_fields(part, clean)
-            target.write(name, _rows(recommender, part, config, moment))
+            target.write(batch, name, _rows(recommender, part, config, moment))
             print(f"{total:,} users done", flush=True)
-        record = {**plan, "output": output, "parts": parts, "num_users": total}
-        target.finish(record)
+        record = {
+            **plan,
+            "batch": batch,
+            "output": f"{output.rstrip('/')}/{batch}",
+            "parts": parts,
+            "num_users": total,
+        }
+        target.finish(batch, record, config.keep)
     summary.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"{total:,} users, {parts} parts of {SCHEMA.names} in {output}")
+    print(f"{total:,} users in {parts} Parquet files in {record['output']}")
     return record
 
 
@@ -225,10 +242,15 @@ def _digest(users: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-class _Output:
-    """A folder or an address that gets whole files only."""
+class Batches:
+    """A folder or an address below which every batch has a folder; all files appear whole."""
 
     def __init__(self, address: str, work: Path) -> None:
+        """Reach the address; nothing is written yet.
+
+        Args:
+            work: folder for files under way.
+        """
         self.address, self._work = address, work
         try:
             self._fs, self._root = fsspec.url_to_fs(address)
@@ -238,54 +260,85 @@ class _Output:
             self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,)
         )
 
-    def begin(self, plan: dict[str, Any]) -> None:
-        """Start, or go on with what the same plan has begun."""
-        known = self._read(PLAN)
-        if known is None:
-            if self._call(self._fs.exists, self._root) and self._call(self._fs.ls, self._root):
-                raise InputError(f"output {self.address} holds other files: give one of its own")
-            self._put(PLAN, json.dumps(plan, indent=1).encode())
-        elif known != json.loads(json.dumps(plan)):
-            changed = sorted(k for k in plan if known.get(k) != plan[k])
-            raise InputError(
-                f"output {self.address} holds another batch ({', '.join(changed)} differ): give "
-                "this one a folder of its own"
-            )
+    def begin(self, plan: dict[str, Any], run_id: str) -> str:
+        """Name of the batch: one of this plan that was begun, or a new one."""
+        plan = json.loads(json.dumps(plan))
+        self._check_latest()
+        for batch in sorted(self._with(PLAN) - self._with(DONE), reverse=True):
+            if self._read(f"{batch}/{PLAN}") == plan:
+                print(f"going on with the batch {batch}", flush=True)
+                return batch
+        now = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+        # Ids of local runs begin with their time already.
+        batch = run_id if _DATED.match(run_id) else "-".join(filter(None, [now, run_id]))
+        if self._call(self._fs.exists, f"{self._root}/{batch}"):
+            raise InputError(f"output {self.address} has a batch {batch} already: run it again")
+        self._put(f"{batch}/{PLAN}", plan)
+        return batch
 
-    def has(self, name: str) -> bool:
-        return bool(self._call(self._fs.exists, f"{self._root}/{name}"))
+    def has(self, batch: str, name: str) -> bool:
+        return bool(self._call(self._fs.exists, f"{self._root}/{batch}/{name}"))
 
-    def write(self, name: str, rows: Iterable[pa.RecordBatch]) -> None:
+    def write(self, batch: str, name: str, rows: Iterable[pa.RecordBatch]) -> None:
         path = self._work / name
         with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
-            for batch in rows:
-                writer.write_batch(batch)
-        self._move(path, name)
+            for part in rows:
+                writer.write_batch(part)
+        self._move(path, f"{batch}/{name}")
 
-    def finish(self, record: dict[str, Any]) -> None:
-        self._put(DONE, json.dumps(record, indent=1).encode())
+    def finish(self, batch: str, record: dict[str, Any], keep: int) -> None:
+        """Say that a batch is whole, make it the latest, remove what is older than `keep` batches.
 
-    def _put(self, name: str, content: bytes) -> None:
-        path = self._work / name
-        path.write_bytes(content)
+        Names begin with their time. An old batch that was gone on with replaces no newer one.
+        """
+        self._put(f"{batch}/{DONE}", record)
+        whole = sorted(self._with(DONE), reverse=True)
+        if batch == whole[0]:
+            self._put(LATEST, {"batch": batch, "output": record["output"]})
+        if keep and len(whole) > keep:
+            for old in self._with(PLAN):
+                if old < whole[keep - 1]:
+                    self._call(self._fs.rm, f"{self._root}/{old}", recursive=True)
+
+    def _check_latest(self) -> None:
+        """Somebody else's file is not overwritten."""
+        if not self._call(self._fs.exists, f"{self._root}/{LATEST}"):
+            return
+        found = self._read(LATEST)
+        if not isinstance(found, dict) or "batch" not in found:
+            raise InputError(
+                f"{self.address}/{LATEST} is not of this program: give the batches an output of "
+                "their own"
+            )
+
+    def _with(self, name: str) -> set[str]:
+        """Batches that have this file."""
+        self._fs.invalidate_cache()
+        found = self._call(self._fs.glob, f"{self._root}/*/{name}")
+        batches = (str(path).split("/")[-2] for path in found)
+        return {batch for batch in batches if _DATED.match(batch)}
+
+    def _put(self, name: str, content: dict[str, Any]) -> None:
+        path = self._work / Path(name).name
+        path.write_text(json.dumps(content, indent=1) + "\n")
         self._move(path, name)
 
     def _move(self, path: Path, name: str) -> None:
+        target = f"{self._root}/{name}"
         if not self._local:
-            self._call(self._fs.put_file, str(path), f"{self._root}/{name}")
+            self._call(self._fs.put_file, str(path), target)
             return
         # Perhaps another file system: copied beside its place first, then renamed.
-        self._call(self._fs.makedirs, self._root, exist_ok=True)
-        self._call(self._fs.put_file, str(path), f"{self._root}/.{name}")
-        self._call(Path(f"{self._root}/.{name}").replace, f"{self._root}/{name}")
+        folder, _, last = target.rpartition("/")
+        self._call(self._fs.makedirs, folder, exist_ok=True)
+        self._call(self._fs.put_file, str(path), f"{folder}/.{last}")
+        self._call(Path(f"{folder}/.{last}").replace, target)
 
     def _read(self, name: str) -> Any:
-        if not self.has(name):
-            return None
         try:
             return json.loads(self._call(self._fs.cat_file, f"{self._root}/{name}"))
         except ValueError as error:
-            raise InputError(f"{self.address}/{name} is not a plan: {error}") from None
+            raise InputError(f"{self.address}/{name} cannot be read: {error}") from None
 
     def _call(self, function: Any, *arguments: Any, **keywords: Any) -> Any:
         try:

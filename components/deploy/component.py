@@ -13,6 +13,7 @@ def deploy(
     model_store: str,
     run_id: str,
     job: str,
+    code: str,
     settings: dict,
     deployment: dsl.Output[dsl.Artifact],
 ) -> None:
@@ -20,7 +21,9 @@ def deploy(
     from pathlib import Path
 
     from components.deploy import steps
+    from components.digests import check_code
 
+    check_code(code)
     inputs = (Path(artifact.path) for artifact in (bundle, evaluation, verdict))
     record = steps.run(
         *inputs, model_store, Path(deployment.path), settings=settings, run_id=run_id or job

@@ -10,6 +10,7 @@ def evaluate(
     clean: dsl.Input[dsl.Dataset],
     bundle: dsl.Input[dsl.Model],
     model_store: str,
+    code: str,
     settings: dict,
     evaluation: dsl.Output[dsl.Artifact],
     report: dsl.Output[dsl.HTML],
@@ -18,8 +19,10 @@ def evaluate(
     """Measure the candidate, the champion and the baselines on held-out users."""
     from pathlib import Path
 
+    from components.digests import check_code
     from components.evaluate import steps
 
+    check_code(code)
     paths = (clean.path, bundle.path, evaluation.path, report.path)
     document = steps.run(
         *map(Path, paths),

@@ -10,14 +10,17 @@ def features(
     clean: dsl.Input[dsl.Dataset],
     feature_store: str,
     trend: dict,
+    code: str,
     settings: dict,
     features: dsl.Output[dsl.Artifact],
 ) -> None:
     """Write the feature sources, register them and fill the online store."""
     from pathlib import Path
 
+    from components.digests import check_code
     from components.features import steps
 
+    check_code(code)
     summary = steps.run(
         Path(clean.path), feature_store, trend, settings, output_dir=Path(features.path)
     )

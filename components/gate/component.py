@@ -9,6 +9,7 @@ from components.image import IMAGE
 def gate(
     evaluation: dsl.Input[dsl.Artifact],
     override: str,
+    code: str,
     settings: dict,
     verdict: dsl.Output[dsl.Artifact],
     summary: dsl.Output[dsl.Markdown],
@@ -16,8 +17,10 @@ def gate(
     """Decide whether the candidate may be deployed."""
     from pathlib import Path
 
+    from components.digests import check_code
     from components.gate import steps
 
+    check_code(code)
     result = steps.run(
         Path(evaluation.path), Path(verdict.path), settings=settings, override=override
     )

@@ -19,13 +19,14 @@ def ingest(
 ) -> str:
     """Bring a named dataset or the user's files into canonical tables; returns their digest.
 
-    `code` and `source_digest` are parts of the cache's key and nothing else.
+    `source_digest` is a part of the cache's key and nothing else.
     """
     from pathlib import Path
 
-    from components.digests import tables_digest
+    from components.digests import check_code, tables_digest
     from components.ingest import steps
 
+    check_code(code)
     files = {"interactions": interactions, "users": users, "items": items}
     place = Path(cache) if cache else None
     source = steps.run(Path(tables.path), dataset=dataset, cache=place, settings=settings, **files)

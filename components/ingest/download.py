@@ -72,19 +72,30 @@ def to_local(uri: str, scratch: Path) -> Path:
     """A local path for a path or an fsspec URI (s3://, gs://, file://); URIs are copied.
 
     Raises:
-        InputError: the URI's scheme is not supported or nothing is there.
+        InputError: the URI's scheme is not supported, nothing is there, or it may not be read.
+        UnavailableError: what holds it cannot be reached.
     """
     if "://" not in uri:
         return Path(uri).expanduser()
     try:
         filesystem, remote = fsspec.core.url_to_fs(uri)
-        if not filesystem.isfile(remote):
-            raise InputError(f"{uri}: no such file")
-        scratch.mkdir(parents=True, exist_ok=True)
-        target = scratch / Path(remote).name
-        filesystem.get_file(remote, str(target))
     except (ImportError, ValueError) as error:
         raise InputError(f"{uri} cannot be opened: {error}") from None
-    except OSError as error:
-        raise UnavailableError(f"{uri} cannot be fetched: {error}") from None
+    scratch.mkdir(parents=True, exist_ok=True)
+    target = scratch / Path(remote).name
+    try:
+        # Not asked whether it is there first: some clients take every error for "no".
+        filesystem.get_file(remote, str(target))
+    except FileNotFoundError:
+        raise InputError(f"{uri}: no such file") from None
+    except Exception as error:  # the client of each protocol raises errors of its own
+        if isinstance(error, PermissionError) or getattr(error, "status", 0) in (401, 403):
+            raise InputError(f"{uri} may not be read with these credentials") from None
+        raise UnavailableError(f"{uri} cannot be fetched: {_reason(error)}") from None
+    if not target.is_file():
+        raise InputError(f"{uri} is no file: give one file")
     return target
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+from pydantic import Field
 
 from components.ingest import event_log
 from components.ingest.columns import MAPPING_SETTING, normalise, recognise, title_column
@@ -23,6 +24,7 @@ from components.ingest.reader import (
     sha256,
 )
 from components.ingest.schema_inference import FieldGuess, infer_fields
+from components.retries import patiently
 from components.tables import (
     ID_COLUMN,
     INTERACTIONS,
@@ -51,6 +53,8 @@ class IngestSettings(SettingsBase):
     fields: dict[str, dict[str, FieldKind]] = {}  # {users|items|context: {field: kind}}
     ignore: list[str] = []  # source columns of any table that are left out
     memory_limit: str = "2GB"  # of DuckDB; beyond it spills to disk
+    retries: int = Field(3, ge=0)  # when the source cannot be reached
+    retry_seconds: float = Field(5.0, gt=0.0)  # before the first; each further wait is thrice that
 
 
 @dataclass
@@ -88,9 +92,11 @@ def run(
             the one in HRNN_EVENT_LOG), whose users and items are taken unless others are given.
         cache: where named datasets are kept between runs.
 
+    A source that cannot be reached is asked again (`retries`); wrong input is refused at once.
+
     Raises:
         InputError: wrong settings, files or columns.
-        UnavailableError: a download failed.
+        UnavailableError: the source could not be reached.
     """
     config = IngestSettings.parse(dict(settings or {}), "ingest")
     if unknown := sorted(set(config.fields) - set(_SECTION.values())):
@@ -99,6 +105,21 @@ def run(
         )
     given = {INTERACTIONS: interactions, USERS: users, ITEMS: items}
     _check_sources(dataset, given)
+    return patiently(
+        lambda: _attempt(tables, dataset, given, cache, config),
+        retries=config.retries,
+        wait_seconds=config.retry_seconds,
+    )
+
+
+def _attempt(
+    tables: Path,
+    dataset: str,
+    given: Mapping[str, str],
+    cache: Path | None,
+    config: IngestSettings,
+) -> dict[str, Any]:
+    interactions = given[INTERACTIONS]
     shutil.rmtree(tables, ignore_errors=True)  # nothing of an earlier attempt may stay
     tables.mkdir(parents=True)
     with tempfile.TemporaryDirectory(prefix="ingest-", dir=tables.parent) as name:
@@ -115,8 +136,8 @@ def run(
         elif (url := event_log.address(interactions)) is not None:
             paths = event_log.export(url, scratch / "log", config.memory_limit)
             uri = event_log.CONFIGURED  # the address may hold a password
-            sides = {USERS: users, ITEMS: items}
-            paths |= {t: to_local(text, scratch / t) for t, text in sides.items() if text}
+            sides = {t: text for t, text in given.items() if text and t != INTERACTIONS}
+            paths |= {t: to_local(text, scratch / t) for t, text in sides.items()}
         else:
             paths = {t: to_local(text, scratch / t) for t, text in given.items() if text}
         _check_ignored(paths, config, scratch)

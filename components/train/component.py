@@ -20,12 +20,14 @@ def train(
 
     `checkpoints`: a folder where an interrupted step finds what it had done; empty: none.
     `model_store`: where `train.warm_start` looks for the older model.
-    `data_digest` and `code` are parts of the cache's key and nothing else.
+    `data_digest` is a part of the cache's key and nothing else.
     """
     from pathlib import Path
 
+    from components.digests import check_code
     from components.train import steps
 
+    check_code(code)
     manifest = steps.run(
         Path(clean.path),
         Path(bundle.path),

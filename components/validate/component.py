@@ -17,12 +17,14 @@ def validate(
 ) -> None:
     """Type, check and sort the tables; bad rows go to quarantine.
 
-    `data_digest` and `code` are parts of the cache's key and nothing else.
+    `data_digest` is a part of the cache's key and nothing else.
     """
     from pathlib import Path
 
+    from components.digests import check_code
     from components.validate import steps
 
+    check_code(code)
     outputs = [Path(output.path) for output in (clean, quarantine, data_report)]
     report = steps.run(Path(tables.path), *outputs, settings=settings)
     clean.metadata["events"] = report["log"]["events"]

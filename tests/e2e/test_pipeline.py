@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import httpx
+import pyarrow.parquet as pq
 import pytest
 
 from model.errors import InputError
@@ -158,6 +159,34 @@ def test_a_refused_model_is_deployed_only_with_a_reason_that_is_recorded(deploye
     assert lineage.verdict["passed"] is False
     assert (lineage.run_id, lineage.parent) == (result["run_id"], before.version)
     assert store.rollback().version == before.version
+
+
+def test_everybody_gets_a_list_again_and_again(deployed, tmp_path):
+    workspace, result, _, path = deployed
+    output = tmp_path / "lists"
+    batches = []
+    for _ in range(2):  # as a schedule does it
+        done = subprocess.run(
+            [
+                *(*HRNN_RUN[:-1], "batch-recommend", "--json", "--output", output),
+                *("--interactions", path, "--workspace", workspace),
+                *("--set", f"ingest.columns={COLUMNS['ingest.columns']}"),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        said = json.loads(done.stdout)
+        assert said["model_version"] == result["model_version"]
+        assert json.loads((output / "latest.json").read_text())["batch"] == said["batch"]
+        batches.append(said)
+    assert "[3/3 batch-recommend]" in done.stderr
+    for said in batches:
+        rows = pq.read_table(said["output"]).to_pylist()
+        assert len({row["user_id"] for row in rows}) == said["num_users"] == 300
+    assert batches[0]["output"] != batches[1]["output"]
 
 
 def test_ctrl_c_stops_everything(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -135,6 +136,34 @@ def test_two_runs_at_once_one_works_and_the_other_is_told(finished, log):
     assert done.returncode == 1
     run = first.split()[1].rstrip(",")
     assert f"run {run} is under way in this workspace" in _error(done)
+
+
+@pytest.fixture
+def nobody_answers(monkeypatch):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+        monkeypatch.setenv("HRNN_NOTIFY_URL", f"http://127.0.0.1:{port}/TOKEN")
+        yield "warning: HRNN_NOTIFY_URL was not told of this outcome: no connection"
+
+
+def test_a_web_hook_that_fails_does_not_change_the_outcome(finished, log, nobody_answers):
+    done = hrnn_run(finished, "--interactions", log, settings=SMALL)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["verdict"] == "deployed"
+    assert nobody_answers in done.stderr
+    assert done.stderr.index(": succeeded") < done.stderr.index(nobody_answers)
+    assert "TOKEN" not in done.stderr
+
+
+def test_a_web_hook_that_fails_does_not_hide_the_error(tmp_path, nobody_answers):
+    (tmp_path / "log.csv").write_text("user_id,item_id,timestamp\n")
+    done = hrnn_run(tmp_path / "ws", "--interactions", tmp_path / "log.csv", settings={})
+    assert done.returncode == 2
+    assert nobody_answers in done.stderr
+    message = _error(done)
+    assert "ingest: " in message
+    assert "no rows" in message
 
 
 def test_a_champion_that_was_deleted_is_said_and_left(finished, log):

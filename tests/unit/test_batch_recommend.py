@@ -10,7 +10,7 @@ import pytest
 
 from components.batch_recommend import steps
 from components.train import steps as train
-from model.errors import InputError
+from model.errors import InputError, UnavailableError
 from model.query import Event, Query
 from model.recommender import Recommender
 from model.store import Lineage, ModelStore
@@ -40,7 +40,13 @@ def _run(world, tmp_path, name="out", **more):
     )
 
 
-def _lists(folder):
+def _latest(output):
+    """The folder that readers are led to."""
+    return output / json.loads((output / "latest.json").read_text())["batch"]
+
+
+def _lists(output):
+    folder = _latest(output)
     table = pa.concat_tables(pq.read_table(p) for p in sorted(folder.glob("part-*.parquet")))
     assert table.schema.names == steps.SCHEMA.names
     found = {}
@@ -65,7 +71,8 @@ def test_the_batch_equals_the_model_asked_one_by_one(world, tmp_path):
         [own] = recommender.recommend([Query(history, moment, user=fields.get(user, {}))], 3)
         assert [r[0] for r in rows] == [1, 2, 3]
         assert [r[2] for r in rows] == pytest.approx([r.score for r in own], abs=1e-4)
-    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == record
+    assert record["output"] == str(_latest(tmp_path / "out"))
+    assert json.loads((_latest(tmp_path / "out") / "summary.json").read_text()) == record
 
 
 @pytest.mark.parametrize("size", [1, USERS, 1000])
@@ -102,41 +109,88 @@ import os, sys
 from pathlib import Path
 from components.batch_recommend import steps
 clean, store, output, summary = sys.argv[1:]
-whole, written = steps._Output.write, []
-def write(self, name, rows):
+whole, written = steps.Batches.write, []
+def write(self, batch, name, rows):
     if len(written) == 2:
         os.kill(os.getpid(), 9)
     written.append(name)
-    whole(self, name, rows)
-steps._Output.write = write
+    whole(self, batch, name, rows)
+steps.Batches.write = write
 settings = {"num_results": 3, "users_per_part": 7}
 steps.run(Path(clean), store, output, Path(summary), settings=settings)
 """
 
 
-def test_a_batch_that_was_killed_goes_on_with_what_is_missing(world, tmp_path):
+def _killed(world, output, summary):
     clean, store, _ = world
-    arguments = (clean, store.uri, tmp_path / "out", tmp_path / "s")
+    arguments = (clean, store.uri, output, summary)
     done = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False, timeout=240)
     assert done.returncode == -9
-    parts = sorted((tmp_path / "out").glob("part-*"))
+
+
+def test_a_batch_that_was_killed_goes_on_with_what_is_missing(world, tmp_path):
+    output = tmp_path / "out"
+    _killed(world, output, tmp_path / "s")
+    (batch,) = output.iterdir()  # and no pointer to it
+    parts = sorted(batch.glob("part-*"))
     assert len(parts) == 2
-    assert not (tmp_path / "out" / "summary.json").exists()
+    assert not (batch / "summary.json").exists()
     before = [p.stat().st_mtime_ns for p in parts]
-    _run(world, tmp_path)
+    record = _run(world, tmp_path, run_id="another-run")
+    assert record["batch"] == batch.name
     assert [p.stat().st_mtime_ns for p in parts] == before
-    assert len(_lists(tmp_path / "out")) == USERS
+    assert len(_lists(output)) == USERS
+
+
+def test_every_run_of_a_schedule_has_a_folder_of_its_own(world, tmp_path):
+    """The same output again and again, as a schedule gives it."""
+    first = _run(world, tmp_path, run_id="run-a")
+    second = _run(world, tmp_path, run_id="run-b")
+    output = tmp_path / "out"
+    assert first["batch"] < second["batch"]
+    assert second["batch"].endswith("-run-b")
+    assert _latest(output).name == second["batch"]
+    for record in (first, second):
+        folder = output / record["batch"]
+        assert json.loads((folder / "summary.json").read_text()) == record
+        assert len(list(folder.glob("part-*.parquet"))) == record["parts"]
+    other = _run(world, tmp_path, settings={"num_results": 1}, run_id="run-c")
+    assert {len(rows) for rows in _lists(output).values()} == {1}
+    assert other["batch"].endswith("-run-c")
+
+
+def test_while_a_batch_is_under_way_the_latest_is_the_one_before(world, tmp_path):
+    output = tmp_path / "out"
+    whole = _run(world, tmp_path)
+    _killed(world, output, tmp_path / "s")
+    assert _latest(output).name == whole["batch"]
+
+
+def test_older_batches_are_removed_when_asked_and_nothing_else_is(world, tmp_path):
+    output = tmp_path / "out"
+    ids = [f"20200101T00000{n}Z-a" for n in range(3)]
+    for run_id in ids:
+        _run(world, tmp_path, run_id=run_id)
+    (output / "20200101T000000Z-a" / "summary.json").unlink()  # begun, and given up
+    (output / "20200101T000000Z-a" / "plan.json").write_text("{}")
+    (output / "mine").mkdir()
+    (output / "mine" / "summary.json").write_text("")
+    kept = _run(world, tmp_path, settings={"keep": 2}, run_id="20200101T000009Z-a")
+    assert {p.name for p in output.iterdir()} == {ids[2], kept["batch"], "mine", "latest.json"}
+    assert _latest(output).name == kept["batch"]
 
 
 def test_what_cannot_be_done_is_said(world, tmp_path):
     clean, store, _ = world
-    _run(world, tmp_path)
-    with pytest.raises(InputError, match=r"holds another batch \(num_results differ\)"):
-        _run(world, tmp_path, settings={"num_results": 4})
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine").write_text("")
-    with pytest.raises(InputError, match="holds other files"):
-        _run(world, tmp_path, "full")
+    for content in ("{}", "[1]", "not JSON"):
+        (tmp_path / "full" / "latest.json").write_text(content)
+        with pytest.raises(InputError, match=r"full/latest\.json"):
+            _run(world, tmp_path, "full")
+        assert [p.name for p in (tmp_path / "full").iterdir()] == ["latest.json"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UnavailableError, match=r"output .*file cannot be used"):
+        _run(world, tmp_path, "file")
     with pytest.raises(InputError, match="no-such-list"):
         _run(world, tmp_path, "o2", users=str(tmp_path / "no-such-list"))
     (tmp_path / "empty.txt").write_text("\n")
@@ -155,8 +209,18 @@ def test_what_cannot_be_done_is_said(world, tmp_path):
 def test_output_on_an_object_store(world, tmp_path):
     clean, store, _ = world
     address = f"memory://{tmp_path.name}"
-    steps.run(clean, store.uri, address, tmp_path / "s", settings={"users_per_part": 10})
+    for run_id in ("a", "b"):
+        record = steps.run(
+            clean,
+            store.uri,
+            address,
+            tmp_path / "s",
+            run_id=run_id,
+            settings={"users_per_part": 10, "keep": 1},
+        )
     import fsspec
 
     fs, root = fsspec.url_to_fs(address)
-    assert len(fs.glob(f"{root}/part-*.parquet")) == 3
+    assert json.loads(fs.cat_file(f"{root}/latest.json"))["batch"] == record["batch"]
+    assert len(fs.glob(f"{root}/*/part-*.parquet")) == 3
+    assert record["output"] == f"{address}/{record['batch']}"

@@ -1,13 +1,18 @@
 """The compiled pipeline is a golden file: `make golden` writes it anew, git diff reviews it."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import yaml
 
 from components.digests import code_digest
 from pipelines.compile import compile_all
+from pipelines.settings import SECTIONS
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden"
 
 
 def _documents(path):
@@ -74,10 +79,51 @@ def test_what_changes_stores_is_never_cached_and_what_is_cached_knows_data_and_c
     assert pipeline["root"]["inputDefinitions"]["parameters"]["code"]["defaultValue"] == "golden"
 
 
-def test_retries_are_for_steps_after_the_input_was_checked(tmp_path):
+def test_pods_are_started_again_only_after_the_input_was_checked(tmp_path):
+    """Ingest and validate refuse input; ingest asks a source that is away again by itself."""
     steps = _steps(_documents(compile_all(tmp_path)[0])[0])
     retried = {n for n, task in steps.items() if task.get("retryPolicy", {}).get("maxRetryCount")}
     assert retried == {"features", "train", "evaluate", "deploy"}
+
+
+def test_every_step_but_the_last_word_checks_the_code_of_its_image(tmp_path):
+    for path in compile_all(tmp_path):
+        pipeline = _documents(path)[0]
+        for name, task in _steps(pipeline).items():
+            if "componentRef" not in task or name.startswith(("exit-handler", "condition")):
+                continue
+            label = pipeline["components"][task["componentRef"]["name"]]["executorLabel"]
+            source = pipeline["deploymentSpec"]["executors"][label]["container"]["command"][-1]
+            told = name == "report-outcome"  # says how the run ended, whatever is wrong
+            assert ("check_code(code)" in source) is not told, name
+            assert ("code" in task["inputs"]["parameters"]) is not told, name
+
+
+def test_the_form_of_a_new_run_shows_every_setting_with_its_default(tmp_path):
+    """Kubeflow's form is filled with the defaults; descriptions stand beside them in the YAML."""
+    for path in compile_all(tmp_path):
+        parameters = _documents(path)[0]["root"]["inputDefinitions"]["parameters"]
+        shown = {n.removesuffix("_settings"): p for n, p in parameters.items() if "settings" in n}
+        assert shown
+        for section, parameter in shown.items():
+            assert SECTIONS[section].parse(parameter["defaultValue"]) == SECTIONS[section]()
+            for key in SECTIONS[section].model_fields:
+                assert key in parameter["defaultValue"] or key in parameter["description"], key
+        for name, parameter in parameters.items():
+            assert parameter["description"].endswith("."), name
+
+
+def test_volumes_are_mounted_where_they_are_declared(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", "compile", "-o", "."],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HRNN_VOLUMES": "a=/a,b=/b"},
+        check=True,
+        timeout=240,
+    )
+    platform = _documents(tmp_path / "refresh_trends.yaml")[1]
+    (options,) = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values()
+    assert [m["mountPath"] for m in options["pvcMount"]] == ["/a", "/b"]
 
 
 def test_the_outcome_is_told_whatever_happens(tmp_path):

@@ -157,6 +157,11 @@ def test_many_schedules_are_all_found(server):
         (["submit", "--items", "/home/me/items.csv"], "--items /home/me/items.csv: the pods"),
         (["submit", "--interactions", "postgresql://u:pw@h/db"], "put it into the Secret"),
         (["submit", "--dataset", "movielens-9"], "movielens-100k"),
+        (["submit", "refresh_trends", "--items", "s3://b/i"], "--items goes with train_and_deploy"),
+        (["submit", "--output", "s3://b/o"], "--output goes with batch_recommend, not train"),
+        (["submit", "batch_recommend"], "give --output"),
+        (["submit", "batch_recommend", "--override", "x"], "--override goes with train_and_deploy"),
+        (["submit", "--set", "deploy.service_url=http://localhost:8080"], "the pod itself"),
         (["submit", "--set", "train.epochs=3"], "train.epochs: no such setting"),
         (["submit", "--set", "gate.rules_file=none.yaml"], "none.yaml"),
         (["schedule", "create", "refresh_trends"], "either --cron or --every"),
@@ -171,6 +176,56 @@ def test_bad_input_is_refused_before_anything_starts(server, arguments, message)
     assert message in str(raised.value)
     assert "pw" not in str(raised.value)
     assert server.runs == server.recurring == {}
+
+
+OPTIONS = {
+    "--interactions": "cannot read a file of this machine",
+    "--users": "cannot read a file of this machine",
+    "--items": "cannot read a file of this machine",
+    "--user-list": "cannot read a file of this machine",
+    "--model-store": "would be written inside a pod and be gone with it",
+    "--output": "would be written inside a pod and be gone with it",
+}
+BATCH = ["batch_recommend", "--output", "s3://b/o", "--interactions", "s3://b/l"]
+
+
+@pytest.mark.parametrize("command", [["submit"], ["schedule", "create", "--every", "1d"]])
+@pytest.mark.parametrize(("option", "message"), OPTIONS.items())
+def test_what_only_a_pod_or_this_machine_would_see_is_refused(server, command, option, message):
+    local = ("out", "/data/x", "/stores/../data/x", "/stores", "file:///data/x", "memory://x")
+    for address in (*local, "sqlite:///x.db"):
+        with pytest.raises(InputError) as raised:
+            hrnn(*command, *BATCH, option, address)
+        assert f"{option} {address}: " in str(raised.value)
+        assert message in str(raised.value)
+        assert "a path below /stores (HRNN_VOLUMES" in str(raised.value)
+    for address in ("http://127.0.0.1:9000/x", "s3://key:pw@bucket/x"):
+        with pytest.raises(InputError, match=r"the pod itself|with a password") as raised:
+            hrnn(*command, *BATCH, option, address)
+        assert "pw" not in str(raised.value)
+    if "written" in message:
+        with pytest.raises(InputError, match="cannot be written to"):
+            hrnn(*command, *BATCH, option, "https://bucket.example/x")
+    assert server.runs == server.recurring == {}
+    for address in ("s3://bucket/x", "/stores/x", "file:///stores/x"):
+        done = hrnn("submit", *BATCH, option, address)
+        assert done.exit_code == 0, done.output
+        (run,) = list(server.runs.values())[-1:]
+        assert run.runtime_config.parameters[option.strip("-").replace("-", "_")] == address
+
+
+def test_volumes_are_declared_and_mounted(server, monkeypatch):
+    monkeypatch.setenv("HRNN_VOLUMES", "data=/data")
+    with pytest.raises(InputError, match="--model-store: /stores/models, the default, is not"):
+        hrnn("submit")
+    with pytest.raises(InputError, match="a path below /data"):
+        hrnn("submit", "--model-store", "/stores/models")
+    assert hrnn("submit", "--model-store", "/data/models").exit_code == 0
+    run = _only(server.runs)
+    assert run.runtime_config.parameters["checkpoints"] == ""
+    monkeypatch.setenv("HRNN_VOLUMES", "data")
+    with pytest.raises(InputError, match="HRNN_VOLUMES='data': expected CLAIM=/FOLDER"):
+        hrnn("submit", "--model-store", "/data/models")
 
 
 def test_an_endpoint_that_is_not_one_is_said(server, monkeypatch):

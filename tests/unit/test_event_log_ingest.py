@@ -12,7 +12,7 @@ from components.validate import steps as validate
 from feature_repo.event_log import EventLog, NewEvent
 from model.errors import InputError
 from model.schema import Schema
-from pipelines import local_runner
+from pipelines import sources
 
 START = 893_286_000
 HARSH = ['say "hi"', "it's", "☃🎬", "line\nbreak", "a,b;c", "\\", "NULL"]
@@ -126,11 +126,11 @@ def test_the_address_comes_from_the_environment_and_is_written_nowhere(
 def test_the_runners_names_are_the_steps_own():
     from components.event_sources import SQL_SCHEMES
 
-    assert (local_runner.CONFIGURED, local_runner.EVENT_LOG) == (
+    assert (sources.CONFIGURED, sources.EVENT_LOG) == (
         event_log.CONFIGURED,
         event_log.VARIABLE,
     )
-    assert local_runner.SQL_SCHEMES == SQL_SCHEMES
+    assert sources.SQL_SCHEMES == SQL_SCHEMES
 
 
 def test_an_empty_log_and_no_log(log, log_url, tmp_path):
@@ -197,9 +197,9 @@ def test_a_run_is_imported_once_and_trains_to_the_same_tables(log, log_url, tmp_
 
 
 def test_a_cached_ingest_is_not_taken_after_a_deletion(log, log_url):
-    source = local_runner.Source(dataset="movielens-100k")
-    before = local_runner._source_digest(source, log_url)
-    assert before == local_runner._source_digest(source, None) == "movielens-100k"
+    source = sources.Source(dataset="movielens-100k")
+    before = source.digest({"HRNN_EVENT_LOG": log_url})
+    assert before == source.digest({}) == "movielens-100k"
     with log.write() as transaction:
         transaction.delete_user("u3")
-    assert local_runner._source_digest(source, log_url) not in (before, "")
+    assert source.digest({"HRNN_EVENT_LOG": log_url}) not in (before, "")
