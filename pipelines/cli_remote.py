@@ -11,7 +11,7 @@ import typer
 from model.errors import InputError
 
 if TYPE_CHECKING:
-    from pipelines.endpoint import Run
+    from pipelines.endpoint import Endpoint, Run
 
 # Exit codes by outcome; those of `hrnn run`, and one for what has not ended.
 EXIT = {
@@ -123,7 +123,7 @@ def submit(
     if not wait:
         print(json.dumps({"run_id": run_id}) if as_json else run_id)
         return
-    _end(connected.wait(run_id, _say, timeout, poll), as_json)
+    _end(connected, connected.wait(run_id, _say, timeout, poll), as_json)
 
 
 def status(
@@ -152,15 +152,19 @@ def status(
     run = connected.run(run_id)
     if not as_json:
         steps_table(run, sys.stdout)
-    _end(run, as_json)
+    _end(connected, run, as_json)
 
 
-def _end(run: "Run", as_json: bool) -> None:
+def _end(connected: "Endpoint", run: "Run", as_json: bool) -> None:
     if as_json:
         print(json.dumps({**asdict(run), "outcome": run.outcome}))
-    failed = next((s for s in run.steps if s.state == "FAILED" and s.error), None)
-    reason = f"{failed.name}: {failed.error}" if failed else run.error
-    _say(f"run {run.run_id}: {run.outcome}" + (f" at {reason}" if reason else ""))
+    text = f"run {run.run_id}: {run.outcome}"
+    if failed := run.failed_step:
+        text += f" at {failed.name}" + (f": {failed.error}" if failed.error else "")
+        text += f" (full log: {connected.log_of(run.run_id, failed.name)})"
+    elif run.error and run.outcome == "failed":
+        text += f": {run.error}"
+    _say(text)
     raise typer.Exit(EXIT[run.outcome])
 
 

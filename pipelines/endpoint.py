@@ -24,9 +24,16 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _CRON_FIELD = re.compile(r"[\d*/,\-?LW#A-Za-z]+")
 
 
+# Nodes of Argo that are no steps of ours: drivers, brackets, attempts of pods, the workflow itself.
+_NO_STEP = re.compile(
+    r"root|executor.*|(exit-handler|condition).*|.*-driver|.*\.onExit"
+    r"|.*-[bcdfghjklmnpqrstvwxz2456789]{5}"  # Kubernetes' random names have no vowels
+)
+
+
 @dataclass(frozen=True)
 class Step:
-    """One task of a run; `error` is "" unless it failed."""
+    """One step of a run; `error` is "" unless it failed and the endpoint says why (2.17: never)."""
 
     name: str
     state: str
@@ -54,7 +61,7 @@ class Run:
     def outcome(self) -> str:
         """running, deployed, refused, succeeded, failed or cancelled.
 
-        A training run that succeeded without its deploy step was refused by the gate.
+        A run with a gate that succeeded without its deploy step was refused by it.
         """
         if not self.finished:
             return "running"
@@ -62,10 +69,15 @@ class Run:
             return "cancelled"
         if self.state != "SUCCEEDED":
             return "failed"
-        if self.pipeline != "train-and-deploy":
+        if not any(s.name == "gate" for s in self.steps) and self.pipeline != "train-and-deploy":
             return "succeeded"
         done = any(s.name == "deploy" and s.state == "SUCCEEDED" for s in self.steps)
         return "deployed" if done else "refused"
+
+    @property
+    def failed_step(self) -> Step | None:
+        """The step that failed, the first if there are several."""
+        return next((s for s in self.steps if s.state == "FAILED"), None)
 
 
 @dataclass(frozen=True)
@@ -172,6 +184,15 @@ class Endpoint:
         """One run with its steps."""
         with self._errors(f"asked for run {run_id}"):
             return _run(self._client.get_run(run_id))
+
+    def log_of(self, run_id: str, step: str) -> str:
+        """Where a person finds the log of a step, in words."""
+        labels = f"pipeline/runid={run_id},app.kubernetes.io/component={step}"
+        namespace = self.namespace or "NAMESPACE"
+        return (
+            f"{self.address.rstrip('/')}/#/runs/details/{run_id}, or `kubectl -n {namespace} logs "
+            f"-l {labels} -c main --tail 50`"
+        )
 
     def runs(self, limit: int = 20) -> list[Run]:
         """The newest runs, without their steps."""
@@ -326,13 +347,13 @@ def _reason(error: Any) -> str:
 
 def _run(run: Any) -> Run:
     details = run.run_details.task_details if run.run_details else None
-    steps = tuple(
-        Step(t.display_name or "", str(t.state or ""), _message(t.error))
-        for t in sorted(details or [], key=lambda t: str(t.start_time or "~"))
-        if t.display_name and not t.display_name.endswith("-driver") and t.display_name != "root"
-    )
     spec = run.pipeline_spec if isinstance(run.pipeline_spec, dict) else {}
     spec = spec.get("pipeline_spec", spec)
+    known = _step_names(spec)
+
+    def is_step(name: str) -> bool:
+        return name in known if known else bool(name) and not _NO_STEP.fullmatch(name)
+
     return Run(
         run_id=str(run.run_id),
         name=run.display_name or "",
@@ -340,9 +361,25 @@ def _run(run: Any) -> Run:
         created_at=_moment(run.created_at),
         finished_at=_moment(run.finished_at),
         error=_message(run.error),
-        steps=steps,
+        steps=tuple(
+            Step(t.display_name, str(t.state or ""), _message(t.error))
+            for t in sorted(details or [], key=lambda t: str(t.start_time or "~"))
+            if is_step(t.display_name or "")
+        ),
         pipeline=str(spec.get("pipelineInfo", {}).get("name", "")),
     )
+
+
+def _step_names(spec: Mapping[str, Any]) -> set[str]:
+    """Tasks of a pipeline that run in a container; none if the specification is not there."""
+    components = spec.get("components", {})
+    dags = [spec.get("root", {}).get("dag", {}), *(c.get("dag", {}) for c in components.values())]
+    return {
+        name
+        for dag in dags
+        for name, task in dag.get("tasks", {}).items()
+        if "executorLabel" in components.get(task.get("componentRef", {}).get("name"), {})
+    }
 
 
 def _schedule(recurring: Any) -> Schedule:

@@ -1,14 +1,17 @@
 """A local server that speaks the v2beta1 API of Kubeflow Pipelines.
 
-Bodies are held to the published schema (the generated models of kfp-server-api): a field that the
-schema does not know, or a wrong type, is answered with 400, as by the real gateway.
+Bodies both ways are held to the published schema, of which the models in kfp-server-api are
+generated: a field that the schema does not know, a wrong type or a state that does not exist is
+answered with 400 when it comes in, as by the real gateway, and fails the test when it goes out.
+(The swagger files of 2.17 require no field: all are proto3.) `nodes` are what a real server makes
+of a workflow.
 """
 
 import json
 import re
 import threading
 import uuid
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
@@ -20,20 +23,40 @@ INT64 = ("max_concurrency", "interval_second")
 
 def checked(body, kind):
     """The body as a model; ValueError where the schema disagrees."""
-    model = getattr(api, kind)
-    names = {wire: name for name, wire in model.attribute_map.items()}
-    if unknown := body.keys() - names.keys():
-        raise ValueError(f"unknown field {sorted(unknown)[0]!r} in {kind}")
-    for wire, value in body.items():
-        expected = model.openapi_types[names[wire]]
-        plain = {"str": str, "bool": bool, "int": int, "object": dict}.get(expected)
-        if wire in INT64 and isinstance(value, int):
-            value = str(value)  # the JSON form of protobuf takes 64-bit numbers both ways
-        if plain is not None and not isinstance(value, plain):
-            raise ValueError(f"{kind}.{wire}: expected {expected}, got {value!r}")
-        if hasattr(api, expected) and isinstance(value, dict):
-            checked(value, expected)
-    return api.ApiClient()._ApiClient__deserialize(body, model)
+    _check(body, kind, kind)
+    return api.ApiClient()._ApiClient__deserialize(body, getattr(api, kind))
+
+
+def _check(value, kind, where):
+    if value is None:
+        return
+    if found := re.fullmatch(r"list\[(.+)\]|dict\(str, (.+)\)", kind):
+        expected = list if found[1] else dict
+        if not isinstance(value, expected):
+            raise ValueError(f"{where}: expected {kind}, got {value!r}")
+        for part in value if found[1] else value.values():
+            _check(part, found[1] or found[2], where)
+        return
+    model = getattr(api, kind, None)
+    if model is None:
+        plain = {"str": str, "bool": bool, "int": int, "object": (dict, list, str, int, float)}
+        if where.rpartition(".")[2] in INT64 and isinstance(value, int):
+            return  # the JSON form of protobuf takes 64-bit numbers both ways
+        if kind == "datetime":
+            datetime.fromisoformat(value)
+        elif not isinstance(value, plain[kind]) or (isinstance(value, bool) and kind == "int"):
+            raise ValueError(f"{where}: expected {kind}, got {value!r}")
+    elif not model.openapi_types:  # an enumeration
+        if value not in model.allowable_values:
+            raise ValueError(f"{where}: {value!r} is none of {model.allowable_values}")
+    else:
+        wires = {wire: name for name, wire in model.attribute_map.items()}
+        if not isinstance(value, dict):
+            raise ValueError(f"{where}: expected {kind}, got {value!r}")
+        for wire, part in value.items():
+            if wire not in wires:
+                raise ValueError(f"unknown field {wire!r} in {where}")
+            _check(part, model.openapi_types[wires[wire]], f"{where}.{wire}")
 
 
 class KfpServer:
@@ -43,6 +66,7 @@ class KfpServer:
         self.experiments, self.runs, self.recurring = {}, {}, {}
         self.fail_next = []  # (status, body) answered before anything else
         self.script = []  # how each further look finds a run: a function of the run
+        self.wrong = []  # answers that the schema does not allow: nobody may rely on them
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -77,6 +101,7 @@ class KfpServer:
     def close(self):
         self._server.shutdown()
         self._server.server_close()
+        assert self.wrong == []
 
     def answer(self, method, path, query, body):
         routes = [
@@ -141,18 +166,54 @@ class KfpServer:
         size, start = int(query.get("page_size") or 20), int(query.get("page_token") or 0)
         page = [self._json(f) for f in found[start : start + size]]
         more = str(start + size) if start + size < len(found) else ""
-        return {name: page, "next_page_token": more, "total_size": len(found)}
+        answer = {name: page, "next_page_token": more, "total_size": len(found)}
+        kinds = {"experiments": "Experiments", "runs": "Runs", "recurringRuns": "RecurringRuns"}
+        return self._allowed(answer, f"V2beta1List{kinds[name]}Response")
 
-    @staticmethod
-    def _json(model):
-        return api.ApiClient().sanitize_for_serialization(model)
+    def _json(self, model):
+        body = api.ApiClient().sanitize_for_serialization(model)
+        return self._allowed(body, type(model).__name__)
+
+    def _allowed(self, answer, kind):
+        try:
+            _check(answer, kind, kind)
+        except ValueError as error:
+            self.wrong.append(str(error))
+        return answer
 
 
-def task(name, state, error=""):
-    """A task of a run, as the API reports it."""
-    return api.V2beta1PipelineTaskDetail(
-        display_name=name,
-        state=state,
-        start_time=datetime.now(UTC),
-        error=api.GoogleRpcStatus(code=2, message=error) if error else None,
-    )
+def nodes(*steps, workflow="train-and-deploy-x7k2f", begun=None):
+    """Details of a run's tasks as the API server reports them: every node of the Argo workflow.
+
+    Args:
+        steps: (name, state) in the order in which they began. Failed ones carry no error: the
+            server does not fill that field in.
+    """
+    made, begun = [], begun or datetime.now(UTC)
+
+    def node(name, state):
+        made.append(
+            api.V2beta1PipelineTaskDetail(
+                run_id="r",
+                task_id=str(uuid.uuid4()),
+                display_name=name,
+                state=state,
+                create_time=begun,
+                start_time=begun + timedelta(seconds=len(made)),
+                end_time=begun + timedelta(seconds=len(made) + 1),
+                child_tasks=[api.PipelineTaskDetailChildTask(pod_name=f"{workflow}-{len(made)}")],
+            )
+        )
+
+    running = "RUNNING" if any(state == "RUNNING" for _, state in steps) else "SUCCEEDED"
+    for bracket in (workflow, "root-driver", "root", "exit-handler-1-driver", "exit-handler-1"):
+        node(bracket, "SUCCEEDED" if bracket.endswith("driver") else running)
+    for name, state in steps:
+        node(f"{name}-driver", "SUCCEEDED")
+        node(name, state)
+        node("executor", state)
+        if state == "FAILED":
+            for attempt in range(3):
+                node(f"executor({attempt})", state)
+    node("condition-1-driver", "SUCCEEDED")
+    return sorted(made, key=lambda n: n.task_id)  # in no order that means anything

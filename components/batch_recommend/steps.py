@@ -32,7 +32,8 @@ from model.store import ModelStore
 
 __all__ = ["BatchRecommendSettings", "run"]
 
-PLAN, DONE, LATEST = "plan.json", "summary.json", "latest.json"
+# Readers of a folder of Parquet (Arrow, Spark, DuckDB's *.parquet) leave out names with a `_`.
+PLAN, DONE, LATEST = "_plan.json", "_summary.json", "latest.json"
 _DATED = re.compile(r"\d{8}T\d{6}Z")  # names of batches begin with the moment they began
 BLOCK_CELLS = 2**22  # scores held at once (float32: 16 MiB), whatever the catalogue's size
 SCHEMA = pa.schema(
@@ -76,7 +77,7 @@ def run(
     run_id: str = "",
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write `part-00000.parquet` … and `summary.json` into a folder of `output`; return that.
+    """Write `part-00000.parquet` … and `_summary.json` into a folder of `output`; return that.
 
     Rows: user_id, rank (from 1), item_id, score, affinity, trend; users in the order of the log,
     listed users that the log does not know last (they get what new users get).

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -35,14 +36,14 @@ def log(tmp_path_factory):
     return write_log(path, synthetic.successor(60, 8, ITEMS, seed=0))
 
 
-def _start(workspace, log):
+def _start(workspace, log, **environment):
     assignments = [p for k, v in SMALL.items() for p in ("--set", f"{k}={v}")]
     return subprocess.Popen(
         [*HRNN_RUN, "--json", "--workspace", workspace, "--interactions", log, *assignments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "HRNN_TEST_MARK": str(workspace)},
+        env={**os.environ, "HRNN_TEST_MARK": str(workspace), **environment},
         preexec_fn=interruptible,
     )
 
@@ -65,40 +66,86 @@ def _wait_until(condition, what):
         time.sleep(0.05)
 
 
-# The others write nothing but their own artifacts, as ingest does.
-KILLED_AT = ("ingest", "features", "train", "deploy")
+# Where each step is stopped: about to write this file, so that something is done and not all.
+KILLED_AT = {
+    "ingest": "ingest/tables/source.json",
+    "validate": "validate/clean/report.json",
+    "features": "features/registry.db",
+    "train": "manifest.json",
+    "evaluate": "evaluate/evaluation",
+    "gate": "gate/verdict",
+    "deploy": "deploy/deployment",  # the pointer has moved, and the step does not know it yet
+}
+# Python imports this module by itself. The process that is about to write the file stands still
+# until it is killed, so that a slow machine makes no difference.
+STANDS_STILL = """
+import os, signal, sys
+def stand(event, arguments):
+    if event == "open":
+        path, writes = str(arguments[0]), (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+    elif event == "os.rename":
+        path, writes = str(arguments[1]), True
+    else:
+        return
+    if writes and path.endswith(os.environ["HRNN_TEST_STAND"]):
+        os.mkdir(os.environ["HRNN_TEST_STANDS"])
+        while True:
+            signal.pause()
+sys.addaudithook(stand)
+"""
 
 
-@pytest.mark.timeout(900)  # five runs, perhaps on a loaded machine
-def test_killed_at_every_step_and_run_again_it_finishes_and_deploys_once(tmp_path, log):
-    workspace = tmp_path / "workspace"
-    store = ModelStore(str(workspace / "models"))
-    for step in KILLED_AT:
-        process = _start(workspace, log)
-        seen = []
-        for line in process.stderr:
-            seen.append(line)
-            if line.strip() == f"[{STEPS.index(step) + 1}/7 {step}]":
-                break
-        else:
-            pytest.fail(f"{step} did not begin: {''.join(seen)}")
-        process.kill()
-        process.wait()
-        process.stdout.close()
-        process.stderr.close()
-        # Nobody is left who could go on writing while the next run begins.
-        _wait_until(lambda: not _marked(workspace), f"processes outlived the run killed at {step}")
-        champion = store.champion()
-        assert champion is None or bundles.verify(workspace / "models" / champion.path)
-        if step != "deploy":
-            assert champion is None
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A workspace in which runs are killed, one after the other."""
+    folder = tmp_path_factory.mktemp("killed")
+    (folder / "site").mkdir()
+    (folder / "site" / "sitecustomize.py").write_text(STANDS_STILL)
+    return folder
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_run_killed_in_the_middle_of_a_step_leaves_nothing_half_deployed(killed, log, step):
+    workspace, stands = killed / "workspace", killed / f"stands-at-{step}"
+    process = _start(
+        workspace,
+        log,
+        PYTHONPATH=str(killed / "site"),
+        HRNN_TEST_STAND=KILLED_AT[step],
+        HRNN_TEST_STANDS=str(stands),
+    )
+    seen = []
+    reading = threading.Thread(target=lambda: seen.extend(process.stderr), daemon=True)
+    reading.start()
+    _wait_until(lambda: stands.exists() or process.poll() is not None, f"{step} was not reached")
+    assert stands.exists(), "".join(seen)
+    process.kill()
+    process.wait()
+    reading.join(DEADLINE)
+    process.stdout.close()
+    process.stderr.close()
+    assert f"[{STEPS.index(step) + 1}/7 {step}]" in seen[-1] or step in "".join(seen)
+    # Nobody is left who could go on writing while the next run begins.
+    _wait_until(lambda: not _marked(workspace), f"processes outlived the run killed at {step}")
+    champion = ModelStore(str(workspace / "models")).champion()
+    if step == "deploy":
+        assert bundles.verify(workspace / "models" / champion.path)
+    elif STEPS.index(step) < STEPS.index("deploy"):
+        assert champion is None
+
+
+def test_run_again_it_finishes_and_has_deployed_once(killed, log):
+    workspace = killed / "workspace"
     done = hrnn_run(workspace, "--interactions", log, settings=SMALL)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("done before, not again") == 3  # ingest, validate, train
+    assert json.loads(done.stdout)["verdict"] == "deployed"
+    store = ModelStore(str(workspace / "models"))
     champion = store.champion()
     assert champion.version == json.loads(done.stdout)["model_version"]
     assert champion.previous is None
     assert [v.version for v in store.versions()] == [champion.version]
+    # What the killed runs had finished was not done again.
+    assert done.stderr.count("done before, not again") == 3, done.stderr  # ingest, validate, train
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ def _latest(output):
 
 def _lists(output):
     folder = _latest(output)
-    table = pa.concat_tables(pq.read_table(p) for p in sorted(folder.glob("part-*.parquet")))
+    table = pq.read_table(folder)  # as anybody would read it
     assert table.schema.names == steps.SCHEMA.names
     found = {}
     for row in table.to_pylist():
@@ -72,7 +72,7 @@ def test_the_batch_equals_the_model_asked_one_by_one(world, tmp_path):
         assert [r[0] for r in rows] == [1, 2, 3]
         assert [r[2] for r in rows] == pytest.approx([r.score for r in own], abs=1e-4)
     assert record["output"] == str(_latest(tmp_path / "out"))
-    assert json.loads((_latest(tmp_path / "out") / "summary.json").read_text()) == record
+    assert json.loads((_latest(tmp_path / "out") / "_summary.json").read_text()) == record
 
 
 @pytest.mark.parametrize("size", [1, USERS, 1000])
@@ -134,7 +134,7 @@ def test_a_batch_that_was_killed_goes_on_with_what_is_missing(world, tmp_path):
     (batch,) = output.iterdir()  # and no pointer to it
     parts = sorted(batch.glob("part-*"))
     assert len(parts) == 2
-    assert not (batch / "summary.json").exists()
+    assert not (batch / "_summary.json").exists()
     before = [p.stat().st_mtime_ns for p in parts]
     record = _run(world, tmp_path, run_id="another-run")
     assert record["batch"] == batch.name
@@ -152,7 +152,7 @@ def test_every_run_of_a_schedule_has_a_folder_of_its_own(world, tmp_path):
     assert _latest(output).name == second["batch"]
     for record in (first, second):
         folder = output / record["batch"]
-        assert json.loads((folder / "summary.json").read_text()) == record
+        assert json.loads((folder / "_summary.json").read_text()) == record
         assert len(list(folder.glob("part-*.parquet"))) == record["parts"]
     other = _run(world, tmp_path, settings={"num_results": 1}, run_id="run-c")
     assert {len(rows) for rows in _lists(output).values()} == {1}
@@ -171,10 +171,10 @@ def test_older_batches_are_removed_when_asked_and_nothing_else_is(world, tmp_pat
     ids = [f"20200101T00000{n}Z-a" for n in range(3)]
     for run_id in ids:
         _run(world, tmp_path, run_id=run_id)
-    (output / "20200101T000000Z-a" / "summary.json").unlink()  # begun, and given up
-    (output / "20200101T000000Z-a" / "plan.json").write_text("{}")
+    (output / "20200101T000000Z-a" / "_summary.json").unlink()  # begun, and given up
+    (output / "20200101T000000Z-a" / "_plan.json").write_text("{}")
     (output / "mine").mkdir()
-    (output / "mine" / "summary.json").write_text("")
+    (output / "mine" / "_summary.json").write_text("")
     kept = _run(world, tmp_path, settings={"keep": 2}, run_id="20200101T000009Z-a")
     assert {p.name for p in output.iterdir()} == {ids[2], kept["batch"], "mine", "latest.json"}
     assert _latest(output).name == kept["batch"]

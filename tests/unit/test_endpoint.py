@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from model.errors import InputError, UnavailableError
 from pipelines.cli import app
 from pipelines.endpoint import Endpoint, cron_expression, interval_seconds
-from tests.kfp_server import KfpServer, task
+from tests.kfp_server import KfpServer, checked, nodes
 
 
 @pytest.fixture
@@ -47,34 +47,31 @@ def test_a_run_is_submitted_with_its_settings(server):
     assert _only(server.experiments).display_name == "hrnn-meta"
 
 
-def _finish(state, *tasks, error=""):
+def _finish(state, *steps, error=""):
     def act(run):
         run.state = state
-        run.run_details = api.V2beta1RunDetails(task_details=list(tasks))
+        run.run_details = api.V2beta1RunDetails(task_details=nodes(*steps))
         run.error = api.GoogleRpcStatus(code=2, message=error) if error else None
 
     return act
 
 
-RUNNING = _finish("RUNNING", task("ingest", "RUNNING"))
+RUNNING = _finish("RUNNING", ("ingest", "RUNNING"))
+DONE = (("ingest", "SUCCEEDED"), ("gate", "SUCCEEDED"))
 
 
 @pytest.mark.parametrize(
     ("end", "code", "words"),
     [
+        (_finish("SUCCEEDED", *DONE, ("deploy", "SUCCEEDED")), 0, "deployed"),
+        (_finish("SUCCEEDED", *DONE, ("deploy", "SKIPPED")), 3, "refused"),
+        (_finish("SUCCEEDED", *DONE), 3, "refused"),
         (
-            _finish("SUCCEEDED", task("gate", "SUCCEEDED"), task("deploy", "SUCCEEDED")),
-            0,
-            "deployed",
-        ),
-        (_finish("SUCCEEDED", task("gate", "SUCCEEDED"), task("deploy", "SKIPPED")), 3, "refused"),
-        (_finish("SUCCEEDED", task("gate", "SUCCEEDED")), 3, "refused"),
-        (
-            _finish("FAILED", task("train", "FAILED", "no GPU"), error="x"),
+            _finish("FAILED", ("ingest", "SUCCEEDED"), ("train", "FAILED")),
             1,
-            "failed at train: no GPU",
+            "failed at train (full log: ",
         ),
-        (_finish("FAILED", error="the pod was lost"), 1, "failed at the pod was lost"),
+        (_finish("FAILED", error="the workflow was lost"), 1, "failed: the workflow was lost"),
         (_finish("CANCELED"), 130, "cancelled"),
     ],
 )
@@ -88,6 +85,40 @@ def test_the_exit_code_tells_the_outcome(server, end, code, words):
     shown = hrnn("status", run_id)
     assert shown.exit_code == code
     assert words in shown.stderr
+    for noise in ("driver", "executor", "root", "x7k2f", "condition"):
+        assert noise not in shown.stdout + shown.stderr + done.stderr
+
+
+def test_a_failed_step_is_told_with_the_place_of_its_log(server):
+    server.script = [_finish("FAILED", ("ingest", "SUCCEEDED"), ("train", "FAILED"))]
+    done = hrnn("submit", "--wait", "--poll", "0.1", "--namespace", "team")
+    run_id = _only(server.runs).run_id
+    assert f"full log: {server.address}/#/runs/details/{run_id}, or `kubectl -n team" in done.stderr
+    assert f"-l pipeline/runid={run_id},app.kubernetes.io/component=train" in done.stderr
+
+
+def test_a_run_of_an_uploaded_pipeline_is_understood_too(server):
+    """Its specification is elsewhere: steps are told by their names alone."""
+    hrnn("submit")
+    run = _only(server.runs)
+    run.pipeline_spec = None
+    run.pipeline_version_reference = api.V2beta1PipelineVersionReference(pipeline_id="p")
+    _finish("SUCCEEDED", *DONE)(run)
+    shown = hrnn("status", run.run_id, "--json")
+    assert shown.exit_code == 3
+    assert [s["name"] for s in json.loads(shown.stdout)["steps"]] == ["ingest", "gate"]
+
+
+def test_the_stand_in_holds_both_sides_to_the_schema(server):
+    with pytest.raises(ValueError, match="RUNNNING"):
+        checked({"state": "RUNNNING"}, "V2beta1Run")
+    with pytest.raises(ValueError, match="unknown field 'stat'"):
+        checked({"run_details": {"task_details": [{"stat": "RUNNING"}]}}, "V2beta1Run")
+    hrnn("submit")
+    _only(server.runs).state = "DONE"
+    hrnn("status")
+    assert "'DONE' is none of" in server.wrong[0]
+    server.wrong.clear()
 
 
 def test_a_wait_survives_a_short_outage_and_ends_in_time(server):
