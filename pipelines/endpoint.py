@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import HrnnError, InputError, UnavailableError
+from pipelines.compile import compile_one
 
 CONNECT_SECONDS, READ_SECONDS = 5.0, 60.0
 FINISHED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
@@ -91,18 +92,6 @@ class Schedule:
     created_at: str
 
 
-def compiled(pipeline: str, folder: Path) -> Path:
-    """The pipeline's YAML, as of this code."""
-    from importlib import import_module
-
-    from kfp import compiler
-
-    path = folder / f"{pipeline}.yaml"
-    function = getattr(import_module(f"pipelines.{pipeline}"), pipeline)
-    compiler.Compiler().compile(function, str(path))
-    return path
-
-
 def interval_seconds(text: str) -> int:
     """Seconds of `30m`, `1h`, `1d`."""
     found = _EVERY.fullmatch(text.strip())
@@ -175,7 +164,7 @@ class Endpoint:
             run = self._client.run_pipeline(
                 self._experiment_id(),
                 name,
-                pipeline_package_path=str(compiled(pipeline, Path(folder))),
+                pipeline_package_path=str(compile_one(pipeline, Path(folder))),
                 params=dict(arguments),
             )
         return str(run.run_id)
@@ -269,7 +258,7 @@ class Endpoint:
                 max_concurrency=1,
                 no_catchup=True,
                 params=dict(arguments),
-                pipeline_package_path=str(compiled(pipeline, Path(folder))),
+                pipeline_package_path=str(compile_one(pipeline, Path(folder))),
             )
         for old in same:  # only when its successor is there
             self.unschedule(old.schedule_id)

@@ -25,6 +25,21 @@ def test_compiled_pipelines_equal_the_golden_files(tmp_path):
         assert _documents(path) == _documents(GOLDEN / path.name), "run `make golden`, review it"
 
 
+def test_compiling_twice_gives_the_same_text(tmp_path):
+    code = "import sys, pathlib; from pipelines.compile import *; compile_all(pathlib.Path('.'))"
+    for seed in ("1", "2"):
+        (tmp_path / seed).mkdir()
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=tmp_path / seed,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed},
+            check=True,
+            timeout=240,
+        )
+    for path in (tmp_path / "1").iterdir():
+        assert path.read_text() == (tmp_path / "2" / path.name).read_text(), path.name
+
+
 def test_training_asks_for_a_gpu_and_tolerates_its_node(tmp_path):
     path = compile_all(tmp_path)[0]
     pipeline, platform = _documents(path)
