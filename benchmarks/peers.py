@@ -118,6 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     plain = NetworkSettings(
         hidden=options.hidden,
         transitions=False,
+        repeats=False,
         user_fields=False,
         item_fields=False,
         feedback=False,

@@ -3,14 +3,17 @@
     python -m benchmarks.train_throughput                       # the table of docs/results.md
     python -m benchmarks.train_throughput --gru4rec FOLDER      # and the official GRU4Rec's step
     python -m benchmarks.train_throughput --only 1000000:128:sampled --profile
+    python -m benchmarks.train_throughput --crossover     # dense or sampled, by catalogue size
 
 Every configuration runs in a process of its own, on steps alone (no validation), on a log with
 Zipf-popular items; the network is the plain one that is compared (ids and times in, a GRU of the
-same size as the embedding; no fields, dropout or transition counts) unless `--full` is given.
-Memory is the peak of the process beyond what importing took and beyond the tables: the items'
-vectors and, with sampled softmax, their moving average. A step counts by the first decile of its
-times, ours and theirs, so that other work on the machine blurs the ratios little; OMP_NUM_THREADS
-sets the threads.
+same size as the embedding; no fields, dropout, transition counts or repeats) unless `--full` is
+given. Memory is the peak of resident memory beyond what importing took and beyond the tables: the
+items' vectors and, with sampled softmax, their moving average. A step counts by the first decile of
+its times, ours and theirs, so that other work on the machine blurs the ratios little; what share of
+the processors that work took is in the last column: OpenMP's threads wait for each other several
+hundred times a step, and a step takes a hundred times as long when one of them has to wait for a
+processor. OMP_NUM_THREADS sets the threads.
 
 The limit is what the arithmetic of an event would allow at the float32 matrix-product speed
 measured beside it: 6 FLOPs per weight an event passes through (2 forward, 4 backward). FOLDER holds
@@ -21,6 +24,7 @@ loss and optimiser are stepped as its `fit` does, at batch 1,024.
 import argparse
 import importlib.util
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -60,7 +64,19 @@ def random_log(num_events: int, num_items: int, seed: int) -> Histories:
 
 
 def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The most resident memory so far (ru_maxrss would have that of the parent process)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return 1024 * int(line.split()[1])
+    raise SystemExit("/proc/self/status does not tell the peak of memory")
+
+
+def processor_seconds() -> tuple[float, float]:
+    """Time that all processes, and this one, have spent on the processors so far."""
+    busy = list(map(int, Path("/proc/stat").read_text().split()[1:9]))
+    ticks = sum(busy) - busy[3] - busy[4]  # without idle and waiting for disks
+    own = resource.getrusage(resource.RUSAGE_SELF)
+    return ticks / os.sysconf("SC_CLK_TCK"), own.ru_utime + own.ru_stime
 
 
 class _TimeIsUp(Exception):  # noqa: N818 - no error
@@ -210,6 +226,12 @@ def official(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def others(before: tuple[float, float], seconds: float) -> float:
+    """Share of the processors that other processes took since `before`."""
+    everybody, own = (now - then for now, then in zip(processor_seconds(), before, strict=True))
+    return max(0.0, everybody - own) / (seconds * (os.cpu_count() or 1))
+
+
 def _step_seconds(step: Any, config: dict[str, Any]) -> float:
     for _ in range(config["warm"]):
         step()
@@ -223,6 +245,44 @@ def _step_seconds(step: Any, config: dict[str, Any]) -> float:
 def typical(step_seconds: Any) -> float:
     """The first decile: what a step takes when nothing else wants the processor."""
     return float(np.quantile(step_seconds, 0.1))
+
+
+def run_one(kind: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Measure here and now, with how much other processes disturbed."""
+    before, started = processor_seconds(), time.perf_counter()
+    result = KINDS[kind](config)
+    return result | {"others": others(before, time.perf_counter() - started)}
+
+
+def crossover(options: argparse.Namespace) -> int:
+    """Dense and sampled steps side by side as training would run them by default."""
+    print("| items | negatives | dense, events/s | sampled, events/s | sampled / dense |")
+    print("|---|---|---|---|---|")
+    for items in (2_000, 5_000, 10_000, 20_000, 50_000, 100_000):
+        draws = TrainSettings().draws(items)
+        speeds = []
+        for softmax in ("dense", "sampled"):
+            got = measure(
+                "ours",
+                items=items,
+                hidden=options.hidden,
+                softmax=softmax,
+                negatives=draws,
+                bptt=options.bptt,
+                seconds=options.seconds,
+                warm=3,
+                precision="auto",
+                full=options.full,
+                batch=options.batches[0],
+                profile=False,
+            )
+            speeds.append(got["events_per_second"])
+        print(
+            f"| {items:,} | {draws:,} | {speeds[0]:,.0f} | {speeds[1]:,.0f} | "
+            f"{speeds[1] / speeds[0]:.2f} |",
+            flush=True,
+        )
+    return 0
 
 
 KINDS = {"ours": ours, "plain": plain_dense, "official": official}
@@ -265,11 +325,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--gru4rec", metavar="FOLDER")
     parser.add_argument("--plain", action="store_true", help="the plain dense step beside ours")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--crossover", action="store_true")
+    parser.add_argument("--hidden", type=int, default=128, help="of the crossover")
     parser.add_argument("--one", nargs=2, metavar=("KIND", "JSON"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.one:
-        print(json.dumps(KINDS[options.one[0]](json.loads(options.one[1]))))
+        print(json.dumps(run_one(options.one[0], json.loads(options.one[1]))))
         return 0
+    if options.crossover:
+        return crossover(options)
     limit, half, copied = gemm_flops(), gemm_flops(torch.bfloat16), copy_bytes()
     print(
         f"{torch.get_num_threads()} threads; matrix products {limit / 1e9:.0f} GFLOP/s float32, "
@@ -277,7 +341,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     print(
         "| items | hidden | step | batch | events/s | step, ms | memory beyond the tables | "
-        "share of the float32 limit |\n|---|---|---|---|---|---|---|---|"
+        "share of the float32 limit | others |\n|---|---|---|---|---|---|---|---|---|"
     )
     rows = []
     for chosen in options.only:
@@ -315,7 +379,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(
                 f"| {int(items):,} | {hidden} | {name}{precision} | {extra['batch']:,} | "
                 f"{got['events_per_second']:,.0f} | {got['step_ms']:.1f} | "
-                f"{got['extra_bytes'] / 1e9:.2f} GB | {f'{share:.0%}' if share else ''} |",
+                f"{got['extra_bytes'] / 1e9:.2f} GB | {f'{share:.0%}' if share else ''} | "
+                f"{got['others']:.0%} |",
                 flush=True,
             )
             if "profile" in got:

@@ -16,6 +16,8 @@ from model.train_settings import Device, Precision
 
 T = TypeVar("T")
 
+HALF_COLUMNS = 1000  # scores per position from which bfloat16 pays on a CPU
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -32,16 +34,29 @@ def choose_device(wanted: Device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def choose_dtype(wanted: Precision, device: torch.device) -> torch.dtype:
-    """What matrix products run in; left to choose, bfloat16 on a GPU that has it.
+def choose_dtype(wanted: Precision, device: torch.device, columns: int) -> torch.dtype:
+    """What matrix products run in.
 
-    A CPU stays at float32: what bfloat16 gains there and costs in accuracy differs by processor,
-    so it is for the user to ask for.
+    Left to choose: bfloat16 where the hardware multiplies it and a product is large enough for
+    that to save more than the conversions cost; as accurate as float32 (docs/results.md). It
+    depends on machine and sizes alone, so that a run that is continued goes on as it began.
+
+    Args:
+        columns: how many scores a position gets.
     """
     if wanted is Precision.AUTO:
-        half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        if device.type == "cuda":
+            half = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            half = columns >= HALF_COLUMNS and multiplies_bfloat16()
         return torch.bfloat16 if half else torch.float32
     return torch.bfloat16 if wanted is Precision.BFLOAT16 else torch.float32
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this processor does: then its products are two to four times float32's speed."""
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 def keep_freed_memory() -> None:

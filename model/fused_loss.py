@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from model.lifts import Lifts
 from model.repeats import SeenItems
 
-CHUNK_CELLS = 2**20  # scores held at once: 4 MiB
+CHUNK_CELLS = 2**22  # scores held at once: 16 MiB in float32, half of that in bfloat16
 CHUNK_ROWS = 64  # at least: matrix products of fewer rows are slow
 PADDING = 8  # columns that carry the bias in bfloat16
 # Negatives are padded to a multiple of this: a library that makes its matrix products to measure

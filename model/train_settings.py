@@ -13,7 +13,7 @@ from model.splits import SplitSettings
 class Softmax(StrEnum):
     """How the softmax over the catalogue is computed in training."""
 
-    AUTO = "auto"  # dense up to 100,000 items
+    AUTO = "auto"  # dense up to 20,000 items
     DENSE = "dense"
     SAMPLED = "sampled"  # importance sampling (§3.1)
 
@@ -29,7 +29,7 @@ class Device(StrEnum):
 class Precision(StrEnum):
     """Of matrix products and softmax in training; weights and sums are float32 always."""
 
-    AUTO = "auto"  # bfloat16 on a GPU that has it, float32 on a CPU
+    AUTO = "auto"  # bfloat16 where the hardware has it and sizes make it pay (`model.device`)
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
 
@@ -67,3 +67,7 @@ class TrainSettings(SettingsBase):
     device: Device = Device.AUTO
     precision: Precision = Precision.AUTO
     checkpoint_minutes: float = 5.0  # between checkpoints, where there is a folder for them
+
+    def draws(self, num_items: int) -> int:
+        """Negatives of a gradient step, by the number of items where not set."""
+        return self.negatives or max(512, int(num_items**0.5))

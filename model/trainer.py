@@ -41,7 +41,9 @@ from model.warm_start import Start, warm_start
 
 FOLDS = 5  # of the users, for cross-fitted transition counts
 REPEAT_SAMPLE = 50_000  # events, to see how often items come back before training begins
-SAMPLED_ABOVE = 100_000  # items; below, the dense softmax is no slower (§4.6)
+# Items. Sampled steps are faster from 5,000 on (`benchmarks.train_throughput --crossover`), but may
+# need more of them (docs/results.md): the dense softmax is kept until it takes six times as long.
+SAMPLED_ABOVE = 20_000
 
 
 @dataclass
@@ -170,7 +172,7 @@ class Trainer:
             target_N = torch.from_numpy(sample.item_E)[event_N]
             network.repeats.start_at(SeenItems.of_log(sample, event_N), target_N, p_M)
         sampler: AliasSampler | None = None
-        negatives = settings.negatives or max(512, int(num_items**0.5))
+        negatives = settings.draws(num_items)
         if settings.softmax is Softmax.SAMPLED or (
             settings.softmax is Softmax.AUTO and num_items > SAMPLED_ABOVE
         ):
@@ -179,7 +181,8 @@ class Trainer:
         if fields_alone is None:
             fields_alone = min(0.5, new_item_share(self.train))
         network.to(self.device)
-        self.dtype = choose_dtype(settings.precision, self.device)
+        columns = num_items if sampler is None else negatives
+        self.dtype = choose_dtype(settings.precision, self.device, columns)
         return Objective(
             network=network,
             value_weight=settings.value_weight,

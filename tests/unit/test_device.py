@@ -70,11 +70,19 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
 def test_precision_follows_the_device(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    assert choose_dtype(Precision.AUTO, gpu) is torch.bfloat16
-    assert choose_dtype(Precision.AUTO, cpu) is torch.float32
+    assert choose_dtype(Precision.AUTO, gpu, 10) is torch.bfloat16
+    for flag, columns, wanted in (
+        ("avx512_bf16", 5000, torch.bfloat16),
+        ("amx_bf16", 5000, torch.bfloat16),
+        ("avx512_f", 5000, torch.float32),
+        ("avx512_bf16", 20, torch.float32),  # small products gain nothing
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flag=flag: {flag: True})
+        assert choose_dtype(Precision.AUTO, cpu, columns) is wanted
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    assert choose_dtype(Precision.AUTO, gpu) is torch.float32
-    assert choose_dtype(Precision.BFLOAT16, cpu) is torch.bfloat16
+    assert choose_dtype(Precision.AUTO, gpu, 5000) is torch.float32
+    assert choose_dtype(Precision.BFLOAT16, cpu, 10) is torch.bfloat16
+    assert choose_dtype(Precision.FLOAT32, cpu, 5000) is torch.float32
 
 
 def test_everything_inside_is_moved():
