@@ -179,7 +179,7 @@ class Trainer:
             sampler = frequency_sampler(self.count_M)
         fields_alone = settings.fields_alone
         if fields_alone is None:
-            fields_alone = min(0.5, new_item_share(self.train))
+            fields_alone = min(0.5, new_item_share(sample))
         network.to(self.device)
         columns = num_items if sampler is None else negatives
         self.dtype = choose_dtype(settings.precision, self.device, columns)

@@ -23,11 +23,12 @@ from model.schema import FieldKind
 
 SIZES = ("encoder", "embedding", "hidden", "tied")  # settings that both must agree on
 
-# Weights that read a section's fields side by side: of other fields they mean something else.
+# Modules and weights that read a section's fields side by side: of other fields they mean
+# something else.
 READERS = {
-    "items": ("items.output_tower.mix.0.weight", "items.input_tower.mix.0.weight"),
+    "items": ("items.output_tower.mix.", "items.input_tower.mix.", "profile.query."),
     "user": ("encoder.gru.weight_ih_l0",),
-    "context": ("context.modulation.weight",),
+    "context": ("context.modulation.",),
 }
 
 
@@ -72,7 +73,7 @@ def warm_start(network: HRNNMeta, catalogue: Catalogue, start: Start) -> list[st
                 continue
             old_name, old_encoding = old_tokens[place]
             _copy_tokens(parameter, tokens[place][1], old_parameters[old_name], old_encoding)
-        elif before is None or name in others:
+        elif before is None or name.startswith(others):
             fresh.append(name)
         elif id(parameter) in by_rows:
             _copy_rows(parameter, before, position_M, len(start.catalogue))
@@ -142,6 +143,7 @@ def _token_tables(network: HRNNMeta) -> dict[tuple[str, str], tuple[str, FieldEn
     sections: Mapping[str, tuple[nn.Module | None, Sequence[FieldEncoding]]] = {
         "items.output_tower.embedding": (network.items.output_tower, encodings.item_fields),
         "items.input_tower.embedding": (network.items.input_tower, encodings.item_fields),
+        "profile.embedding": (network.profile, encodings.item_fields),
         "user": (network.user, encodings.user_fields),
         "context.embedding": (network.context, encodings.context_fields),
     }
@@ -155,16 +157,16 @@ def _token_tables(network: HRNNMeta) -> dict[tuple[str, str], tuple[str, FieldEn
     return found
 
 
-def _readers_of_other_fields(network: HRNNMeta, old: HRNNMeta) -> set[str]:
+def _readers_of_other_fields(network: HRNNMeta, old: HRNNMeta) -> tuple[str, ...]:
     ours, theirs = network.encodings, old.encodings
     pairs = {
         "items": (ours.item_fields, theirs.item_fields),
         "user": (ours.user_fields, theirs.user_fields),
         "context": (ours.context_fields, theirs.context_fields),
     }
-    return {
+    return tuple(
         name
         for section, (new, before) in pairs.items()
         if [f.name for f in new] != [f.name for f in before]
         for name in READERS[section]
-    }
+    )

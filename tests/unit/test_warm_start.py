@@ -118,7 +118,7 @@ def test_fields_that_came_or_went_start_anew(older):
         assert trainer.anew == []
         return
     assert any(name.endswith("tables.1.weight") for name in trainer.anew)
-    assert "items.output_tower.mix.0.weight" in trainer.anew
+    assert any(name.startswith("items.output_tower.mix") for name in trainer.anew)
     assert not any(name.endswith("tables.0.weight") for name in trainer.anew)
     trainer.epoch(trainer.start_epoch())
 
