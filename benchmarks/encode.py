@@ -15,7 +15,7 @@ import torch
 from benchmarks.machine import seconds
 from model.fields import FieldBags
 from model.inputs import InputEncodings
-from model.lean import LeanGRU
+from model.lean import LeanGRU, States
 from model.network import HRNNMeta, NetworkSettings
 from model.query import Event, Query
 
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     network = HRNNMeta(settings, encodings, bags, with_trend=False).eval()
     network.items.fold()
     index = {str(j): j for j in range(options.items)}
-    anew, kept = LeanGRU(network, index, 0), LeanGRU(network, index, 1000)
+    anew, kept = (LeanGRU(network, index, States(n)) for n in (0, 1000))
     rng = np.random.default_rng(0)
     history = [
         Event(str(rng.integers(options.items)), 1e9 + 600.0 * k, "play", 3.0)

@@ -34,6 +34,13 @@ class Catalogue:
         """Positions of known ids, −1 for unknown ones."""
         return np.fromiter((self.index.get(i, -1) for i in item_ids), np.int64, len(item_ids))
 
+    def known_fields(self, item_id: str) -> dict[str, Any] | None:
+        """The fields of an item that are not missing; None: there is no such item."""
+        j = self.index.get(item_id)
+        if j is None:
+            return None
+        return {n: values[j] for n, values in self.fields.items() if values[j] is not None}
+
     def subset(self, positions: NDArray[np.int64]) -> Self:
         """The items at these positions, in the given order."""
         return type(self)(

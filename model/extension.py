@@ -7,6 +7,7 @@ items it knows is untouched, so their affinities stay the same.
 Shapes: M items of the new catalogue, J of the old one, Z stored transitions, D embedding.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +19,7 @@ from model.catalogue import Catalogue
 from model.fields import FieldBags
 from model.hrnn import TrainedHRNN
 from model.network import HRNNMeta
+from model.query import FieldValue
 from model.transitions import Transitions
 
 # What every item has a row of in the network's state, and what a new item's row holds; None: the
@@ -41,9 +43,42 @@ def with_catalogue(model: TrainedHRNN, old: Catalogue, new: Catalogue) -> Traine
     New items are told apart by their fields; a model that reads none gives all of them the mean
     affinity of the others.
     """
+    bags = FieldBags.encode(model.encodings.item_fields, new.fields, len(new))
+    return _extended(model, old, new, bags)
+
+
+def with_items(
+    model: TrainedHRNN, old: Catalogue, items: Mapping[str, Mapping[str, FieldValue]]
+) -> tuple[TrainedHRNN, Catalogue]:
+    """The model with some items new or changed, all others as they are; ids ascending.
+
+    Args:
+        items: all fields by item id; those that the catalogue lacks are left out, those that are
+            not given are missing.
+    """
+    item_ids = tuple(sorted({*old.item_ids, *items}))
+    old_position_M = old.encode(item_ids)
+    # Rows of the given items lie behind those of the old ones; the others keep theirs.
+    given = {item: len(old) + i for i, item in enumerate(items)}
+    row_M = np.array(
+        [given.get(i, j) for i, j in zip(item_ids, old_position_M.tolist(), strict=True)], np.int64
+    )
+    columns = {name: [fields.get(name) for fields in items.values()] for name in old.fields}
+    stacked = Catalogue(
+        (*old.item_ids, *items),
+        {name: [*old.fields[name], *columns[name]] for name in old.fields},
+        old.title_field,
+    )
+    new = stacked.subset(row_M)
+    encoded = FieldBags.encode(model.encodings.item_fields, columns, len(items))
+    bags = model.network.items.bags.followed_by(encoded).rows(torch.from_numpy(row_M))
+    return _extended(model, old, new, bags), new
+
+
+def _extended(model: TrainedHRNN, old: Catalogue, new: Catalogue, bags: FieldBags) -> TrainedHRNN:
+    """The model with the items of `new`, whose fields are encoded."""
     old_position_M = torch.from_numpy(old.encode(new.item_ids))
     encodings = model.encodings.model_copy(update={"num_items": len(new)})
-    bags = FieldBags.encode(encodings.item_fields, new.fields, len(new))
     network = HRNNMeta(
         model.network.settings, encodings, bags, with_trend=model.network.log_beta is not None
     )

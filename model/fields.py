@@ -165,6 +165,18 @@ class FieldBags:
             offsets.append(torch.from_numpy(offset))
         return cls(tuple(tokens), tuple(weights), tuple(offsets), num_rows)
 
+    def followed_by(self, other: "FieldBags") -> "FieldBags":
+        """The rows of both."""
+        return FieldBags(
+            tuple(torch.cat(pair) for pair in zip(self.token, other.token, strict=True)),
+            tuple(torch.cat(pair) for pair in zip(self.weight, other.weight, strict=True)),
+            tuple(
+                torch.cat([mine, mine[-1] + others[1:]])
+                for mine, others in zip(self.offset, other.offset, strict=True)
+            ),
+            self.num_rows + other.num_rows,
+        )
+
     def rows(self, row_N: Tensor) -> "FieldBags":
         """The bags of some rows, in that order, repeats allowed."""
         parts = [

@@ -52,11 +52,19 @@ class Read:
 class LeanGRU:
     """A network with a GRU encoder, folded for reading one history at a time; thread-safe."""
 
-    def __init__(self, network: HRNNMeta, index: Mapping[str, int], kept_states: int) -> None:
+    def __init__(
+        self,
+        network: HRNNMeta,
+        index: Mapping[str, int],
+        states: "States",
+        key_M: NDArray[np.int64] | None = None,
+    ) -> None:
         """
         Args:
             index: catalogue position of each item id.
-            kept_states: states kept, one row of H numbers each; the least recently used goes.
+            states: of histories read lately; may be shared by networks that differ only in items.
+            key_M: what stands for an item in the digest of a history, the same number in all that
+                share states as long as the item's input is the same; None: its position.
 
         Raises:
             TypeError: the encoder is another one.
@@ -102,9 +110,8 @@ class LeanGRU:
         self._profile: FoldedProfile | None = None
         if network.profile is not None:
             self._profile = FoldedProfile(network.profile, network.items.bags)
-        self._states: OrderedDict[bytes, Float32] = OrderedDict()
-        self._kept_states = kept_states
-        self._lock = threading.Lock()
+        self.states = states
+        self._key_M = np.arange(len(index)) if key_M is None else key_M
 
     def _sizes(self) -> list[int]:
         """Widths of the parts of the encoder's input, in the network's order."""
@@ -148,7 +155,8 @@ class LeanGRU:
         # The last position is the request's; the state before it is worth keeping.
         h_BH = self._states_before_last(gate_NG, first_B, steps_B, pasts)
         for past, h_H in zip(pasts, h_BH, strict=True):
-            self._keep(past.key, h_H)
+            if past.key is not None:
+                self.states.keep(past.key, h_H)
         last_BG = gate_NG[first_B + steps_B - 1]
         x_BD = self._queries(queries, self._step(last_BG, h_BH))
         if self._profile is not None:
@@ -178,18 +186,17 @@ class LeanGRU:
         if self._network.user is not None:
             fields = self._encodings.user_fields
             user = repr([query.user.get(f.name) for f in fields]).encode()
-        past = _Past(item_L, time_K, type_L, value_L, user, self._begin_H)
-        if self._kept_states and length:
+        key_L = self._key_M[item_L]
+        past = _Past(item_L, key_L, time_K, type_L, value_L, user, self._begin_H)
+        if self.states.limit and length:
             for first in range(length, max(length - LOOK_BACK, 0), -1):
                 key = past.digest(first)
                 if first == length:
                     past.key = key
-                with self._lock:
-                    state = self._states.get(key)
-                    if state is not None:
-                        self._states.move_to_end(key)
-                        past.first, past.h_H = first, state
-                        break
+                state = self.states.get(key)
+                if state is not None:
+                    past.first, past.h_H = first, state
+                    break
         return past
 
     def _users(self, queries: Sequence[Query]) -> Float32 | None:
@@ -314,13 +321,31 @@ class LeanGRU:
         x_BD: Float32 = torch.mm(torch.from_numpy(h_BH), self._query_HD).numpy()
         return x_BD + self._query_D
 
-    def _keep(self, key: bytes | None, h_H: Float32) -> None:
-        if key is None:
-            return
+
+class States:
+    """States `[H]` by the digest of what was read; the least recently used goes. Thread-safe."""
+
+    def __init__(self, limit: int) -> None:
+        """
+        Args:
+            limit: states kept, one row of H numbers each; 0: none.
+        """
+        self.limit = limit
+        self._states: OrderedDict[bytes, Float32] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: bytes) -> Float32 | None:
+        with self._lock:
+            state = self._states.get(key)
+            if state is not None:
+                self._states.move_to_end(key)
+            return state
+
+    def keep(self, key: bytes, h_H: Float32) -> None:
         with self._lock:
             self._states[key] = h_H.copy()  # not the whole batch
             self._states.move_to_end(key)
-            while len(self._states) > self._kept_states:
+            while len(self._states) > self.limit:
                 self._states.popitem(last=False)
 
 
@@ -329,6 +354,7 @@ class _Past:
     """What the positions 0 … L of one query read; those before `first` are in `h_H`."""
 
     item_L: NDArray[np.int64]
+    key_L: NDArray[np.int64]  # what stands for the items in digests
     time_K: NDArray[np.int64]
     type_L: NDArray[np.int64]
     value_L: NDArray[np.float64]
@@ -364,7 +390,7 @@ class _Past:
         digest = hashlib.blake2b(length.to_bytes(8, "little"), digest_size=16)
         before = max(length - 1, 0)
         digest.update(self.time_K[:length].tobytes())
-        for array in (self.item_L, self.type_L, self.value_L):
+        for array in (self.key_L, self.type_L, self.value_L):
             digest.update(array[:before].tobytes())
         digest.update(self.user)
         return digest.digest()

@@ -4,8 +4,10 @@ Shapes: B queries, N packed positions, M items (catalogue order: ids ascending),
 C best items, A items asked for besides, T items of a list.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import cast
@@ -17,13 +19,14 @@ from numpy.typing import NDArray
 from model import bundle as bundles
 from model.encoders import GRUEncoder
 from model.errors import InputError
+from model.extension import with_items
 from model.hrnn import encode_batches
 from model.inputs import Positions
-from model.lean import LeanGRU
+from model.lean import LeanGRU, States
 from model.network import Encoded
-from model.query import Event, History, ItemFilter, Query, Recommendation
+from model.query import Event, FieldValue, History, ItemFilter, Query, Recommendation
 from model.retrieval import Allowed, Ask, Listed, Retrieval, Scores
-from model.schema import FieldKind
+from model.schema import FieldKind, fits
 from model.sequences import Histories
 from model.trends import TrendSnapshot
 
@@ -31,6 +34,9 @@ Extra = NDArray[np.float64]
 
 _NO_ITEMS: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 _NO_SCORES: NDArray[np.float32] = np.empty(0, dtype=np.float32)
+
+Fields = Mapping[str, FieldValue]
+Keys = Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -67,8 +73,16 @@ class Recommender:
     max_history = 200  # newest known events of a history that are encoded
     kept_states = 50_000  # of histories read lately, one row of hidden numbers each
 
-    def __init__(self, bundle: bundles.Bundle) -> None:
+    def __init__(
+        self, bundle: bundles.Bundle, *, of: "Recommender | None" = None, keys: Keys | None = None
+    ) -> None:
+        """
+        Args:
+            of: whose model this is, with other items; its states of histories are shared.
+            keys: of items that are not as in the bundle, in the digest of a history.
+        """
         self._bundle = bundle
+        self._origin: bundles.Bundle = bundle if of is None else of._origin  # as trained
         self._network = bundle.model.network
         self._catalogue = bundle.catalogue
         self._network.items.fold()
@@ -77,7 +91,16 @@ class Recommender:
         self._lean: LeanGRU | None = None  # other encoders are read as batches
         if isinstance(self._network.encoder, GRUEncoder):
             index = bundle.catalogue.index
-            self._lean = LeanGRU(self._network, index, self.kept_states)
+            states = States(self.kept_states)
+            key_M = None
+            if of is not None and of._lean is not None:
+                states = of._lean.states
+                of_origin = self._origin.catalogue.index
+                found = (
+                    (keys or {}).get(i, of_origin.get(i, -1)) for i in self._catalogue.item_ids
+                )
+                key_M = np.fromiter(found, np.int64, len(self._catalogue))
+            self._lean = LeanGRU(self._network, index, states, key_M)
         self._masks: dict[tuple[str, str], NDArray[np.bool_]] = {}
         self.version: str = bundle.manifest.model_version
         self.item_ids: tuple[str, ...] = bundle.catalogue.item_ids
@@ -93,6 +116,37 @@ class Recommender:
             BundleError: missing, corrupt, foreign or unsupported.
         """
         return cls(bundles.load(Path(path)))
+
+    def readable(
+        self, items: Mapping[str, Mapping[str, FieldValue]]
+    ) -> tuple[dict[str, Fields], int]:
+        """Those of some items that are not as in the bundle, with the fields that it has.
+
+        Returns:
+            Items by id, and the number of values left out because they do not fit their kind.
+        """
+        catalogue, kinds = self._origin.catalogue, dict(self.fields)
+        if catalogue.title_field is not None:
+            kinds[catalogue.title_field] = FieldKind.TEXT
+        found: dict[str, Fields] = {}
+        unfit = 0
+        for item, given in items.items():
+            values = {name: v for name in kinds if (v := given.get(name)) is not None}
+            fitting = {name: v for name, v in values.items() if fits(kinds[name], v)}
+            unfit += len(values) - len(fitting)
+            if fitting != catalogue.known_fields(item):
+                found[item] = fitting
+        return found, unfit
+
+    def with_items(self, items: Mapping[str, Fields]) -> "Recommender":
+        """The bundle's model and items, and some new or changed ones (see `readable`) besides.
+
+        Needs no training: the fields of a new item say where it stands.
+        """
+        origin = self._origin
+        model, catalogue = with_items(origin.model, origin.catalogue, items)
+        keys = {item: _key(item, fields) for item, fields in items.items()}
+        return Recommender(replace(origin, model=model, catalogue=catalogue), of=self, keys=keys)
 
     def knows(self, item_id: str) -> bool:
         """Whether the catalogue holds the item."""
@@ -488,6 +542,13 @@ class Recommender:
             n: self._bundle.schema.items.get(n, FieldKind.CATEGORICAL)
             for n in self._catalogue.fields
         }
+
+
+def _key(item: str, fields: Fields) -> int:
+    """A number for an item with these fields, beyond all positions."""
+    text = json.dumps([item, sorted(fields.items())])
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest) % 2**62 + 2**62
 
 
 def _number(name: str, value: str) -> float:

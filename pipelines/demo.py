@@ -23,6 +23,7 @@ from serving.event_client import EventClient, Sent
 DATASET, USER, SHOWN = "movielens-100k", "196", 8
 DAY = 86_400
 VISIBLE_SECONDS = 60
+NEW_ITEM, SEQUEL = "demo-new", "The sequel of {}"
 
 
 def main(workspace: Path, say: Callable[[str], None]) -> None:
@@ -90,6 +91,13 @@ def _ask(client: Client, events: EventClient, catalogue: Catalogue, history: lis
     seconds = time.monotonic() - sending
     more = client.recommend(USER, timestamp=now + 60, num_results=SHOWN, exclude_seen=True)
     new = client.recommend("nobody-yet", num_results=SHOWN, timestamp=now)
+    sequel = {n: v[catalogue.index[watched]] for n, v in catalogue.fields.items()}
+    if catalogue.title_field is not None:
+        sequel[catalogue.title_field] = SEQUEL.format(titles.get(watched, watched))
+    putting = time.monotonic()
+    events.put_item(NEW_ITEM, {name: value for name, value in sequel.items() if value is not None})
+    rank = _rank_of_new_item(client, now + 60, len(catalogue) + 1)
+    placing = time.monotonic() - putting
     out = console(sys.stdout)
     out.print(f"\nUser {USER} watched last:", markup=False)
     for event in history[-3:]:
@@ -98,6 +106,12 @@ def _ask(client: Client, events: EventClient, catalogue: Catalogue, history: lis
         f"\nPOST /events: user {USER} watches {titles.get(watched, watched)}"
         f" ({'stored' if sent.stored else 'known from an earlier demo'} and visible after"
         f" {1000 * seconds:.0f} ms)",
+        markup=False,
+    )
+    out.print(
+        f"PUT /items: {SEQUEL.format(titles.get(watched, watched))}, a film that no model was"
+        f" trained on: {f'rank {rank}' if rank else 'not seen'} of {len(catalogue) + 1} for user"
+        f" {USER} after {1000 * placing:.0f} ms",
         markup=False,
     )
     side_by_side(
@@ -120,6 +134,17 @@ def _until_visible(events: EventClient, event: dict[str, Any]) -> Sent:
     while not sent.visible and time.monotonic() < deadline:
         sent = events.send([event])  # a duplicate, stored once
     return replace(first, visible=sent.visible)
+
+
+def _rank_of_new_item(client: Client, now: float, items: int) -> int | None:
+    """Its place among all items, once it is recommended; None: it was not in time."""
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while time.monotonic() < deadline:
+        answer = client.recommend(USER, timestamp=now, num_results=items)
+        for rank, item in enumerate(answer.items, start=1):
+            if item.item_id == NEW_ITEM:
+                return rank
+    return None
 
 
 def _history(interactions: Path, user: str) -> list[Event]:

@@ -199,8 +199,8 @@ class Collector:
             raise ProblemError(
                 400, "wrong_type", f"after: a number; limit: a number from 1 to {MAX_ITEMS}"
             )
-        found = await self._read(lambda events: events.items(after, limit))
-        return answer({"items": [asdict(item) for item in found]})
+        head, found = await self._read(lambda e: (e.position(), e.items(after, limit)))
+        return answer({**asdict(head), "items": [asdict(item) for item in found]})
 
     async def _read(self, query: Callable[[EventLog], T]) -> T:
         """Ask the log in another thread, within the deadline."""

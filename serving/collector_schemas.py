@@ -124,8 +124,14 @@ class ItemRow(BaseModel):
 
 
 class ItemsAnswer(BaseModel):
-    """Items in the order of their newest writes; ask again with the last `seq`."""
+    """Items in the order of their newest writes; ask again with the last one's `seq`.
 
+    `log_id` and `seq`: which log, and its newest change. Another log, or a `seq` before the one
+    asked after (an older log was restored): begin again at 0.
+    """
+
+    log_id: str
+    seq: int
     items: list[ItemRow]
 
 

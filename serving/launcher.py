@@ -68,6 +68,9 @@ class LocalServing:
                 "redis_url": feature_store.redis_url,
             }
         )
+        if self.settings.event_log and not self.settings.items_url:
+            update = {"items_url": self.settings.collector_url}
+            self.settings = self.settings.model_copy(update=update)
         self.log_dir = Path(log_dir or tempfile.mkdtemp(prefix="hrnn-serving-"))
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 

@@ -96,6 +96,28 @@ MODEL_REFRESHES = Counter(
 MODEL_IS_CHAMPION = Gauge(
     "hrnn_model_is_champion", "Whether the model in use is the model store's champion"
 )
+LIVE_ITEMS = Gauge(
+    "hrnn_live_items", "Items served from the event log's metadata: new or changed since training"
+)
+LIVE_ITEMS_LEFT_OUT = Gauge(
+    "hrnn_live_items_left_out", "New items that are not served because there are too many"
+)
+LIVE_ITEM_VALUES_UNFIT = Counter(
+    "hrnn_live_item_values_unfit_total",
+    "Values of new items that were left out because they do not fit the field's kind",
+)
+LIVE_ITEMS_BUILD_SECONDS = Gauge(
+    "hrnn_live_items_build_seconds", "Time that the last build of the model with new items took"
+)
+ITEM_FEED_READ = Gauge(
+    "hrnn_item_feed_last_read_timestamp_seconds",
+    "When all new items were last read successfully from the collector",
+)
+ITEM_FEED_ERRORS = Counter(
+    "hrnn_item_feed_errors_total",
+    "Attempts to serve new items that failed, by step (read, build)",
+    ["step"],
+)
 TREND_AS_OF = Gauge(
     "hrnn_trend_as_of_timestamp_seconds", "The moment the trend snapshot in use was counted for"
 )

@@ -9,7 +9,7 @@ import gc
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
@@ -20,13 +20,14 @@ import numpy as np
 import threadpoolctl
 from numpy.typing import NDArray
 
-from model.errors import BundleError, InputError
-from model.query import Event, History, Query
+from model.errors import BundleError, HrnnError, InputError, UnavailableError
+from model.query import Event, FieldValue, History, Query
 from model.trends import TrendSnapshot
 from serving import metrics
 from serving.batching import Batcher
 from serving.champions import Champions
 from serving.exploration import uncertainty, uniform
+from serving.live_items import ItemFeed
 from serving.process import leave
 from serving.schemas import ScoreInstance, parse_score_instances
 from serving.server import JsonModel, main
@@ -48,6 +49,8 @@ if TYPE_CHECKING:  # imports torch
 
 log = logging.getLogger("hrnn.serving")
 
+ITEMS_RETRY_SECONDS = 10.0  # at most, while new items cannot be served
+BUILD_SHARE = 10  # a build with new items is followed by a pause so many times as long
 RATED_AT_ONCE = 20_000  # items over a batch; each takes 1.5 kB or so
 MOST_TOGETHER = 64  # questions by one use of the model, unless one caller asks more
 LISTS_KEPT = 8  # of trending items: those of the transformers there are, old and new
@@ -82,14 +85,24 @@ class Scorer(Protocol):
     def rate(
         self, queries: Sequence[Query], items: Sequence[Sequence[str]]
     ) -> list[list[tuple[str, float]]]: ...
+    def readable(
+        self, items: Mapping[str, Mapping[str, FieldValue]]
+    ) -> tuple[dict[str, Mapping[str, FieldValue]], int]: ...
+    def with_items(self, items: Mapping[str, Mapping[str, FieldValue]]) -> "Scorer": ...
 
 
 class LoadedModel:
     """One model version, ready to answer; never changes, so that threads can share it."""
 
-    def __init__(self, scorer: Scorer) -> None:
-        self.version = scorer.version
-        self._scorer = scorer
+    def __init__(self, scorer: Scorer, revision: str = "") -> None:
+        """
+        Args:
+            revision: of the items that it has besides those of its bundle.
+        """
+        self.bundle_version = scorer.version
+        # Answers of models that differ in items must not be mixed either.
+        self.version = f"{scorer.version}+{revision}" if revision else scorer.version
+        self.scorer = self._scorer = scorer
         self._sigma_M = uncertainty(scorer.trend, scorer.item_ids)
         self._lists: OrderedDict[str, Any] = OrderedDict()
         self._warm_up()
@@ -222,7 +235,8 @@ class Predictor(JsonModel):
     """Answers candidate questions of the transformer with one model version per answer.
 
     It follows the model store: a new champion is loaded, verified and warmed up in the background
-    and then swapped in. One that cannot be used is refused, and the model in use stays.
+    and then swapped in. One that cannot be used is refused, and the model in use stays. With
+    `items_url` it follows the event log's items likewise, and serves those it was not trained on.
     """
 
     def __init__(self, settings: ServeSettings, scorer: Scorer | None = None) -> None:
@@ -233,7 +247,9 @@ class Predictor(JsonModel):
         self._executor = ThreadPoolExecutor(1, "model", keep_to_threads, threads)
         self._loader = ThreadPoolExecutor(1, "loader", keep_to_threads, threads)
         self._champions: Champions[LoadedModel] | None = None
-        self._follower: asyncio.Task[None] | None = None
+        self._feed: ItemFeed | None = None
+        self._followers: list[asyncio.Task[None]] = []
+        self._changing = asyncio.Lock()  # one after the other: champions, items
         self._models: tuple[LoadedModel, ...] = ()  # the one in use, then the one before it
         # What callers ask for at the same time is answered by one use of the model.
         self._uses: Batcher[Sequence[Asked], list[Scored | InputError]] = Batcher(
@@ -248,8 +264,8 @@ class Predictor(JsonModel):
 
     @property
     def version(self) -> str:
-        """Of the model in use."""
-        return self._models[0].version
+        """Of the model in use, as its bundle says."""
+        return self._models[0].bundle_version
 
     def load(self) -> bool:
         """Load and warm up the bundle that the settings name.
@@ -268,42 +284,120 @@ class Predictor(JsonModel):
         gc.collect()
         gc.freeze()
         self._champions = Champions(self.settings.model_dir, load_model)
-        self._use(self._champions.first())
+        loaded = self._champions.first()
+        if self.settings.items_url is not None:
+            self._feed = ItemFeed(
+                self.settings.items_url,
+                self.settings.items_deadline_seconds,
+                self.settings.max_live_items,
+            )
+            loaded = self._with_items(self._feed, loaded, anew=True) or loaded
+        self._use(loaded)
         return True
 
     def _use(self, model: LoadedModel) -> None:
-        self._models = (model, *self._models[:1])
-        metrics.set_model_version(model.version)
+        before, self._models = self._models, (model, *self._models[:1])
+        metrics.set_model_version(model.bundle_version)
         self.ready = True
+        if before:
+            # Searches of several rounds end with the version that they began with.
+            loop = asyncio.get_running_loop()
+            loop.call_later(2 * self.settings.predictor_deadline_seconds, self._forget, before[0])
 
     async def open(self) -> None:
-        """Follow the model store from now on."""
+        """Follow the model store and the new items from now on."""
         if self._champions is not None:
-            self._follower = asyncio.create_task(self._follow(self._champions))
+            self._followers.append(asyncio.create_task(self._follow_store(self._champions)))
+        if self._feed is not None:
+            self._followers.append(asyncio.create_task(self._follow_items(self._feed)))
 
     async def close(self) -> None:
-        if self._follower is not None:
-            self._follower.cancel()
+        for task in self._followers:
+            task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._follower
+                await task
         await self._uses.close()
         for executor in (self._executor, self._loader):
             executor.shutdown(wait=False, cancel_futures=True)
         if self._champions is not None:
             self._champions.close()
 
-    async def _follow(self, champions: Champions[LoadedModel]) -> None:
+    async def _follow_store(self, champions: Champions[LoadedModel]) -> None:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(self.settings.model_refresh_seconds)
-            model = await loop.run_in_executor(self._loader, champions.next, self.version)
-            if model is None:
+            async with self._changing:
+                model = await loop.run_in_executor(self._loader, champions.next, self.version)
+                if model is None:
+                    continue
+                if self._feed is not None:
+                    model = (
+                        await loop.run_in_executor(
+                            self._loader, self._with_items, self._feed, model, True
+                        )
+                        or model
+                    )
+                before = self.version
+                self._use(model)
+                log.info("model %s replaces %s", model.bundle_version, before)
+
+    async def _follow_items(self, feed: ItemFeed) -> None:
+        """Serve new items soon after they are known, but keep most of a core for answers."""
+        loop = asyncio.get_running_loop()
+        shortest, failures = self.settings.items_refresh_seconds, 0
+        pause = shortest
+        while True:
+            await asyncio.sleep(pause)
+            started = time.monotonic()
+            try:
+                async with self._changing:
+                    model = await loop.run_in_executor(
+                        self._loader, self._with_items, feed, self._models[0], False
+                    )
+                    if model is not None:
+                        self._use(model)
+            except Exception as error:
+                step = "read" if isinstance(error, UnavailableError) else "build"
+                metrics.ITEM_FEED_ERRORS.labels(step).inc()
+                if not failures:  # once, not every few seconds
+                    reason = str(error) if isinstance(error, HrnnError) else type(error).__name__
+                    log.warning("new items cannot be served (%s): %s", step, reason)
+                failures += 1
+                pause = min(shortest * 2**failures, ITEMS_RETRY_SECONDS)
                 continue
-            before = self._models[0]
-            self._use(model)
-            log.info("model %s replaces %s", model.version, before.version)
-            # Searches of several rounds end with the version that they began with.
-            loop.call_later(2 * self.settings.predictor_deadline_seconds, self._forget, before)
+            if failures:
+                log.info("new items are served again")
+            failures = 0
+            pause = max(shortest, BUILD_SHARE * (time.monotonic() - started))
+
+    def _with_items(self, feed: ItemFeed, model: LoadedModel, anew: bool) -> LoadedModel | None:
+        """The model with the items that are new now; None: it is up to date.
+
+        Blocking, in the loader's thread.
+
+        Args:
+            anew: this model is not the one that the feed was read for; what is known has to do
+                where the collector cannot be asked.
+
+        Raises:
+            UnavailableError: the collector cannot be asked.
+        """
+        if anew:
+            feed.rebase(model.scorer.readable)
+        try:
+            feed.poll(model.scorer.readable)
+        except UnavailableError:
+            if not anew:
+                raise
+            metrics.ITEM_FEED_ERRORS.labels("read").inc()
+        if not feed.changed:
+            return None
+        started = time.perf_counter()
+        extended = LoadedModel(model.scorer.with_items(feed.items), feed.revision())
+        feed.changed = False
+        metrics.LIVE_ITEMS_BUILD_SECONDS.set(time.perf_counter() - started)
+        metrics.LIVE_ITEMS.set(len(feed.items))
+        return extended
 
     def _forget(self, model: LoadedModel) -> None:
         self._models = tuple(m for i, m in enumerate(self._models) if i == 0 or m is not model)

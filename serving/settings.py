@@ -38,6 +38,11 @@ class ServeSettings(SettingsBase):
 
     model_dir: str | None = None  # a bundle, or a model store: folder or s3://…
     model_refresh_seconds: PositiveFloat = 5.0  # how often the store is asked for its champion
+    # The collector whose new items the predictor serves, http://HOST:PORT; None: none but trained.
+    items_url: str | None = None
+    items_refresh_seconds: PositiveFloat = 0.5  # how often they are asked for; less while it fails
+    items_deadline_seconds: PositiveFloat = 2.0
+    max_live_items: PositiveInt = 10_000  # new or changed since training; further ones wait for it
     model_threads: PositiveInt = 1  # PyTorch threads; more than one pays off above ~100k items
 
     # The feature store; the same names as feature_repo.store.FeatureStoreSettings.from_env.

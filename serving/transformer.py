@@ -200,6 +200,11 @@ class Work:
         self._answer(results)
 
     @property
+    def bundle_version(self) -> str | None:
+        """Of the model that answered, without the revision of its new items."""
+        return self.version and self.version.partition("+")[0]
+
+    @property
     def num_items(self) -> int:
         """In the answer."""
         return len(self._items_out or ())
@@ -209,7 +214,7 @@ class Work:
         assert self._items_out is not None  # noqa: S101 - called when answered
         prediction: dict[str, Any] = {
             "recommendation_id": self.recommendation_id,
-            "model_version": self.version,
+            "model_version": self.bundle_version,
             "trend_version": None if self.instance.task == "rate" else self.trend.version,
             "degraded": self.degraded,
             "items": self._items_out,
@@ -271,9 +276,9 @@ class Transformer(JsonModel):
             for reason in work.degraded:
                 metrics.FALLBACKS.labels(reason).inc()
                 record.degraded = True
-            if work.version is not None:
-                record.version = work.version
-                metrics.set_model_version(work.version)
+            if work.bundle_version is not None:
+                record.version = work.bundle_version
+                metrics.set_model_version(work.bundle_version)
         return predictions
 
     async def _read_users(self, instances: Sequence[Instance]) -> dict[str, UserFeatures]:

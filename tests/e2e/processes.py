@@ -149,7 +149,7 @@ def is_ready(url):
         return False
 
 
-def until(condition, timeout=20.0):
+def until(condition, timeout=60.0):
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, "did not happen in time"

@@ -9,7 +9,7 @@ import torch
 from components.train import steps
 from model import bundle as bundles
 from model.catalogue import Catalogue
-from model.extension import with_catalogue
+from model.extension import with_catalogue, with_items
 from model.query import Event, Query
 from model.recommender import Recommender
 from model.schema import Schema
@@ -86,6 +86,19 @@ def test_new_items_are_liked_for_their_fields_and_stand_among_the_others(trained
         assert np.where(even, difference, -difference).min() > 0.5
     # One of each genre: together they stand where the known items do.
     assert abs(score[:, M:].mean() - score[:, :M].mean()) < 1.0
+
+
+def test_some_items_new_or_changed_are_as_in_a_whole_new_catalogue(trained):
+    changed = {"i1005": {"genre": "o"}, "i004": {"genre": "o"}, "a": {}, "i007": {}}
+    extended, new = with_items(trained, OLD, changed)
+    names = sorted({*OLD.item_ids, *changed})
+    assert list(new.item_ids) == names
+    genre = dict(zip(OLD.item_ids, OLD.fields["genre"], strict=True))
+    genre |= {item: fields.get("genre") for item, fields in changed.items()}
+    assert new.fields == {"genre": [genre[name] for name in names]}
+    whole = with_catalogue(trained, OLD, new)
+    log = _faithful(5, 15, seed=2).with_items(new.encode(OLD.item_ids))
+    np.testing.assert_allclose(_scores(extended, log), _scores(whole, log), atol=1e-6)
 
 
 def test_a_history_may_hold_new_items(trained):

@@ -439,7 +439,7 @@ def test_histories_are_read_as_in_a_batch(pair, log, monkeypatch, lockstep):
 def kept(path):
     """A recommender that keeps states, and one that does not."""
     first, second = Recommender.load(path), Recommender.load(path)
-    second._lean._kept_states = 0
+    second._lean.states.limit = 0
     return first, second
 
 
@@ -492,13 +492,33 @@ def test_a_history_whose_past_changed_is_read_anew(kept, case):
 
 def test_only_so_many_states_are_kept(kept):
     lean = kept[0]._lean
-    lean._kept_states = 3
+    lean.states.limit = 3
     for user in range(10):
         history = [replace(e, item_id=IDS[user]) for e in long_history(4)]
         lean.read(Query(history, START + 10**5), history)
-    assert len(lean._states) == 3
+    assert len(lean.states._states) == 3
     lean.read(Query(history, START + 10**5), history)
     assert lean.read(Query(history, START + 10**5), history).steps == 1
+
+
+def test_states_stay_valid_when_items_come_and_change(kept):
+    recommender, fresh = kept
+    history = long_history(20)
+    query = Query(history, START + 10**5)
+    recommender._lean.read(query, history)
+    changed = next(i for i in IDS if i != history[-1].item_id and i in {e.item_id for e in history})
+    for items, anew in (
+        ({"a": {}, "zz": {}}, False),
+        ({"a": {}, "ab": {}}, False),
+        ({changed: {}, "a": {}}, True),  # its vector is another one
+        ({changed: {}, "b": {}}, False),  # as just before
+        ({}, False),
+    ):
+        extended = recommender.with_items(items)
+        expected = fresh.with_items(items)._lean.read(query, history)
+        read = extended._lean.read(query, history)
+        np.testing.assert_allclose(read.x_D, expected.x_D, atol=1e-5)
+        assert (read.steps > 1) == anew, items
 
 
 @pytest.mark.parametrize("value", [1e30, 1.7e308])
