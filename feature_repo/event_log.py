@@ -4,6 +4,7 @@
 """
 
 import fcntl
+import hashlib
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -21,6 +22,7 @@ from feature_repo.batches import batches
 from feature_repo.event_tables import (
     WRITES,
     cause,
+    deleted_events,
     deleted_users,
     events,
     items,
@@ -34,6 +36,7 @@ from model.query import Event, FieldValue
 Fields = Mapping[str, FieldValue]
 
 _FOLLOWERS = 0x68726E6F  # advisory lock of PostgreSQL
+AHEAD_SECONDS = 86_400  # events further in the future do not move a deletion's moment
 FROZEN_SECONDS = 15  # without a sign of life, a follower or a writer loses its lock
 
 
@@ -64,7 +67,7 @@ class Outcome(StrEnum):
 
     STORED = "stored"
     DUPLICATE = "duplicate"  # this event_id is in the log already
-    USER_DELETED = "user_deleted"  # from before the deletion of the user's data
+    USER_DELETED = "user_deleted"  # of before the deletion of the user's data
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +121,13 @@ class Transaction:
         """Add events; the first one with an `event_id` counts."""
         known = self._event_ids(e.event_id for e in new)
         deleted = self._deleted({e.user_id for e in new})
+        gone = self._gone([e.event_id for e in new if e.user_id in deleted])
         outcomes, rows = [], []
         for event in new:
             if event.event_id in known:
                 outcomes.append(Outcome.DUPLICATE)
                 continue
-            if event.timestamp <= deleted.get(event.user_id, -1):
+            if event.timestamp <= deleted.get(event.user_id, -1) or event.event_id in gone:
                 outcomes.append(Outcome.USER_DELETED)
                 continue
             known.add(event.event_id)
@@ -174,11 +178,23 @@ class Transaction:
         """Remove a user's events and fields; returns the number of events removed.
 
         The id stays in `deleted_users`, so that features, copies and late events of the past can
-        be recognised and removed too.
+        be recognised and removed too, and digests of the events' ids in `deleted_events`, so that
+        none of them is stored again, whatever time it has then.
         """
-        gone = self._connection.execute(events.delete().where(events.c.user_id == user_id))
+        own = events.c.user_id == user_id
+        found = self._connection.execute(
+            sa.select(events.c.event_id, events.c.timestamp).where(own)
+        )
+        deleted_at = int(self._now)
+        for batch in batches(found):
+            digests = [{"digest": _digest(row.event_id)} for row in batch]
+            self._connection.execute(deleted_events.insert(), digests)
+            # Clocks differ: an event may lie somewhat in the future.
+            ahead = [r.timestamp for r in batch if r.timestamp < self._now + AHEAD_SECONDS]
+            deleted_at = max([deleted_at, *ahead])
+        gone = self._connection.execute(events.delete().where(own))
         self._connection.execute(users.delete().where(users.c.user_id == user_id))
-        self._put(deleted_users, user_id=user_id, deleted_at=int(self._now))
+        self._put(deleted_users, user_id=user_id, deleted_at=deleted_at)
         return gone.rowcount
 
     def _next(self) -> int:
@@ -203,6 +219,15 @@ class Transaction:
 
     def _deleted(self, user_ids: Iterable[str]) -> dict[str, int]:
         return _deleted(self._connection, user_ids)
+
+    def _gone(self, event_ids: Sequence[str]) -> set[str]:
+        """Those that were removed with their user."""
+        by_digest = {_digest(event_id): event_id for event_id in event_ids}
+        found: set[str] = set()
+        for batch in batches(by_digest):
+            query = sa.select(deleted_events.c.digest).where(deleted_events.c.digest.in_(batch))
+            found.update(by_digest[bytes(d)] for d in self._connection.scalars(query))
+        return found
 
 
 class Reads(ABC):
@@ -361,15 +386,21 @@ class EventLog(Reads):
             # Each statement sees what was committed before it: no snapshot is kept.
             yield Turn(lambda: nullcontext(connection))
 
-    def erase_traces(self) -> None:
+    def erase_traces(self) -> bool | None:
         """Let the database give up the bytes of deleted rows that it still holds.
 
-        SQLite has overwritten them in the table, but its write-ahead log still has the old pages;
-        PostgreSQL's own VACUUM does it there, on its schedule.
+        SQLite has overwritten them in the table, but its write-ahead log still has the old pages.
+        It waits `LOCK_SECONDS` for those who read them.
+
+        Returns:
+            Whether it is done; false: somebody still reads an old state, try again. None: that is
+            up to the database (PostgreSQL's VACUUM, on its schedule).
         """
-        if self.engine.dialect.name == "sqlite":
-            with _errors("write to"), self.engine.connect() as connection:
-                connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+        if self.engine.dialect.name != "sqlite":
+            return None
+        with _errors("write to"), self.engine.connect() as connection:
+            busy, _, _ = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()
+            return not busy
 
     @contextmanager
     def _read(self) -> Iterator[sa.Connection]:
@@ -438,6 +469,10 @@ def _newest(
             for _, *event in connection.execute(query, {"asked": user}):
                 found[user].append(Event(*event))
     return {user: tuple(reversed(newest_first)) for user, newest_first in found.items()}
+
+
+def _digest(event_id: str) -> bytes:
+    return hashlib.blake2b(event_id.encode(), digest_size=16).digest()
 
 
 def _deleted(connection: sa.Connection, user_ids: Iterable[str]) -> dict[str, int]:

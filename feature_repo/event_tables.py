@@ -82,6 +82,13 @@ deleted_users = sa.Table(
     sa.Column("deleted_at", sa.BigInteger, nullable=False),  # Unix seconds
 )
 
+# What was removed with a user, so that an event that is sent again does not come back.
+deleted_events = sa.Table(
+    "deleted_events",
+    metadata,
+    sa.Column("digest", sa.LargeBinary, primary_key=True),  # of the event_id
+)
+
 FORMAT = 1  # of these tables
 LOCK_SECONDS = 5  # a writer waits this long for another
 STATEMENT_SECONDS = 60

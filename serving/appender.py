@@ -99,12 +99,25 @@ class Appender:
                 raise UnavailableError("the collector is stopping")
             # One request is always let in, however large: it could never be sent otherwise.
             if self._queued and self._queued + size > self._max_queued:
-                raise QueueFullError(f"{self._queued} writes are waiting; try again in a moment")
+                raise self._full()
             self._queued += size
             metrics.QUEUED.set(self._queued)
         job = _Job(work, size)
         self._jobs.put(job)
         return job.future
+
+    def admit(self) -> None:
+        """See whether anything could be submitted now, before a request is read.
+
+        Raises:
+            QueueFullError: nothing could.
+        """
+        with self._lock:
+            if self._queued >= self._max_queued:
+                raise self._full()
+
+    def _full(self) -> QueueFullError:
+        return QueueFullError(f"{self._queued} writes are waiting; try again in a moment")
 
     def probe(self) -> None:
         """Write nothing, to see whether the log can be written again."""

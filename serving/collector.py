@@ -5,6 +5,7 @@ answer waits a moment for it, and says whether it is up to date.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -31,13 +32,13 @@ from model.schema import FieldKind, Schema
 from serving import collector_metrics as metrics
 from serving.appender import Appender, Work, Written
 from serving.collector_http import (
+    Intake,
     ProblemError,
     Route,
     add_routes,
     answer,
     path_id,
     path_parameter,
-    read_json,
 )
 from serving.collector_schemas import (
     MAX_ID,
@@ -71,6 +72,7 @@ log = logging.getLogger("hrnn.serving")
 T = TypeVar("T")
 
 PROBE_SECONDS = 2.0  # how often a log that could not be written is tried again
+ERASE_SECONDS = 1.0  # how often bytes of deleted rows are tried to be given up while it fails
 MAX_ITEMS = 1000  # of one answer of GET /items
 
 
@@ -92,18 +94,28 @@ class Collector:
             settings.max_queued_writes,
             self.follower.committed,
         )
-        self._probing: asyncio.Task[None] | None = None
+        self.intake = Intake(
+            settings.max_body_bytes, settings.max_buffered_bytes, settings.max_open_requests
+        )
+        self._tasks: list[asyncio.Task[None]] = []
+        self._deletion = asyncio.Event()  # bytes of deleted rows are to be given up
+        self._settled = asyncio.Event()  # as far as it is up to the collector
+        self._erased = False
 
     async def open(self) -> None:
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(None, self.appender.start)
         self.follower.start()
-        self._probing = asyncio.create_task(self._probe_forever())
+        self._deletion.set()  # one that a killed collector did not finish
+        self._tasks = [
+            asyncio.create_task(self._probe_forever()),
+            asyncio.create_task(self._erase_forever()),
+        ]
 
     async def close(self) -> None:
         """Write and apply what is left."""
-        if self._probing is not None:
-            self._probing.cancel()
+        for task in self._tasks:
+            task.cancel()
         loop = asyncio.get_running_loop()
         grace = max(1.0, self.settings.grace_seconds)
         if not await loop.run_in_executor(None, self.appender.close, grace):
@@ -118,6 +130,25 @@ class Collector:
         while True:
             await asyncio.sleep(PROBE_SECONDS)
             self.appender.probe()
+
+    async def _erase_forever(self) -> None:
+        """Give up the bytes of deleted rows; as long as somebody reads them, try again."""
+        while True:
+            await self._deletion.wait()
+            self._deletion.clear()
+            metrics.ERASING.set(1)
+            done: bool | None = False
+            while done is False and not self._deletion.is_set():
+                try:
+                    done = await self._read(EventLog.erase_traces)
+                except (HrnnError, ProblemError):
+                    done = False
+                if done is False:
+                    await asyncio.sleep(ERASE_SECONDS)
+            if done is not False and not self._deletion.is_set():
+                metrics.ERASING.set(0)
+                self._erased = bool(done)
+                self._settled.set()
 
     def _open_live(self) -> Live:
         if not self.settings.feature_root:
@@ -184,9 +215,13 @@ class Collector:
         """DELETE /users/{user_id}"""
         user_id = path_id(request, "user_id")
         written = await self._write(lambda t: t.delete_user(user_id))
-        await self._read(lambda events: events.erase_traces())
+        self._settled.clear()
+        self._deletion.set()
         visible = await self._visible(written)
-        return answer({"events": written.result, "visible": visible})
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._settled.wait(), self.settings.visible_wait_seconds)
+        erased = self._settled.is_set() and self._erased
+        return answer({"events": written.result, "visible": visible, "erased": erased})
 
     async def items(self, request: Request) -> Response:
         """GET /items?after=SEQ"""
@@ -235,8 +270,7 @@ class Collector:
         return wait > 0 and await self.follower.visible(written.seq, wait)
 
     async def _body(self, request: Request) -> Any:
-        settings = self.settings
-        return await read_json(request, settings.max_body_bytes, settings.append_deadline_seconds)
+        return await self.intake.read_json(request, self.settings.append_deadline_seconds)
 
     def _checked(self, kind: Any, raw: Any, where: str) -> Any:
         body = parse(kind, raw, where)
@@ -368,7 +402,7 @@ def application(collector: Collector) -> FastAPI:
         Route("PUT", items, "put_item", collector.put_item, WriteAnswer, [ItemFields], [item]),
         Route("GET", "/items", "items", collector.items, ItemsAnswer, [], page),
     ]
-    add_routes(app, routes, lambda: collector.ready)
+    add_routes(app, routes, lambda: collector.ready, collector.intake, collector.appender.admit)
     return app
 
 

@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,8 @@ class _Rest(Convertor[str]):
 
 register_url_convertor("rest", _Rest())
 
+_JSON = "application/json"
+
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -48,39 +51,80 @@ class ProblemError(Exception):
         self.status, self.reason, self.retry = status, reason, retry
 
 
-async def read_json(request: Request, max_bytes: int, deadline: float) -> Any:
-    """The body, parsed.
+class Intake:
+    """What may be held of requests that are being answered; for one event loop."""
 
-    Args:
-        deadline: seconds for all of it to arrive.
+    def __init__(self, max_body: int, max_buffered: int, max_requests: int) -> None:
+        """
+        Args:
+            max_body: bytes of one body.
+            max_buffered: bytes of all bodies together, as far as they have arrived.
+            max_requests: being answered.
+        """
+        self._max_body, self._max_buffered = max_body, max_buffered
+        self._max_requests = max_requests
+        self._buffered = self._requests = 0
 
-    Raises:
-        ProblemError: too large, too slow, or not plain JSON.
-    """
-    try:
-        async with asyncio.timeout(deadline):
-            body = await _body(request, max_bytes)
-    except TimeoutError:
-        raise ProblemError(408, "slow_body", "the body did not arrive in time") from None
-    try:
-        return orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        reason = "not_utf8" if "UTF-8" in str(error) else "not_json"
-        raise ProblemError(400, reason, f"the body is not valid JSON: {error}") from None
+    @contextmanager
+    def request(self, request: Request) -> Iterator[None]:
+        """Around the answering of one.
 
+        Raises:
+            ProblemError: too many are being answered.
+        """
+        if self._requests >= self._max_requests:
+            raise ProblemError(429, "busy", "too many requests at once; try again", retry=True)
+        self._requests += 1
+        request.state.held = 0
+        try:
+            yield
+        finally:
+            self._requests -= 1
+            self._buffered -= request.state.held
 
-async def _body(request: Request, max_bytes: int) -> bytes:
-    kind = request.headers.get("content-type", "application/json")
-    if kind.partition(";")[0].strip().lower() != "application/json":
-        raise ProblemError(415, "not_json", "send the body as Content-Type: application/json")
-    if request.headers.get("content-encoding", "identity") != "identity":
-        raise ProblemError(415, "encoded", "send the body without Content-Encoding")
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            raise ProblemError(413, "too_large", f"the body is larger than {max_bytes} bytes")
-    return bytes(body)
+    async def read_json(self, request: Request, deadline: float) -> Any:
+        """The body, parsed. What is too large by its own word is not read at all.
+
+        Args:
+            deadline: seconds for all of it to arrive.
+
+        Raises:
+            ProblemError: too large, too slow, too much at once, or not plain JSON.
+        """
+        try:
+            async with asyncio.timeout(deadline):
+                body = await self._body(request)
+        except TimeoutError:
+            raise ProblemError(408, "slow_body", "the body did not arrive in time") from None
+        try:
+            return orjson.loads(body)
+        except orjson.JSONDecodeError as error:
+            reason = "not_utf8" if "UTF-8" in str(error) else "not_json"
+            raise ProblemError(400, reason, f"the body is not valid JSON: {error}") from None
+
+    async def _body(self, request: Request) -> bytes:
+        headers = request.headers
+        kind = headers.get("content-type", _JSON)
+        if kind.partition(";")[0].strip().lower() != _JSON:
+            raise ProblemError(415, "not_json", "send the body as Content-Type: application/json")
+        if headers.get("content-encoding", "identity") != "identity":
+            raise ProblemError(415, "encoded", "send the body without Content-Encoding")
+        declared = headers.get("content-length", "")
+        if declared.isdigit() and int(declared) > self._max_body:
+            raise self._too_large()
+        body = bytearray()
+        async for chunk in request.stream():
+            if len(body) + len(chunk) > self._max_body:
+                raise self._too_large()
+            if self._buffered + len(chunk) > self._max_buffered:
+                raise ProblemError(429, "busy", "too much is being sent; try again", retry=True)
+            self._buffered += len(chunk)
+            request.state.held += len(chunk)
+            body += chunk
+        return bytes(body)
+
+    def _too_large(self) -> ProblemError:
+        return ProblemError(413, "too_large", f"the body is larger than {self._max_body} bytes")
 
 
 def path_id(request: Request, name: str) -> str:
@@ -141,8 +185,18 @@ class Route:
     refused: Any = Problem  # what a 400 holds
 
 
-def add_routes(app: FastAPI, routes: Sequence[Route], ready: Callable[[], bool]) -> None:
-    """Add the routes, health, metrics, and the handlers of all that is no route."""
+def add_routes(
+    app: FastAPI,
+    routes: Sequence[Route],
+    ready: Callable[[], bool],
+    intake: Intake,
+    admit: Callable[[], None],
+) -> None:
+    """Add the routes, health, metrics, and the handlers of all that is no route.
+
+    Args:
+        admit: called before a request that writes is read; raises where it would be refused.
+    """
     for route in routes:
         responses: dict[int | str, dict[str, Any]] = {
             status: {"model": Problem, "description": text} for status, text in _PROBLEMS.items()
@@ -158,7 +212,7 @@ def add_routes(app: FastAPI, routes: Sequence[Route], ready: Callable[[], bool])
                 del responses[status]
         app.add_api_route(
             route.path,
-            _counted(route.operation, route.handler),
+            _counted(route, intake, admit),
             methods=[route.method],
             operation_id=route.operation,
             summary=(route.answer.__doc__ or "").partition("\n")[0],
@@ -190,31 +244,33 @@ def add_routes(app: FastAPI, routes: Sequence[Route], ready: Callable[[], bool])
     app.add_exception_handler(Exception, failed)
 
 
-def _counted(operation: str, handler: Handler) -> Handler:
+def _counted(route: Route, intake: Intake, admit: Callable[[], None]) -> Handler:
     async def endpoint(request: Request) -> Response:
         started = time.perf_counter()
         try:
-            response = await handler(request)
+            with intake.request(request):
+                if route.method != "GET":
+                    admit()
+                response = await route.handler(request)
         except ClientDisconnect:
             response = Response(status_code=499)  # nobody reads it
         except Exception as error:
             problem = _problem(error)
             metrics.REFUSED.labels(problem.reason).inc()
             response = _problem_response(problem)
-        metrics.REQUESTS.labels(operation, str(response.status_code)).inc()
-        metrics.REQUEST_SECONDS.labels(operation).observe(time.perf_counter() - started)
+        metrics.REQUESTS.labels(route.operation, str(response.status_code)).inc()
+        metrics.REQUEST_SECONDS.labels(route.operation).observe(time.perf_counter() - started)
         return response
 
     return endpoint
 
 
-_JSON = "application/json"
 _PROBLEMS = {
     400: "Refused: the body, or every event of it.",
     408: "The body did not arrive in time.",
     413: "The body is too large, or holds too many events.",
     415: "The body is not sent as plain JSON.",
-    429: "Too much is waiting; Retry-After says when to try again.",
+    429: "Too much is waiting or being sent; Retry-After says when to try again.",
     503: "The event log cannot be written now; Retry-After says when to try again.",
     507: "The event log's disk is full; nothing of the request was stored.",
 }

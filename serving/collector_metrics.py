@@ -61,3 +61,8 @@ FOLLOW_ERRORS = Counter(
     "hrnn_collector_follow_errors_total",
     "Attempts to bring the online store up to date that failed",
 )
+ERASING = Gauge(
+    "hrnn_collector_erasing",
+    "Whether the log's file still holds bytes of deleted rows (SQLite; PostgreSQL's VACUUM is its "
+    "own)",
+)

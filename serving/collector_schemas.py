@@ -111,9 +111,14 @@ class WriteAnswer(BaseModel):
 
 
 class DeleteAnswer(WriteAnswer):
-    """What was removed from the log. Later events of this id start a new history."""
+    """What was removed from the log. Later events of this id start a new history.
+
+    `erased`: the log's file holds no bytes of it any more; false: soon (SQLite, while somebody
+    reads an older state), or when the database does it by itself (PostgreSQL's VACUUM).
+    """
 
     events: int
+    erased: bool
 
 
 class ItemRow(BaseModel):

@@ -68,6 +68,8 @@ class ServeSettings(SettingsBase):
     event_log: str | None = None
     max_events: PositiveInt = 1000  # of one request
     max_queued_writes: PositiveInt = 20_000  # further ones get 429
+    max_buffered_bytes: PositiveInt = 64 * 2**20  # of all bodies being answered: beyond, 429
+    max_open_requests: PositiveInt = 2000  # being answered by a collector: beyond, 429
     append_deadline_seconds: PositiveFloat = 5.0  # until an event must be durable
     visible_wait_seconds: NonNegativeFloat = 0.25  # how long an answer waits for the online store
     follow_seconds: PositiveFloat = 0.5  # how often other collectors' changes are looked for

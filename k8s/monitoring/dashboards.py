@@ -16,7 +16,7 @@ from grafana_foundation_sdk.models.dashboard import DataSourceRef
 OUTPUT = Path(__file__).parent / "hrnn-meta.json"
 DATASOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
 RATE = "[$__rate_interval]"
-T, P = 'role="transformer"', 'role="predictor"'
+T, P, C = 'role="transformer"', 'role="predictor"', 'role="collector"'
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,78 @@ ROWS: dict[str, list[Plot]] = {
                 "users": f"sum(rate(hrnn_unknown_users_total{RATE}))",
                 "items": f"sum(rate(hrnn_unknown_items_total{RATE}))",
             },
+        ),
+    ],
+    "Events": [
+        Plot(
+            "Events by outcome",
+            "Per second; duplicates are repeated sends, user_deleted come after a deletion.",
+            "reqps",
+            {"{{outcome}}": f"sum by (outcome) (rate(hrnn_collector_events_total{RATE}))"},
+        ),
+        Plot(
+            "Events and requests refused",
+            "Per second by reason; 429 and 5xx are queue_full, busy, log_unavailable, deadline, "
+            "storage_full.",
+            "reqps",
+            {"{{reason}}": f"sum by (reason) (rate(hrnn_collector_refused_total{RATE}))"},
+        ),
+        Plot(
+            "Time to make events durable",
+            "99 of 100 requests and transactions take at most this long.",
+            "s",
+            {
+                "request p99": _quantile(
+                    0.99, "hrnn_collector_request_duration_seconds", 'operation="events"'
+                ),
+                "commit p99": _quantile(0.99, "hrnn_collector_commit_duration_seconds", C),
+            },
+        ),
+        Plot(
+            "Until an event is visible",
+            "From its commit until the online store has it.",
+            "s",
+            {f"p{q:g}": _quantile(q / 100, "hrnn_collector_visible_seconds", C) for q in (50, 99)},
+        ),
+        Plot(
+            "Online store behind the event log",
+            "Age of the oldest event that recommendations do not see; following is 1 while all "
+            "collectors can write the online store.",
+            "s",
+            {
+                "behind": "max(hrnn_collector_lag_seconds)",
+                "following": "min(hrnn_collector_following)",
+            },
+        ),
+        Plot(
+            "Writes that wait",
+            "Events and upserts between being read and being durable; beyond max_queued_writes "
+            "further ones are refused.",
+            "short",
+            {"{{pod}}": "hrnn_collector_queued_writes"},
+        ),
+        Plot(
+            "New items",
+            "Items served from their metadata because no model was trained with them yet, and "
+            "those left out as too many.",
+            "short",
+            {
+                "served": f"max(hrnn_live_items{{{P}}})",
+                "left out": f"max(hrnn_live_items_left_out{{{P}}})",
+            },
+            width=12,
+        ),
+        Plot(
+            "New items that cannot be served",
+            "Failed attempts per second by step, and since when the feed was not read.",
+            "short",
+            {
+                "{{step}}": f"sum by (step) (rate(hrnn_item_feed_errors_total{{{P}}}{RATE}))",
+                "s since the last read": (
+                    f"time() - max(hrnn_item_feed_last_read_timestamp_seconds{{{P}}} > 0)"
+                ),
+            },
+            width=12,
         ),
     ],
     "What is served": [

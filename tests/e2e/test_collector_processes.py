@@ -174,8 +174,21 @@ def test_a_frozen_online_store_delays_nothing_but_itself(postgres_server, tmp_pa
             assert history_ids(features, ["u"]).keys() == {"a", "b"}
             redis.kill()
             assert collector.http.post("/events", json=event("c")).json()["stored"] == 1
+            errors = "hrnn_collector_follow_errors_total"
+            before, started = collector.metric(errors), time.monotonic()
+            for n in range(200):  # a store that is down is not asked with every event
+                collector.http.post("/events", json=event("c", at=AS_OF + n))
+            tries = 1 + (time.monotonic() - started) / 0.25
+            assert collector.metric(errors) - before < tries
+            assert collector.metric("hrnn_collector_following") == 0
+            # Nor is it up to date because a restarted collector cannot tell.
+            collector.kill()
+            collector.start()
+            collector.wait(lambda: collector.metric("hrnn_collector_lag_seconds") > 0.2)
             redis.start()  # empty: it kept nothing
             collector.wait(lambda: history_ids(features, ["u"]).keys() == {"a", "b", "c"})
+            collector.wait(collector.caught_up)
+            assert collector.metric("hrnn_collector_following") == 1
 
 
 def test_a_frozen_database_is_answered_in_time_and_recovers(tmp_path):

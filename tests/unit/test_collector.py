@@ -1,12 +1,15 @@
 """The collector's contract in-process: real logs and online stores, bad input of all kinds."""
 
+import asyncio
 import json
 import threading
 import time
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from fastapi import Request
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
@@ -15,8 +18,9 @@ from hypothesis import strategies as st
 from feature_repo import event_tables
 from feature_repo.event_log import EventLog
 from feature_repo.store import FeatureReader, apply, materialise
-from model.errors import InputError
+from model.errors import InputError, UnavailableError
 from serving.collector import Collector, application
+from serving.collector_http import Intake, ProblemError
 from serving.settings import ServeSettings
 from tests.feature_sources import AS_OF, HARSH, SCHEMA, write_sources
 
@@ -277,13 +281,150 @@ def test_a_deleted_user_is_gone_from_log_and_features(service, log, features):
     service.put("/users/leaver", json={"fields": {"age": 1}})
     assert FeatureReader(features).user("leaver").known
     answer = service.delete("/users/leaver")
-    assert answer.json() == {"events": 3, "visible": True}
+    erased = service.url.startswith("sqlite")  # elsewhere it is up to the database
+    assert answer.json() == {"events": 3, "visible": True, "erased": erased}
     assert not FeatureReader(features).user("leaver").known
     assert not [row for row in stored(log) if row.user_id == "leaver"]
     late = service.post("/events", json=event("d9", user_id="leaver"))
     assert late.status_code == 400
     assert late.json()["events"][0]["status"] == "user_deleted"
+    # Sent again without a time, it would be an event of now; and the sender's clock may be ahead.
+    for again in (event("d1", user_id="leaver", timestamp=None), event("d2", user_id="leaver")):
+        again["timestamp"] = again["timestamp"] and int(time.time()) + 200
+        answer = service.post("/events", json=again)
+        assert answer.json()["events"][0]["status"] == "user_deleted"
     assert service.delete("/users/nobody").json()["events"] == 0
+
+
+def test_bytes_of_a_deleted_user_leave_the_file_once_nobody_reads_them(features, tmp_path):
+    """A reader of an old state (an ingestion, say) keeps them in the write-ahead log."""
+    url = f"sqlite:///{tmp_path}/events.db"
+    settings = ServeSettings(event_log=url, feature_root=features.root, append_deadline_seconds=0.5)
+
+    def held():
+        return any(b"needle in" in p.read_bytes() for p in tmp_path.glob("events.db*"))
+
+    with TestClient(application(Collector(settings))) as client:
+        client.post("/events", json=event(" needle in a haystack", user_id="leaver"))
+        with closing(EventLog.open(url)) as other, other._read() as reading:
+            reading.execute(sa.select(event_tables.events)).all()
+            assert client.delete("/users/leaver").json()["erased"] is False
+            assert held()
+            assert metric(client, "hrnn_collector_erasing") == 1
+        deadline = time.monotonic() + 60
+        while metric(client, "hrnn_collector_erasing"):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert not held()
+
+
+def test_attempts_to_open_the_feature_store_leave_nothing_open(tmp_path):
+    settings = ServeSettings(
+        event_log=f"sqlite:///{tmp_path}/events.db", feature_root=str(tmp_path / "none yet")
+    )
+    EventLog.open(settings.event_log, create=True).close()
+    collector = Collector(settings)
+
+    def opened():
+        links = [p.readlink() for p in Path("/proc/self/fd").iterdir() if p.is_symlink()]
+        return sum(link.name.startswith("events.db") for link in links)
+
+    before = opened()
+    for _ in range(5):
+        with pytest.raises(UnavailableError, match="no feature store"):
+            collector._open_live()
+    assert opened() == before
+
+
+class TestIntake:
+    """Bodies are refused before they are held."""
+
+    @pytest.fixture(scope="class")
+    def small(self, features, tmp_path_factory):
+        settings = ServeSettings(
+            event_log=f"sqlite:///{tmp_path_factory.mktemp('log')}/events.db",
+            feature_root=features.root,
+            max_body_bytes=1_000_000,
+            max_buffered_bytes=1_500_000,
+            max_open_requests=3,
+            max_queued_writes=2,
+            visible_wait_seconds=0,
+            append_deadline_seconds=20,
+        )
+        collector = Collector(settings)
+        with TestClient(application(collector)) as client:
+            client.collector, client.url = collector, settings.event_log
+            yield client
+
+    def test_too_large_by_its_own_word_is_not_read(self, small):
+        def never():
+            pytest.fail("read")
+            yield b""
+
+        headers = {"Content-Length": "2000000", "Content-Type": "application/json"}
+        answer = small.post("/events", content=never(), headers=headers)
+        assert (answer.status_code, answer.json()["reason"]) == (413, "too_large")
+
+    def test_too_large_without_a_word_is_read_no_further(self, small):
+        sent = []
+
+        def chunks():
+            for n in range(100):
+                sent.append(n)
+                yield b" " * 100_000
+
+        answer = small.post("/events", content=chunks())
+        assert (answer.status_code, answer.json()["reason"]) == (413, "too_large")
+
+    def test_nothing_is_held_in_the_end(self, small):
+        assert small.post("/events", json=event("held")).status_code == 200
+        assert small.collector.intake._buffered == small.collector.intake._requests == 0
+
+    def test_all_bodies_together_and_all_requests_are_bounded(self):
+        """Two bodies that fit one by one, and more requests than may be open."""
+        intake = Intake(max_body=10, max_buffered=15, max_requests=2)
+
+        def request(*chunks):
+            given = iter(chunks)
+
+            async def receive():
+                chunk = next(given, None)
+                body = {"body": chunk or b"", "more_body": chunk is not None}
+                return {"type": "http.request", **body}
+
+            return Request({"type": "http", "headers": [], "state": {}}, receive)
+
+        async def run():
+            first, second, third = (request(b"[1, 2,", b" 3]"), request(b"[4,5,6,7]"), request())
+            with intake.request(first):
+                assert await intake.read_json(first, 5) == [1, 2, 3]
+                with intake.request(second):
+                    with pytest.raises(ProblemError) as refused:
+                        await intake.read_json(second, 5)
+                    assert (refused.value.status, refused.value.retry) == (429, True)
+                    with pytest.raises(ProblemError) as refused, intake.request(third):
+                        pass
+                    assert (refused.value.status, refused.value.retry) == (429, True)
+            again = request(b"[4,5,6,7]")
+            with intake.request(again):  # now there is room
+                assert await intake.read_json(again, 5) == [4, 5, 6, 7]
+
+        asyncio.run(run())
+        assert intake._buffered == intake._requests == 0
+
+    def test_a_full_queue_refuses_what_it_has_not_read(self, small):
+        def never():
+            pytest.fail("read")
+            yield b""
+
+        with closing(EventLog.open(small.url)) as other, other.write():  # holds the write lock
+            futures = [small.collector.appender.submit(lambda _: None) for _ in range(2)]
+            headers = {"Content-Length": "20", "Content-Type": "application/json"}
+            answer = small.post("/events", content=never(), headers=headers)
+            assert (answer.status_code, answer.json()["reason"]) == (429, "queue_full")
+            assert answer.headers["Retry-After"]
+        for future in futures:
+            future.result(30)
 
 
 def test_many_senders_at_once_lose_and_double_nothing(service, log):

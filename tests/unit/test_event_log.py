@@ -2,6 +2,7 @@
 
 import sqlite3
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -156,6 +157,27 @@ class TestDeletion:
         assert rows(log, event_tables.users) == []
         assert append(log, event(1), event(7)) == [Outcome.USER_DELETED] * 2
 
+    def test_an_event_sent_again_does_not_come_back(self, log):
+        """Without a time of its own it would be one of now; and clocks may be ahead."""
+        append(log, event(1), event(2, at=int(time.time()) + 250), event(3, user="other"))
+        with log.write() as transaction:
+            transaction.delete_user("u")
+        later = int(time.time()) + 1000
+        assert append(log, event(1, at=later)) == [Outcome.USER_DELETED]
+        assert append(log, event(2, at=later), event(3, user="other")) == [
+            Outcome.USER_DELETED,
+            Outcome.DUPLICATE,
+        ]
+        # A copy of the second one, in a run's tables, is of before the deletion too.
+        assert log.states(["u"], 9)["u"].deleted_at >= later - 760
+        assert append(log, event(4, at=later)) == [Outcome.STORED]
+
+    def test_an_event_of_a_far_future_does_not_lock_out_who_comes_back(self, log):
+        append(log, event(1, at=int(time.time()) + 10**9))
+        with log.write() as transaction:
+            transaction.delete_user("u")
+        assert append(log, event(2, at=int(time.time()) + 2)) == [Outcome.STORED]
+
     def test_who_comes_back_starts_anew(self, log):
         append(log, event(1))
         with log.write() as transaction:
@@ -169,7 +191,7 @@ class TestDeletion:
         append(log, event("needle in a haystack", user="secret person", at=1))
         with log.write() as transaction:
             transaction.delete_user("secret person")
-        log.erase_traces()
+        assert log.erase_traces()
         files = b"".join(path.read_bytes() for path in tmp_path.iterdir())
         log.close()
         assert b"needle in a haystack" not in files

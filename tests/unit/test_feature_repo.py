@@ -165,6 +165,18 @@ def test_a_history_silent_for_longer_than_the_ttl_is_not_served(store):
     assert len(FeatureReader(store).user("u1").history) == 2
 
 
+def test_a_history_ages_with_the_log_not_with_the_snapshot_alone(settings):
+    """Nobody counts the trend anew, but events go on."""
+    history = {"silent": [("i1", AS_OF - 5)], "active": [("i1", AS_OF + 100)]}
+    write_sources(settings, history=history)
+    apply(settings, SCHEMA, ViewOptions(history_ttl_seconds=50))
+    materialise(settings, AS_OF + 200)
+    reader = FeatureReader(settings)
+    assert len(reader.user("silent").history) == 1
+    assert len(reader.user("active").history) == 1
+    assert reader.user("silent").history == []
+
+
 class TestMaterialiseAgain:
     def test_another_older_dataset_leaves_nothing_of_the_first(self, store):
         write_sources(store, history={"u1": [("old", 1000)]}, as_of=2000)
