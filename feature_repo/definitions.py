@@ -7,7 +7,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any, cast
 
-from feast import Entity, FeatureService, FeatureView, Field, FileSource, ValueType
+from feast import Entity, FeatureService, FeatureView, Field, FileSource, PushSource, ValueType
 from feast.on_demand_feature_view import OnDemandFeatureView
 from feast.types import Array, FeastType, Float64, Int64, String
 
@@ -25,6 +25,7 @@ from feature_repo.names import (
     JOIN_KEY,
     KIND_TAG,
     LIVE_CHECKPOINT,
+    PUSH_SOURCE,
     SERVING_TREND,
     SERVING_USER,
     SERVING_USER_V1,
@@ -87,15 +88,18 @@ def build(sources: Path, schema: Schema, options: ViewOptions) -> Definitions:
     def view(
         name: str, description: str, fields: list[Field], ttl: timedelta, **tags: str
     ) -> FeatureView:
+        table = FileSource(
+            name=f"{name}_source",
+            path=str(sources / source_pattern(name)),
+            timestamp_field=EVENT_TIMESTAMP,
+        )
         return FeatureView(
             name=name,
             entities=[entities[VIEW_ENTITY[name]]],
             schema=[Field(name=JOIN_KEY[VIEW_ENTITY[name]], dtype=String), *fields],
-            source=FileSource(
-                name=f"{name}_source",
-                path=str(sources / source_pattern(name)),
-                timestamp_field=EVENT_TIMESTAMP,
-            ),
+            source=PushSource(name=PUSH_SOURCE[name], batch_source=table)
+            if name in PUSH_SOURCE
+            else table,
             ttl=ttl,
             online=True,
             owner=OWNER,

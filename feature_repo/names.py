@@ -36,6 +36,11 @@ VIEW_ENTITY = {
 LIVE_VIEWS = frozenset({USER_LIVE, LIVE_CHECKPOINT})
 MATERIALISED = tuple(view for view in VIEW_ENTITY if view not in LIVE_VIEWS)
 
+# Views that others may push rows into with Feast's own `push`: whole rows of a profile or an item,
+# in force until the next run. Histories have none: a pushed one would lack what others wrote, and
+# what is live is a function of the event log alone.
+PUSH_SOURCE = {USER_PROFILE: "user_profile_push", ITEM_METADATA: "item_metadata_push"}
+
 # Sources of several files: each refresh of the trends adds one.
 GROWING = frozenset({ITEM_POPULARITY, CATALOGUE_POPULARITY})
 REFRESH_PREFIX = "refresh-"  # of those files

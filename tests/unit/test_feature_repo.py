@@ -9,14 +9,21 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
+from feast.data_source import PushMode
+from feast.errors import PushSourceNotFoundException
 
 from feature_repo import connection
+from feature_repo.connection import open_store
+from feature_repo.event_log import EventLog, NewEvent
 from feature_repo.historical import training_features
+from feature_repo.live import LiveFeatures
 from feature_repo.names import VIEW_ENTITY, feature_names
 from feature_repo.refresh import publish_trend
 from feature_repo.settings import FeatureStoreSettings, redis_connection
@@ -175,6 +182,55 @@ def test_a_history_ages_with_the_log_not_with_the_snapshot_alone(settings):
     assert len(reader.user("silent").history) == 1
     assert len(reader.user("active").history) == 1
     assert reader.user("silent").history == []
+
+
+class TestPush:
+    """Rows pushed with Feast's own API, by someone who knows nothing of the event log."""
+
+    def row(self, store, user, **values):
+        view = open_store(store).get_feature_view("user_profile")
+        frame = pd.DataFrame({"user_id": [user], "event_timestamp": [pd.Timestamp.now("UTC")]})
+        for feature in view.features:
+            frame[feature.name] = [values.get(feature.name)]
+        frame["first_seen"] = frame["first_seen"].fillna(AS_OF).astype("int64")
+        return frame
+
+    def push(self, store, frame, source="user_profile_push"):
+        open_store(store).push(source, frame, to=PushMode.ONLINE)
+
+    def test_a_pushed_profile_is_read_until_the_next_run(self, store):
+        reader = FeatureReader(store)
+        before = reader.user("u1")
+        self.push(store, self.row(store, "u1", age=77.0))
+        self.push(store, self.row(store, "pushed", age=5.0))
+        assert reader.user("u1").profile == {"age": 77.0}
+        assert reader.user("u1").history == before.history
+        assert reader.user("pushed").profile == {"age": 5.0}
+        materialise(store, AS_OF)
+        assert reader.user("u1") == before
+
+    def test_it_cannot_touch_what_the_event_log_says(self, store, tmp_path):
+        with closing(EventLog.open(f"sqlite:///{tmp_path}/log.db", create=True)) as log:
+            with log.write() as transaction:
+                transaction.append([NewEvent("e", "u1", "live", AS_OF + 9)])
+                transaction.put_user("u1", {"age": 50})
+                transaction.delete_user("u2")
+            LiveFeatures(store, log).follow()
+        for user in ("u1", "u2"):
+            self.push(store, self.row(store, user, age=77.0))
+        reader = FeatureReader(store)
+        assert reader.user("u1").profile["age"] == 50
+        assert reader.user("u1").history[-1].item_id == "live"
+        assert reader.user("u2") == UserFeatures(known=False)  # stays deleted
+        for source in ("user_live_push", "user_history_push"):
+            with pytest.raises(PushSourceNotFoundException):
+                self.push(store, self.row(store, "u1"), source)
+
+    def test_half_a_row_is_refused(self, store):
+        before = FeatureReader(store).user("u1")
+        with pytest.raises(KeyError):
+            self.push(store, self.row(store, "u1").drop(columns="age"))
+        assert FeatureReader(store).user("u1") == before
 
 
 class TestMaterialiseAgain:
