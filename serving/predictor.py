@@ -296,13 +296,16 @@ class Predictor(JsonModel):
         return True
 
     def _use(self, model: LoadedModel) -> None:
-        before, self._models = self._models, (model, *self._models[:1])
+        self._models = (model, *self._models[:1])
         metrics.set_model_version(model.bundle_version)
         self.ready = True
-        if before:
-            # Searches of several rounds end with the version that they began with.
-            loop = asyncio.get_running_loop()
-            loop.call_later(2 * self.settings.predictor_deadline_seconds, self._forget, before[0])
+
+    def _swap(self, model: LoadedModel) -> None:
+        before = self._models[0]
+        self._use(model)
+        # Searches of several rounds end with the version that they began with.
+        wait = 2 * self.settings.predictor_deadline_seconds
+        asyncio.get_running_loop().call_later(wait, self._forget, before)
 
     async def open(self) -> None:
         """Follow the model store and the new items from now on."""
@@ -338,7 +341,7 @@ class Predictor(JsonModel):
                         or model
                     )
                 before = self.version
-                self._use(model)
+                self._swap(model)
                 log.info("model %s replaces %s", model.bundle_version, before)
 
     async def _follow_items(self, feed: ItemFeed) -> None:
@@ -355,7 +358,7 @@ class Predictor(JsonModel):
                         self._loader, self._with_items, feed, self._models[0], False
                     )
                     if model is not None:
-                        self._use(model)
+                        self._swap(model)
             except Exception as error:
                 step = "read" if isinstance(error, UnavailableError) else "build"
                 metrics.ITEM_FEED_ERRORS.labels(step).inc()
