@@ -7,7 +7,8 @@ Throughput: batches of 100 events of 10,000 users from four connections, each ba
 its answer. Visibility: single events at a fixed rate, open loop; after the acknowledgement of some
 of them the transformer is asked for that user until its answer reflects the event. "seen": from
 the acknowledgement to the end of the answer that has it; an acknowledgement waits for the online
-store for a quarter of a second at most, so "sent to seen" is told too. Databases, all servers and
+store for a quarter of a second at most, so "sent to seen" is told too. New items: from the
+acknowledgement of a PUT until an answer recommends the item. Databases, all servers and
 this generator share the machine. PostgreSQL runs with its durable defaults. Each target is printed
 as met or missed.
 """
@@ -31,7 +32,10 @@ from benchmarks.bundles import NOW, random_bundle
 from benchmarks.load import Rest
 from benchmarks.serving import histories
 from feature_repo.settings import FeatureStoreSettings
+from model.query import ItemFilter
 from model.recommender import Recommender
+from serving.client import Client
+from serving.event_client import EventClient
 from serving.launcher import LocalServing
 from serving.settings import ServeSettings
 from tests.feature_store import fill
@@ -170,6 +174,23 @@ async def visibility(settings, rate, seconds, check):
     }
 
 
+def new_items(settings, count):
+    """Seconds from the acknowledgement of a new item until an answer recommends it."""
+    times = []
+    with EventClient(settings.collector_url) as collector, Client(settings.transformer_url) as ask:
+        for n in range(count):
+            time.sleep(random.random())  # noqa: S311 - anywhere between two looks
+            collector.put_item(f"new-{n}", {})
+            begun = time.perf_counter()
+            only = ItemFilter(include=frozenset({f"new-{n}"}))
+            while not ask.recommend(timestamp=NOW, num_results=1, item_filter=only).items:
+                if time.perf_counter() - begun > 60:
+                    raise SystemExit("a new item is not recommended after a minute")
+                time.sleep(0.01)
+            times.append(time.perf_counter() - begun)
+    return {f"recommended p{q} ms": round(float(np.percentile(times, q)) * 1e3) for q in (50, 99)}
+
+
 def lag(url):
     text = httpx.get(f"{url}/metrics", trust_env=False).text
     line = next(x for x in text.splitlines() if x.startswith("hrnn_collector_lag_seconds "))
@@ -207,12 +228,15 @@ def measure(log, arguments, folder):
             row |= {"lag at the end s": round(behind, 2)}
             row |= {"caught up after s": round(time.perf_counter() - begun, 1)}
             yield {"log": log, "scenario": f"batches of {BATCH}"} | row
+        if "items" in arguments.only:
+            row = new_items(settings, 20)
+            yield {"log": log, "scenario": f"new items, catalogue of {ITEMS}"} | row
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--log", nargs="+", default=["sqlite", "postgresql"])
-    parser.add_argument("--only", nargs="+", default=["visibility", "throughput"])
+    parser.add_argument("--only", nargs="+", default=["visibility", "throughput", "items"])
     parser.add_argument("--seconds", type=float, default=15.0)
     parser.add_argument("--rate", type=float, default=200.0, help="events per second")
     parser.add_argument("--check", type=int, default=4, help="look for every n-th event")

@@ -89,7 +89,7 @@ class Senders:
 
 
 @pytest.mark.parametrize(
-    ("database", "online", "rounds"), [("sqlite", "sqlite", 20), ("postgresql", "redis", 6)]
+    ("database", "online", "rounds"), [("sqlite", "sqlite", 20), ("postgresql", "redis", 20)]
 )
 def test_killed_under_load_nothing_acknowledged_is_lost_or_doubled(
     database, online, rounds, request, tmp_path
