@@ -38,6 +38,8 @@ CHUNK = 16_384  # items whose scores for a batch fit a core's cache
 SMALL = 4096  # catalogues up to here are scored whole: no scan pays
 SPARSE = 64  # where at most 1 in 64 items is allowed, these alone are scored
 MANY_EXCLUDED = 4096  # beyond, exclusions become a mask
+SHORT = 64  # numbers of a row; two such are multiplied as one
+MIN_ROWS = 32  # of an int8 product
 MEASURED_ROWS = 131_072  # of the table, to choose the method by time
 WORTH_MEASURING = 2**22  # numbers in the table; below, float32 stays in cache
 
@@ -170,6 +172,8 @@ class _Queries:
     norm_B: NDArray[np.float64]  # ‖x‖
     off_B: NDArray[np.float64]  # ‖x − x̂‖
     slack_B: NDArray[np.float64]  # of float32 arithmetic, in the scan and in the exact scores
+    # Of one short query: [x 0; 0 x] `[2·D, 2]`, which takes two rows of the table as one.
+    pair: torch.Tensor | None = None
 
 
 class _Scan(ABC):
@@ -192,7 +196,10 @@ class _Scan(ABC):
         off_B = np.linalg.norm(x_BD - rounded_BD, axis=1)
         # Of a sum of D products, computed twice: D·2⁻²⁴ of the sum of their sizes each time.
         slack_B = (self._size + 8) * 2.0**-23 * (1.01 * self._largest * norm_B + self._largest_bias)
-        return _Queries(x_DB, step_B, norm_B, off_B, slack_B)
+        return _Queries(x_DB, step_B, norm_B, off_B, slack_B, self._pair(x_DB))
+
+    def _pair(self, x_DB: torch.Tensor) -> torch.Tensor | None:
+        return None
 
     @abstractmethod
     def _read(self, x_BD: Float32) -> tuple[torch.Tensor, torch.Tensor, NDArray[np.float64]]:
@@ -270,13 +277,29 @@ class _Int8Scan(_Scan):
             q_RD = torch.from_numpy(self._q_MD.numpy().take(rows, axis=0))
             scale_R = torch.from_numpy(self._scale_M.numpy().take(rows))
             b_R = torch.from_numpy(self._b_M.numpy().take(rows))
-        torch._int_mm(q_RD, queries.x_DB, out=work)
+        if queries.pair is None or out.shape[1] > 1 or len(q_RD) < 2 * MIN_ROWS:
+            torch._int_mm(q_RD, queries.x_DB, out=work)
+        else:
+            even = len(q_RD) // 2 * 2
+            pairs = q_RD[:even].view(even // 2, 2 * self._size)
+            torch._int_mm(pairs, queries.pair, out=work[:even].view(even // 2, 2))
+            if even < len(q_RD):
+                work[even] = (q_RD[even].int() * queries.x_DB[:, 0].int()).sum()
         out.copy_(work)
         if out.shape[1] == 1:
             step = float(queries.step_B[0])
             torch.addcmul(b_R[:, None], out, scale_R[:, None], value=step, out=out)
         else:
             out.mul_(scale_R[:, None]).mul_(queries.step_B).add_(b_R[:, None])
+
+    def _pair(self, x_DB: torch.Tensor) -> torch.Tensor | None:
+        """Rows as short as a cache line keep the product from running at memory speed."""
+        size, queries = x_DB.shape
+        if queries > 1 or size > SHORT:
+            return None
+        pair = torch.zeros(2 * size, 2, dtype=torch.int8)
+        pair[:size, 0] = pair[size:, 1] = x_DB[:, 0]
+        return pair
 
 
 @dataclass(frozen=True)
@@ -605,11 +628,11 @@ def int8_products_are_exact(size: int) -> bool:
 
     Without VNNI instructions some kernels add pairs in 16 bits, which overflow.
     """
-    w = torch.full((32, size), 127, dtype=torch.int8)
-    w[1::2] = -127
-    w[2::4, ::2] = -127
-    for columns in (1, 32):
-        x = torch.full((size, columns), 127, dtype=torch.int8)
+    for width, columns in ((size, 1), (size, 32), (2 * size, 2)):
+        w = torch.full((MIN_ROWS, width), 127, dtype=torch.int8)
+        w[1::2] = -127
+        w[2::4, ::2] = -127
+        x = torch.full((width, columns), 127, dtype=torch.int8)
         x[:, ::2] = -127
         out = torch.empty(len(w), columns, dtype=torch.int32)
         try:
