@@ -75,6 +75,17 @@ BREAKER_OPEN = Gauge(
     ["dependency"],
 )
 ITEMS = Counter("hrnn_served_items_total", "Items in answers to recommend and rank")
+SERVED_COVERAGE = Gauge(
+    "hrnn_served_coverage",
+    "Distinct items in answers to recommend, as a share of the catalogue, estimated over the last "
+    "full ten minutes with traffic",
+)
+SERVED_RANK = Histogram(
+    "hrnn_served_trend_rank",
+    "Mean place of an answer's items among the trending ones, as a share of the catalogue: near 0 "
+    "when everybody gets the most popular ones",
+    buckets=(0.0001, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0),
+)
 EXPLORED = Counter(
     "hrnn_explored_items_total",
     "Those of them that are there because of exploration alone",

@@ -18,6 +18,7 @@ from model.errors import InputError, UnavailableError
 from model.query import History, Query, Recommendation
 from model.trends import TrendSnapshot
 from serving import metrics
+from serving.coverage import Coverage
 from serving.features import Features, Reader, UserFeatures
 from serving.process import leave
 from serving.ranking import Search, Trend, ranked
@@ -209,6 +210,11 @@ class Work:
         """In the answer."""
         return len(self._items_out or ())
 
+    @property
+    def item_ids(self) -> list[str]:
+        """In the answer."""
+        return [item["item_id"] for item in self._items_out or ()]
+
     def prediction(self) -> dict[str, Any]:
         """The answer as JSON."""
         assert self._items_out is not None  # noqa: S101 - called when answered
@@ -236,6 +242,7 @@ class Transformer(JsonModel):
         super().__init__(settings)
         self._predictors = predictors or PredictorClient(settings)
         self._features = Features(open_reader, settings, self._predictors.trend)
+        self._coverage = Coverage()
 
     def load(self) -> bool:
         """Connect to the feature store and read the trend; a store that is down is no error."""
@@ -273,6 +280,8 @@ class Transformer(JsonModel):
             if work.instance.task != "rate":
                 metrics.ITEMS.inc(work.num_items)
                 metrics.EXPLORED.inc(work.explored)
+            if work.instance.task == "recommend":
+                self._coverage.served(work.item_ids, trend)
             for reason in work.degraded:
                 metrics.FALLBACKS.labels(reason).inc()
                 record.degraded = True
