@@ -177,7 +177,13 @@ class Service(Target):
 
 def steady(service, noop, seconds):
     rows = []
-    for protocol, connections in (("rest", 1), ("rest", 16), ("grpc", 1), ("grpc", 16)):
+    for protocol, connections in (
+        ("rest", 1),
+        ("rest", 8),
+        ("rest", 16),
+        ("grpc", 1),
+        ("grpc", 16),
+    ):
         service.run(connections, 1.0, protocol)
         row = service.run(connections, seconds, protocol).row()
         row |= {"scenario": f"{protocol}, {connections} connections"}
