@@ -17,6 +17,7 @@ write, which leaves a gap of milliseconds. A write whose answer was lost is look
 repeated, so that no change is made twice.
 """
 
+import asyncio
 import contextlib
 import fcntl
 import hashlib
@@ -46,11 +47,15 @@ LOCK_SECONDS = 60.0
 # An upload that was begun and never finished is cleared away after this time.
 ABANDONED_SECONDS = 24 * 3600.0
 CHUNK = 2**20
-# Deadlines of every call: the driver's own would let an unreachable store hang for minutes.
+# Deadlines of every call: the driver's own would let an unreachable store hang for minutes. s3fs
+# tries again beside botocore, so that a frozen store fails a call after 2 · 2 · 20 s.
+S3_ATTEMPTS = 2
+# A write waits for "100 Continue", which the driver's deadlines do not cover.
+WRITE_SECONDS, BYTES_PER_SECOND = 90.0, 2**20
 S3_OPTIONS: dict[str, Any] = {
     "config_kwargs": {
         "connect_timeout": 5,
-        "read_timeout": 60,
+        "read_timeout": 20,
         "retries": {"mode": "standard", "max_attempts": 2},
     }
 }
@@ -153,6 +158,8 @@ class ModelStore:
             fs, root = fsspec.url_to_fs(uri, **options)
         except (ValueError, ImportError) as error:
             raise InputError(f"model store {uri}: {error}") from None
+        if hasattr(fs, "retries"):
+            fs.retries = S3_ATTEMPTS
         self._files: _Files = (
             _Folder(Path(root)) if "file" in _protocols(fs) else _Objects(fs, root.rstrip("/"))
         )
@@ -743,7 +750,22 @@ class _Objects:
             return await body.read(), answer["ETag"]
 
     def write(self, path: str, content: bytes) -> None:
-        self.fs.pipe_file(self._at(path), content)
+        self._send("pipe_file", self._at(path), content, size=len(content))
+
+    def _send(self, call: str, *arguments: Any, size: int, **keywords: Any) -> None:
+        """A call that writes `size` bytes, with a deadline where the driver is asynchronous."""
+        if not self.fs.async_impl:
+            getattr(self.fs, call)(*arguments, **keywords)
+            return
+        seconds = WRITE_SECONDS + size / BYTES_PER_SECOND
+
+        async def within() -> None:
+            await asyncio.wait_for(getattr(self.fs, f"_{call}")(*arguments, **keywords), seconds)
+
+        try:
+            fsspec.asyn.sync(self.fs.loop, within)
+        except TimeoutError:
+            raise OSError(f"no answer within {seconds:.0f} s") from None
 
     def write_if(self, path: str, content: bytes, tag: str | None) -> bool:
         if not self.conditional:
@@ -754,7 +776,7 @@ class _Objects:
             return True
         condition = {"IfNoneMatch": "*"} if tag is None else {"IfMatch": tag}
         try:
-            self.fs.pipe_file(self._at(path), content, **condition)
+            self._send("pipe_file", self._at(path), content, size=len(content), **condition)
         except OSError as error:
             if _code(error) in ("PreconditionFailed", "ConditionalRequestConflict"):
                 return False
@@ -788,7 +810,8 @@ class _Objects:
     def upload(self, bundle: Path, manifest: bundles.Manifest, path: str) -> None:
         # The manifest last: without it the version does not exist.
         for name in (*manifest.files, bundles.MANIFEST):
-            self.fs.put_file(str(bundle / name), f"{self._at(path)}/{name}")
+            size = (bundle / name).stat().st_size
+            self._send("put_file", str(bundle / name), f"{self._at(path)}/{name}", size=size)
 
     def download(self, path: str, target: Path) -> None:
         self.fs.get_file(self._at(path), str(target))

@@ -10,11 +10,13 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import httpx
 import psutil
 
 START_SECONDS = 60
@@ -109,6 +111,32 @@ class RedisServer(ServerProcess):
         """URL of an empty database that nobody else uses."""
         self._used += 1
         return f"redis://127.0.0.1:{self.port}/{self._used}"
+
+
+class S3Server(ServerProcess):
+    """moto's S3 server on a free port of this machine, in memory only, with one bucket."""
+
+    def __init__(self, bucket):
+        self.folder = Path(tempfile.mkdtemp(prefix="hrnn-s3-"))
+        self.log = self.folder / "log"
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            self.port = sock.getsockname()[1]
+        self._start([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", self.port])
+        self._wait(self._answers)
+        self.environment = {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        answer = httpx.put(f"{self.environment['AWS_ENDPOINT_URL']}/{bucket}", timeout=60)
+        answer.raise_for_status()
+
+    def _answers(self):
+        with socket.socket() as sock:
+            sock.settimeout(1)
+            return sock.connect_ex(("127.0.0.1", self.port)) == 0
 
 
 class PostgresServer(ServerProcess):

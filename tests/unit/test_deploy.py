@@ -9,9 +9,11 @@ import pytest
 from components.deploy import steps
 from components.train import steps as train
 from model import bundle as bundles
+from model import store as stores
 from model.errors import BundleError, ConflictError, InputError, UnavailableError
 from model.store import ModelStore
 from tests import synthetic
+from tests.servers import S3Server
 
 TRAIN = {"max_epochs": 1, "network": {"embedding": 4, "hidden": 4, "control": 2}}
 
@@ -25,7 +27,7 @@ def candidates(tmp_path_factory):
     return [folder / "b1", folder / "b2"]
 
 
-def _deploy(bundle, tmp_path, champion=None, **verdict):
+def _deploy(bundle, tmp_path, champion=None, store="", **verdict):
     """Deploy as a run does that compared the bundle with `champion`."""
     version = json.loads((bundle / "manifest.json").read_text())["model_version"]
     judged = {
@@ -47,7 +49,7 @@ def _deploy(bundle, tmp_path, champion=None, **verdict):
         bundle,
         tmp_path / f"evaluation-{version}",
         tmp_path / f"verdict-{version}",
-        str(tmp_path / "store"),
+        store or str(tmp_path / "store"),
         tmp_path / "out" / version,
         settings={"keep": 3},
         run_id="run-1",
@@ -128,3 +130,52 @@ def test_of_two_runs_at_once_one_deploys_and_the_other_is_told(candidates, tmp_p
     champion = _champion(tmp_path)
     assert deployed == [champion.version]
     bundles.verify(tmp_path / "store" / champion.path)
+
+
+@pytest.fixture
+def s3(monkeypatch):
+    """A store on an S3 server that can be frozen and killed."""
+    import s3fs
+
+    server = S3Server("models")
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    # The deadlines in force, a twentieth of them.
+    monkeypatch.setattr(stores, "WRITE_SECONDS", 4.0)
+    times = stores.S3_OPTIONS["config_kwargs"] | {"read_timeout": 1}
+    monkeypatch.setitem(stores.S3_OPTIONS, "config_kwargs", times)
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield server
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.close()
+
+
+def test_a_store_that_freezes_or_dies_under_a_deployment_is_said_in_time(
+    candidates, tmp_path, s3, monkeypatch
+):
+    uri = "s3://models/store"
+    first = _deploy(candidates[0], tmp_path, store=uri)
+    s3.pause()
+    with pytest.raises(UnavailableError, match=r"s3://models/store cannot be"):
+        _deploy(candidates[1], tmp_path, champion=first["version"], store=uri)
+    s3.resume()
+    assert ModelStore(uri).champion().version == first["version"]
+
+    # Frozen at the very moment at which the pointer is written: nobody can know what became of it.
+    write = stores._Objects.write_if
+
+    def frozen(*arguments):
+        s3.pause()
+        return write(*arguments)
+
+    monkeypatch.setattr(stores._Objects, "write_if", frozen)
+    with pytest.raises(UnavailableError, match=r"being changed to .*`hrnn models show` tells"):
+        _deploy(candidates[1], tmp_path, champion=first["version"], store=uri)
+    monkeypatch.setattr(stores._Objects, "write_if", write)
+    s3.resume()
+    second = _deploy(candidates[1], tmp_path, champion=first["version"], store=uri)
+    champion = ModelStore(uri).champion()
+    assert (champion.version, champion.history) == (second["version"], (first["version"],))
+    s3.kill()
+    with pytest.raises(UnavailableError, match=r"s3://models/store cannot be"):
+        _deploy(candidates[0], tmp_path, champion=second["version"], store=uri)
