@@ -42,9 +42,10 @@ def check_code(expected: str) -> None:
     """
     if (own := code_digest()) != expected:
         raise InputError(
-            f"this run was submitted for the code {expected or '(none)'}, but the image of this "
-            f"step holds {own}: build and push the image from the code you submit with, or set "
-            f"HRNN_CODE_DIGEST={own} to submit for this image"
+            f"this run was started for the code {expected or '(none)'}, but this step would run "
+            f"{own}. In a cluster: build and push the image from the code you submit with, or set "
+            f"HRNN_CODE_DIGEST={own} to submit for this image. On a laptop: files were changed "
+            "meanwhile, run it again"
         )
 
 

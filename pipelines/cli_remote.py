@@ -1,6 +1,7 @@
 """`hrnn submit`, `hrnn schedule`, `hrnn status`: runs on a Kubeflow Pipelines endpoint."""
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 from model.errors import InputError
 
 if TYPE_CHECKING:
-    from pipelines.endpoint import Endpoint, Run
+    from pipelines.endpoint import Run
 
 # Exit codes by outcome; those of `hrnn run`, and one for what has not ended.
 EXIT = {
@@ -123,47 +124,70 @@ def submit(
     if not wait:
         print(json.dumps({"run_id": run_id}) if as_json else run_id)
         return
-    _end(connected, connected.wait(run_id, _say, timeout, poll), as_json)
+    run = connected.wait(run_id, _say, timeout, poll)
+    log = connected.log_of(run_id, run.failed_step.name) if run.failed_step else ""
+    _end(run, log, as_json)
 
 
 def status(
     run_id: Annotated[str, typer.Argument(help="A run; without it, the newest runs.")] = "",
     endpoint: Address = "",
     namespace: Namespace = "",
+    workspace: Annotated[
+        Path | None,
+        typer.Option(help="Runs of this machine instead; the default without an endpoint."),
+    ] = None,
     limit: Annotated[int, typer.Option(help="Runs to list.", min=1, max=200)] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """What became of a run, step by step; or the newest runs.
+    """What became of a run, step by step; or the newest runs, on a cluster or of a workspace.
 
     Exit code, for one run: 0 deployed or succeeded; 1 failed; 3 refused by the gate; 4 still
     running; 130 cancelled.
     """
-    from pipelines.endpoint import Endpoint
     from pipelines.tables import runs_table, steps_table
 
-    connected = Endpoint(endpoint, namespace)
-    if not run_id:
-        runs = connected.runs(limit)
-        if as_json:
-            print(json.dumps([asdict(r) for r in runs]))
-        else:
-            runs_table(runs, sys.stdout)
-        return
-    run = connected.run(run_id)
-    if not as_json:
-        steps_table(run, sys.stdout)
-    _end(connected, run, as_json)
+    if workspace or not (endpoint or os.environ.get("KF_PIPELINES_ENDPOINT")):
+        from pipelines import local_runs
+
+        place = workspace or Path("workspace")
+        runs = [] if run_id else local_runs.newest(place, limit)
+        run = local_runs.find(place, run_id) if run_id else None
+        log = f"{local_runs.log_of(place, run_id)}" if run_id else ""
+        empty = f"no runs in {place}: start one with `hrnn run`, or give --endpoint for a cluster's"
+    else:
+        from pipelines.endpoint import Endpoint
+
+        connected = Endpoint(endpoint, namespace)
+        runs = [] if run_id else connected.runs(limit)
+        run = connected.run(run_id) if run_id else None
+        failed = run.failed_step if run else None
+        log = connected.log_of(run_id, failed.name) if failed else ""
+        empty = f"no runs at {connected.address}"
+    if run is not None:
+        if not as_json:
+            steps_table(run, sys.stdout)
+        _end(run, log, as_json)
+    elif as_json:
+        print(json.dumps([asdict(r) for r in runs]))
+    elif runs:
+        runs_table(runs, sys.stdout)
+    else:
+        _say(empty)
 
 
-def _end(connected: "Endpoint", run: "Run", as_json: bool) -> None:
+def _end(run: "Run", log: str, as_json: bool) -> None:
+    """Say how a run ended, with the place of the log where that helps, and end like it."""
     if as_json:
         print(json.dumps({**asdict(run), "outcome": run.outcome}))
     text = f"run {run.run_id}: {run.outcome}"
-    if failed := run.failed_step:
-        text += f" at {failed.name}" + (f": {failed.error}" if failed.error else "")
-        text += f" (full log: {connected.log_of(run.run_id, failed.name)})"
-    elif run.error and run.outcome == "failed":
-        text += f": {run.error}"
+    failed = run.failed_step or next((s for s in run.steps if s.state == "CANCELED"), None)
+    if failed and not run.error.startswith(f"{failed.name}"):
+        text += f" at {failed.name}"
+    if reason := (failed.error if failed and failed.error else run.error):
+        text += f": {reason}"
+    if failed and log and log not in text:
+        text += f" (full log: {log})"
     _say(text)
     raise typer.Exit(EXIT[run.outcome])
 

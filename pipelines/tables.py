@@ -1,6 +1,7 @@
 """What a run and an answer look like in a terminal."""
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -115,14 +116,13 @@ def versions_table(versions: Sequence[Version], stream: IO[str]) -> None:
     if not versions:
         print("the store holds no model", file=stream)
         return
-    table = Table()
-    for name in ("version", "", "created", "MB", "perplexity ↓", "ndcg@10 ↑", "gate"):
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("version", "", "created", "MB", "ppl ↓", "ndcg@10 ↑", "gate"):
         # A version is there to be copied: it is never cut.
         table.add_column(
             name,
-            justify="right" if name == "MB" or "↓" in name else "left",
-            no_wrap=name == "version",
-            min_width=24 if name == "version" else None,
+            justify="right" if name == "MB" or "↓" in name or "↑" in name else "left",
+            no_wrap=name != "gate",
         )
     for v in versions:
         every = v.lineage.metrics.get("hrnn", {}).get("every", {}) if v.lineage else {}
@@ -149,33 +149,50 @@ def _place_of(version: Version) -> str:
 
 
 def runs_table(runs: Sequence[Run], stream: IO[str]) -> None:
-    """The newest runs of an endpoint."""
-    _plain_table(
-        ("run", "name", "state", "began", "ended"),
-        [(r.run_id, r.name, r.state.lower(), r.created_at, r.finished_at) for r in runs],
-        stream,
-    )
+    """The newest runs; ids are there to be copied and stand whole."""
+    rows = [
+        (r.run_id, r.name, r.outcome, _minute(r.created_at), _took(r.created_at, r.finished_at))
+        for r in runs
+    ]
+    _plain_table(("run", "name", "outcome", "began (UTC)", "took"), rows, stream)
 
 
 def steps_table(run: Run, stream: IO[str]) -> None:
     """The steps of one run, in the order in which they began."""
-    rows = [(s.name, s.state.lower(), s.error) for s in run.steps]
-    _plain_table(("step", "state", "error"), rows, stream)
+    words = {"SKIPPED": "done before" if run.outcome != "refused" else "skipped"}
+    rows = [(s.name, words.get(s.state, s.state.lower()), s.error) for s in run.steps]
+    if any(error for _, _, error in rows):
+        _plain_table(("step", "state", "error"), rows, stream)
+    else:
+        _plain_table(("step", "state"), [row[:2] for row in rows], stream)
 
 
 def schedules_table(schedules: Sequence[Schedule], stream: IO[str]) -> None:
     """The recurring runs of an endpoint."""
     rows = [
-        (s.schedule_id, s.name, s.trigger, "on" if s.enabled else "off", s.created_at)
+        (s.schedule_id, s.name, s.trigger, "on" if s.enabled else "off", _minute(s.created_at))
         for s in schedules
     ]
-    _plain_table(("schedule", "name", "when", "", "made"), rows, stream)
+    _plain_table(("schedule", "name", "when", "", "made (UTC)"), rows, stream)
+
+
+def _minute(moment: str) -> str:
+    return moment[:16].replace("T", " ")
+
+
+def _took(began: str, ended: str) -> str:
+    if not began or not ended:
+        return ""
+    seconds = int((datetime.fromisoformat(ended) - datetime.fromisoformat(began)).total_seconds())
+    hours, minutes = seconds // 3600, seconds // 60 % 60
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds % 60} s"
 
 
 def _plain_table(heads: Sequence[str], rows: Sequence[Sequence[str]], stream: IO[str]) -> None:
-    table = Table()
-    for head in heads:
-        table.add_column(head, overflow="fold")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for place, head in enumerate(heads):
+        # The first column is there to be copied.
+        table.add_column(head, overflow="fold", no_wrap=place == 0)
     for row in rows:
         table.add_row(*row)
     console(stream).print(table)

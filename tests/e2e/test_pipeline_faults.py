@@ -11,9 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from model import bundle as bundles
 from model.store import ModelStore
+from pipelines.cli import app
 from tests import synthetic
 from tests.planted import HRNN_RUN, ITEMS, hrnn_run, interruptible, write_log
 
@@ -95,6 +97,13 @@ sys.addaudithook(stand)
 """
 
 
+def _status(workspace):
+    """`hrnn status` of the newest run."""
+    listed = CliRunner().invoke(app, ["status", "--workspace", str(workspace), "--json"])
+    newest = json.loads(listed.stdout)[0]["run_id"]
+    return CliRunner().invoke(app, ["status", newest, "--workspace", str(workspace)])
+
+
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
     """A workspace in which runs are killed, one after the other."""
@@ -124,13 +133,15 @@ def test_a_run_killed_in_the_middle_of_a_step_leaves_nothing_half_deployed(kille
     reading.join(DEADLINE)
     process.stdout.close()
     process.stderr.close()
-    assert f"[{STEPS.index(step) + 1}/7 {step}]" in seen[-1] or step in "".join(seen)
     # Nobody is left who could go on writing while the next run begins.
     _wait_until(lambda: not _marked(workspace), f"processes outlived the run killed at {step}")
+    told = _status(workspace)
+    assert told.exit_code == 130
+    assert f": cancelled at {step}" in told.stderr
     champion = ModelStore(str(workspace / "models")).champion()
     if step == "deploy":
         assert bundles.verify(workspace / "models" / champion.path)
-    elif STEPS.index(step) < STEPS.index("deploy"):
+    else:
         assert champion is None
 
 
@@ -144,6 +155,10 @@ def test_run_again_it_finishes_and_has_deployed_once(killed, log):
     assert champion.version == json.loads(done.stdout)["model_version"]
     assert champion.previous is None
     assert [v.version for v in store.versions()] == [champion.version]
+    told = _status(workspace)
+    assert (told.exit_code, told.stderr.rpartition(": ")[2]) == (0, "deployed\n")
+    assert [line.split()[0] for line in told.stdout.splitlines()[1:8]] == list(STEPS)
+    assert told.stdout.count("done before") == 3
     # What the killed runs had finished was not done again.
     assert done.stderr.count("done before, not again") == 3, done.stderr  # ingest, validate, train
 
@@ -176,6 +191,7 @@ def test_two_runs_at_once_one_works_and_the_other_is_told(finished, log):
     process = _start(finished, log)
     first = process.stderr.readline()
     try:
+        assert _status(finished).exit_code == 4
         done = hrnn_run(finished, "--interactions", log, settings=SMALL)
     finally:
         process.send_signal(signal.SIGINT)
@@ -225,6 +241,9 @@ def test_a_champion_that_was_deleted_is_said_and_left(finished, log):
         assert f"evaluate: the champion {champion.version} cannot be compared with" in message
         assert "hrnn models promote" in message
         assert "InputError" in _log_of(message)
+        told = _status(finished)
+        assert told.exit_code == 1
+        assert message.removeprefix("error: ") in told.stderr
         assert store.champion() == champion
     finally:
         (finished / "away").rename(place)

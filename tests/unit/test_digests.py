@@ -32,7 +32,7 @@ def _run(*command, cwd):
 def test_a_step_refuses_a_run_that_is_for_other_code(monkeypatch):
     check_code(code_digest())
     for other in ("0123456789ab", ""):
-        with pytest.raises(InputError, match=f"holds {code_digest()}: build and push"):
+        with pytest.raises(InputError, match=f"would run {code_digest()}. In a cluster: build"):
             check_code(other)
     code_digest.cache_clear()
     try:
