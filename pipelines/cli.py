@@ -12,6 +12,7 @@ import typer
 
 from model.errors import HrnnError, InputError
 from pipelines import cli_events, cli_models, cli_remote
+from pipelines.cli_help import WithSettings
 
 DEFAULT_DATASET = "movielens-100k"
 REFUSED, BAD_INPUT, FAILED, INTERRUPTED = 3, 2, 1, 130  # exit codes; 0 = done
@@ -26,7 +27,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_models.app, name="models")
 app.add_typer(cli_events.app, name="events")
-app.command()(cli_remote.submit)
+app.command(cls=WithSettings)(cli_remote.submit)
 app.command()(cli_remote.status)
 app.add_typer(cli_remote.schedules, name="schedule")
 
@@ -44,7 +45,7 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-@app.command()
+@app.command(cls=WithSettings)
 def run(
     dataset: Annotated[
         str, typer.Option(help=f"Named dataset; default {DEFAULT_DATASET} when no file is given.")
@@ -129,7 +130,7 @@ def _source(dataset: str, interactions: str, users: str, items: str) -> Any:
     return Source(dataset=dataset or DEFAULT_DATASET)
 
 
-@app.command("refresh-trends")
+@app.command("refresh-trends", cls=WithSettings)
 def refresh_trends(
     interactions: Annotated[
         str,
@@ -162,7 +163,7 @@ def refresh_trends(
         print(json.dumps(result))
 
 
-@app.command("batch-recommend")
+@app.command("batch-recommend", cls=WithSettings)
 def batch_recommend(
     output: Annotated[str, typer.Option(help="Folder or address for the Parquet files.")],
     dataset: Annotated[str, typer.Option(help="Named dataset.")] = "",
@@ -207,16 +208,21 @@ def batch_recommend(
 
 @app.command("settings")
 def show_settings(
+    section: Annotated[
+        list[str] | None, typer.Argument(help="Sections, e.g. train; default: all.")
+    ] = None,
     assignments: Assignments = None,
     settings_file: SettingsFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON, without comments.")] = False,
 ) -> None:
     """Print every setting with its meaning and the value in force: a file for --settings."""
-    from pipelines.settings import load
+    from pipelines.settings import load, sections
     from pipelines.settings_text import to_yaml
 
     settings = load(settings_file, assignments or [])
-    print(json.dumps(settings.to_json(), indent=1) if as_json else to_yaml(settings))
+    names = sections(section or [])
+    document = {name: values for name, values in settings.to_json().items() if name in names}
+    print(json.dumps(document, indent=1) if as_json else to_yaml(settings, names))
 
 
 @app.command("compile")

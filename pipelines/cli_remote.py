@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from model.errors import InputError
+from pipelines.cli_help import WithSettings
 
 if TYPE_CHECKING:
     from pipelines.endpoint import Run
@@ -192,7 +193,7 @@ def _end(run: "Run", log: str, as_json: bool) -> None:
     raise typer.Exit(EXIT[run.outcome])
 
 
-@schedules.command("create")
+@schedules.command("create", cls=WithSettings)
 def create_schedule(
     pipeline: Pipeline,
     cron: Annotated[

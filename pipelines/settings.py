@@ -55,6 +55,18 @@ class Settings:
         return {f"{name}_settings": _argument(self.sections[name]) for name in names}
 
 
+def sections(names: Iterable[str]) -> list[str]:
+    """These sections; all of them if none is named.
+
+    Raises:
+        InputError: there is no such section.
+    """
+    wanted = list(names)
+    if unknown := [name for name in wanted if name not in SECTIONS]:
+        raise InputError(f"no settings section {unknown[0]!r}{_hint(unknown[0], SECTIONS)}")
+    return wanted or list(SECTIONS)
+
+
 def defaults(name: str) -> dict[str, Any]:
     """A section as the pipelines' parameters have it when nothing is given."""
     return _argument(SECTIONS[name]())

@@ -7,13 +7,13 @@ from enum import Enum
 from typing import Any, Literal, get_args, get_origin
 
 from model.settings import SettingsBase
-from pipelines.settings import SECTIONS, Settings, load
+from pipelines.settings import Settings, load
 
 WIDTH = 100
 PAGE = """# Settings
 
 Written by `make golden` from the source; the same text, with the values in force, is what
-`hrnn settings` prints. Save it, change what you want, and give it to `hrnn run --settings FILE`,
+`hrnn settings` prints (`hrnn settings train`: one section). Save it, change what you want, and give it to `hrnn run --settings FILE`,
 or override one value with `--set section.key=value`. `null`: derived from the data.
 
 ```yaml
@@ -36,13 +36,7 @@ def to_yaml(settings: Settings, names: Iterable[str] = ()) -> str:
 def describe(section: type[SettingsBase]) -> str:
     """A section in one line, for where its default value stands beside it."""
     unset = [name for name, f in section.model_fields.items() if f.default is None]
-    return _summary(section) + (f" Not set by default: {', '.join(unset)}." if unset else "")
-
-
-def overview(names: Iterable[str]) -> str:
-    """Sections, a line each, for --help."""
-    width = max(map(len, SECTIONS))
-    return "\n".join(f"  {n:<{width}}  {_summary(SECTIONS[n])}" for n in names)
+    return summary(section) + (f" Not set by default: {', '.join(unset)}." if unset else "")
 
 
 def to_page() -> str:
@@ -53,7 +47,7 @@ def to_page() -> str:
 def _section(name: str, section: SettingsBase, indent: str) -> Iterator[str]:
     if not indent:
         yield ""
-    yield from _comment(_summary(type(section)), indent)
+    yield from _comment(summary(type(section)), indent)
     yield f"{indent}{name}:"
     comments = type(section).comments()
     values = section.model_dump(mode="json")
@@ -72,8 +66,8 @@ def _section(name: str, section: SettingsBase, indent: str) -> Iterator[str]:
             yield f"{line}  # {said}" if said else line
 
 
-def _summary(section: type[SettingsBase]) -> str:
-    """The first line of a section's docstring."""
+def summary(section: type[SettingsBase]) -> str:
+    """A section in a few words: the first line of its docstring."""
     return (section.__doc__ or "").strip().split("\n")[0]
 
 

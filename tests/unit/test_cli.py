@@ -1,14 +1,17 @@
 """The command line: bad input is one clear sentence, an exit code, and never a traceback."""
 
+import json
 import subprocess
 import sys
 import time
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from model.errors import InputError
-from pipelines.cli import parse_time
+from pipelines.cli import app, parse_time
+from pipelines.settings import BATCH, REFRESH, SECTIONS, TRAINING
 
 
 def hrnn(*arguments, cwd=None):
@@ -110,6 +113,33 @@ def test_settings_are_printed_with_overrides_in_force(tmp_path):
     assert settings["train"]["seed"] == 5
     assert settings["train"]["max_epochs"] == 9
     assert settings["train"]["learning_rate"] == 0.01
+
+
+@pytest.mark.parametrize(
+    ("command", "sections"),
+    [
+        (["run"], TRAINING),
+        (["refresh-trends"], REFRESH),
+        (["batch-recommend"], BATCH),
+        (["submit"], SECTIONS),
+        (["schedule", "create"], SECTIONS),
+    ],
+)
+def test_help_leads_to_the_settings(command, sections):
+    shown = CliRunner().invoke(app, [*command, "--help"]).stdout
+    settings = shown.partition("`hrnn settings SECTION` tells its keys")[2]
+    for name in SECTIONS:
+        assert (f"\n  {name} " in settings) is (name in sections), name
+
+
+def test_sections_of_settings_are_shown_alone():
+    shown = CliRunner().invoke(app, ["settings", "gate", "evaluate"])
+    assert list(yaml.safe_load(shown.stdout)) == ["gate", "evaluate"]
+    assert list(json.loads(CliRunner().invoke(app, ["settings", "gate", "--json"]).stdout)) == [
+        "gate"
+    ]
+    with pytest.raises(InputError, match="did you mean train"):
+        CliRunner().invoke(app, ["settings", "trian"], catch_exceptions=False)
 
 
 def test_times():

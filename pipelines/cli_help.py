@@ -1,0 +1,18 @@
+"""--help that ends with the sections of settings a command takes, from the settings themselves."""
+
+import click
+from typer.core import TyperCommand
+
+
+class WithSettings(TyperCommand):
+    """A command with --set; its settings are imported only when its help is asked for."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Sections, a line each."""
+        from pipelines.settings import BATCH, REFRESH, SECTIONS, TRAINING
+        from pipelines.settings_text import summary
+
+        of = {"run": TRAINING, "refresh-trends": REFRESH, "batch-recommend": BATCH}
+        names = of.get(ctx.info_name or "", tuple(SECTIONS))
+        with formatter.section("Settings (`hrnn settings SECTION` tells its keys)"):
+            formatter.write_dl([(name, summary(SECTIONS[name])) for name in names])
