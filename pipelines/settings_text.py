@@ -13,8 +13,9 @@ WIDTH = 100
 PAGE = """# Settings
 
 Written by `make golden` from the source; the same text, with the values in force, is what
-`hrnn settings` prints (`hrnn settings train`: one section). Save it, change what you want, and give it to `hrnn run --settings FILE`,
-or override one value with `--set section.key=value`. `null`: derived from the data.
+`hrnn settings` prints (`hrnn settings train`: one section). Save it, change what you want, and give
+it to `hrnn run --settings FILE`, or override one value with `--set section.key=value`. `null`:
+derived from the data.
 
 ```yaml
 {settings}
