@@ -29,7 +29,7 @@ SMALL = {
     "gate.rules": "[{name: some, metric: hrnn.every.cases, at_least: 1}]",
     "ingest.columns": "{user_id: customer, item_id: product_id, timestamp: when}",
 }
-DEADLINE = 120.0
+DEADLINE = 240.0
 
 
 @pytest.fixture(scope="module")
