@@ -37,6 +37,7 @@ Fields = Mapping[str, FieldValue]
 
 _FOLLOWERS = 0x68726E6F  # advisory lock of PostgreSQL
 AHEAD_SECONDS = 86_400  # events further in the future do not move a deletion's moment
+ERASE_WAIT_MILLISECONDS = 50  # for readers, while nobody can write
 FROZEN_SECONDS = 15  # without a sign of life, a follower or a writer loses its lock
 
 
@@ -187,8 +188,12 @@ class Transaction:
         )
         deleted_at = int(self._now)
         for batch in batches(found):
-            digests = [{"digest": _digest(row.event_id)} for row in batch]
-            self._connection.execute(deleted_events.insert(), digests)
+            # An id may have been removed with another user before, and used again since.
+            ids = [row.event_id for row in batch]
+            known = self._gone(ids)
+            digests = [{"digest": _digest(i)} for i in ids if i not in known]
+            if digests:
+                self._connection.execute(deleted_events.insert(), digests)
             # Clocks differ: an event may lie somewhat in the future.
             ahead = [r.timestamp for r in batch if r.timestamp < self._now + AHEAD_SECONDS]
             deleted_at = max([deleted_at, *ahead])
@@ -390,7 +395,7 @@ class EventLog(Reads):
         """Let the database give up the bytes of deleted rows that it still holds.
 
         SQLite has overwritten them in the table, but its write-ahead log still has the old pages.
-        It waits `LOCK_SECONDS` for those who read them.
+        It waits for those who read them, with all writers behind it, so not for long.
 
         Returns:
             Whether it is done; false: somebody still reads an old state, try again. None: that is
@@ -399,7 +404,12 @@ class EventLog(Reads):
         if self.engine.dialect.name != "sqlite":
             return None
         with _errors("write to"), self.engine.connect() as connection:
-            busy, _, _ = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()
+            connection.exec_driver_sql(f"PRAGMA busy_timeout = {ERASE_WAIT_MILLISECONDS}")
+            try:
+                busy, _, _ = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()
+            finally:  # the connection goes back to the pool
+                wait = 1000 * event_tables.LOCK_SECONDS
+                connection.exec_driver_sql(f"PRAGMA busy_timeout = {wait}")
             return not busy
 
     @contextmanager

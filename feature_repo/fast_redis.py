@@ -63,7 +63,7 @@ def connect(connection_string: str) -> "Redis":
     from feast.infra.online_stores.redis import RedisOnlineStore
     from redis.asyncio import Redis
 
-    (node,), options = RedisOnlineStore._parse_connection_string(connection_string)
+    (node, *_), options = RedisOnlineStore._parse_connection_string(connection_string)
     return Redis(host=node["host"], port=int(node["port"]), **options)
 
 

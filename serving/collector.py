@@ -72,7 +72,8 @@ log = logging.getLogger("hrnn.serving")
 T = TypeVar("T")
 
 PROBE_SECONDS = 2.0  # how often a log that could not be written is tried again
-ERASE_SECONDS = 1.0  # how often bytes of deleted rows are tried to be given up while it fails
+ERASE_SECONDS = 1.0  # until bytes of deleted rows are tried to be given up again; then longer
+ERASE_SECONDS_MOST = 30.0
 MAX_ITEMS = 1000  # of one answer of GET /items
 
 
@@ -138,13 +139,15 @@ class Collector:
             self._deletion.clear()
             metrics.ERASING.set(1)
             done: bool | None = False
+            pause = ERASE_SECONDS
             while done is False and not self._deletion.is_set():
                 try:
                     done = await self._read(EventLog.erase_traces)
                 except (HrnnError, ProblemError):
                     done = False
                 if done is False:
-                    await asyncio.sleep(ERASE_SECONDS)
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, ERASE_SECONDS_MOST)
             if done is not False and not self._deletion.is_set():
                 metrics.ERASING.set(0)
                 self._erased = bool(done)

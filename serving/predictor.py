@@ -291,7 +291,7 @@ class Predictor(JsonModel):
                 self.settings.items_deadline_seconds,
                 self.settings.max_live_items,
             )
-            loaded = self._with_items(self._feed, loaded, anew=True) or loaded
+            loaded = self._with_known_items(self._feed, loaded)
         self._use(loaded)
         return True
 
@@ -334,11 +334,8 @@ class Predictor(JsonModel):
                 if model is None:
                     continue
                 if self._feed is not None:
-                    model = (
-                        await loop.run_in_executor(
-                            self._loader, self._with_items, self._feed, model, True
-                        )
-                        or model
+                    model = await loop.run_in_executor(
+                        self._loader, self._with_known_items, self._feed, model
                     )
                 before = self.version
                 self._swap(model)
@@ -351,9 +348,9 @@ class Predictor(JsonModel):
         pause = shortest
         while True:
             await asyncio.sleep(pause)
-            started = time.monotonic()
             try:
                 async with self._changing:
+                    started = time.monotonic()
                     model = await loop.run_in_executor(
                         self._loader, self._with_items, feed, self._models[0], False
                     )
@@ -371,7 +368,17 @@ class Predictor(JsonModel):
             if failures:
                 log.info("new items are served again")
             failures = 0
-            pause = max(shortest, BUILD_SHARE * (time.monotonic() - started))
+            built = time.monotonic() - started
+            pause = shortest if model is None else max(shortest, BUILD_SHARE * built)
+
+    def _with_known_items(self, feed: ItemFeed, model: LoadedModel) -> LoadedModel:
+        """Another model with the new items; without them where they cannot be built."""
+        try:
+            return self._with_items(feed, model, anew=True) or model
+        except Exception as error:
+            metrics.ITEM_FEED_ERRORS.labels("build").inc()
+            log.error("new items cannot be served (build): %s", type(error).__name__)
+            return model
 
     def _with_items(self, feed: ItemFeed, model: LoadedModel, anew: bool) -> LoadedModel | None:
         """The model with the items that are new now; None: it is up to date.
@@ -467,7 +474,21 @@ class Predictor(JsonModel):
         metrics.CALLS_TOGETHER.observe(len(calls))
         loop = asyncio.get_running_loop()
         models = self._models
-        return await loop.run_in_executor(self._executor, _score_all, models, calls)
+        try:
+            return await loop.run_in_executor(self._executor, _score_all, models, calls)
+        except Exception:
+            if len(calls) == 1:
+                raise
+
+        async def alone(call: Sequence[Asked]) -> list[Scored | InputError] | Exception:
+            try:
+                (answer,) = await loop.run_in_executor(self._executor, _score_all, models, [call])
+            except Exception as error:
+                return error
+            return answer
+
+        # One of them fails; the others were only asked at the same time.
+        return await asyncio.gather(*map(alone, calls))
 
 
 def to_json(instance: ScoreInstance, scored: Scored) -> dict[str, Any]:

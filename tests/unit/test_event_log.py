@@ -172,6 +172,15 @@ class TestDeletion:
         assert log.states(["u"], 9)["u"].deleted_at >= later - 760
         assert append(log, event(4, at=later)) == [Outcome.STORED]
 
+    def test_an_id_that_was_deleted_with_another_user_can_be_deleted_again(self, log):
+        append(log, event(1, user="anonymous"))
+        with log.write() as transaction:
+            transaction.delete_user("anonymous")
+        assert append(log, event(1, user="logged in")) == [Outcome.STORED]
+        with log.write() as transaction:
+            assert transaction.delete_user("logged in") == 1
+        assert rows(log) == []
+
     def test_an_event_of_a_far_future_does_not_lock_out_who_comes_back(self, log):
         append(log, event(1, at=int(time.time()) + 10**9))
         with log.write() as transaction:
