@@ -45,6 +45,7 @@ RELEASES = "releases"
 HISTORY = 10  # champions of before that are remembered
 LOCK_SECONDS = 60.0
 # An upload that was begun and never finished is cleared away after this time.
+CHAMPION_STANDS = "the champion is what `hrnn models list` says"  # after it was moved
 ABANDONED_SECONDS = 24 * 3600.0
 CHUNK = 2**20
 # Deadlines of every call: the driver's own would let an unreachable store hang for minutes. s3fs
@@ -376,7 +377,7 @@ class ModelStore:
         removed = []
         for old in self.versions()[keep:]:
             place = f"{VERSIONS}/{old.version}"
-            with self._errors("written"), self._files.exclusive():
+            with self._errors("written", CHAMPION_STANDS), self._files.exclusive():
                 manifest = self._files.read(f"{place}/{bundles.MANIFEST}")
                 if manifest is None or self._in_use(old.version):
                     continue
@@ -388,7 +389,7 @@ class ModelStore:
                     continue
                 self._files.remove(place)
             removed.append(old.version)
-        with self._errors("written"):
+        with self._errors("written", CHAMPION_STANDS):
             self._files.clear_abandoned(VERSIONS, ABANDONED_SECONDS)
         return removed
 
@@ -397,7 +398,7 @@ class ModelStore:
     def record(self, version: str, run_id: str, state: str, reason: str = "") -> Release:
         """Remember what became of a version in a run, in place of what was remembered so far."""
         release = Release(version, run_id, state, reason, self._moment())
-        with self._errors("written"):
+        with self._errors("written", CHAMPION_STANDS):
             self._files.write(_release_path(version, run_id), _json(asdict(release)))
         return release
 
@@ -579,7 +580,7 @@ class ModelStore:
                 raise BundleError(f"{self.uri}/{VERSIONS}/{version}/{name} {state}")
 
     @contextlib.contextmanager
-    def _errors(self, done: str) -> Iterator[None]:
+    def _errors(self, done: str, champion: str = "the champion is unchanged") -> Iterator[None]:
         """Whatever a file system or its driver raises becomes one sentence."""
         try:
             yield
@@ -589,7 +590,7 @@ class ModelStore:
                 raise
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise UnavailableError(
-                f"the model store {self.uri} cannot be {done} ({reason}); the champion is unchanged"
+                f"the model store {self.uri} cannot be {done} ({reason}); {champion}"
             ) from error
 
 

@@ -52,7 +52,7 @@ def batch_recommend(
         users=user_list,
         output=output,
         run_id=run_id,
-        job=dsl.PIPELINE_JOB_NAME_PLACEHOLDER,
+        job=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
         code=code,
         settings=settings["batch_recommend"],
     )

@@ -190,8 +190,11 @@ def batch_recommend(
     """
     from pipelines import local_runner
     from pipelines.settings import load
+    from pipelines.sources import is_local
 
     source = _source(dataset, interactions, users, items)
+    if user_list and is_local(user_list) and not Path(user_list).is_file():
+        raise InputError(f"--user-list {user_list}: no such file")
     result = local_runner.batch_recommend(
         source,
         output,

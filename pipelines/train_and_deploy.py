@@ -15,6 +15,7 @@ from typing import Any
 from kfp import dsl
 
 from components.deploy.component import deploy
+from components.deploy.watch import RELEASE_SECONDS
 from components.evaluate.component import evaluate
 from components.features.component import features
 from components.gate.component import gate
@@ -27,7 +28,7 @@ from pipelines.parameters import takes
 from pipelines.settings import TRAINING
 
 NAME = "train-and-deploy"
-JOB = dsl.PIPELINE_JOB_NAME_PLACEHOLDER
+JOB = dsl.PIPELINE_JOB_NAME_PLACEHOLDER  # for people; somebody may have given it twice
 
 
 @dsl.pipeline(name=NAME, description=__doc__.splitlines()[0])
@@ -103,7 +104,7 @@ def train_and_deploy(
                 verdict=judged.outputs["verdict"],
                 model_store=model_store,
                 run_id=run_id,
-                job=JOB,
+                job=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
                 code=code,
                 settings=settings["deploy"],
             )
@@ -114,7 +115,7 @@ def train_and_deploy(
     gpu(trained)
     resources(measured, cpu="2", memory="8Gi")
     resources(judged, cpu="100m", memory="1Gi", timeout_seconds=600)
-    resources(deployed, cpu="500m", memory="1Gi", timeout_seconds=3600)
+    resources(deployed, cpu="500m", memory="1Gi", timeout_seconds=RELEASE_SECONDS)
     for task in (tables, stored, trained, measured, deployed):
         stores(task)
     for task in (stored, trained, measured, deployed):

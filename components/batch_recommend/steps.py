@@ -12,7 +12,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from model.store import ModelStore
 __all__ = ["BatchRecommendSettings", "run"]
 
 # Readers of a folder of Parquet (Arrow, Spark, DuckDB's *.parquet) leave out names with a `_`.
+ABANDONED = timedelta(days=2)  # a batch that is not whole by then is given up
 PLAN, DONE, LATEST = "_plan.json", "_summary.json", "latest.json"
 _DATED = re.compile(r"\d{8}T\d{6}Z")  # names of batches begin with the moment they began
 BLOCK_CELLS = 2**22  # scores held at once (float32: 16 MiB), whatever the catalogue's size
@@ -290,15 +291,18 @@ class Batches:
     def finish(self, batch: str, record: dict[str, Any], keep: int) -> None:
         """Say that a batch is whole, make it the latest, remove what is older than `keep` batches.
 
-        Names begin with their time. An old batch that was gone on with replaces no newer one.
+        Names begin with their time. An old batch that was gone on with replaces no newer one, and
+        one that is not whole may be under way: it stays for `ABANDONED`.
         """
         self._put(f"{batch}/{DONE}", record)
         whole = sorted(self._with(DONE), reverse=True)
         if batch == whole[0]:
             self._put(LATEST, {"batch": batch, "output": record["output"]})
         if keep and len(whole) > keep:
+            abandoned = f"{datetime.now(UTC) - ABANDONED:%Y%m%dT%H%M%SZ}"
             for old in self._with(PLAN):
-                if old < whole[keep - 1]:
+                ended = old in whole or old < abandoned
+                if ended and old < whole[keep - 1] and old != batch:
                     self._call(self._fs.rm, f"{self._root}/{old}", recursive=True)
 
     def _check_latest(self) -> None:

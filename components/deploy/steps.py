@@ -16,7 +16,7 @@ from components.deploy.kserve import (
 from components.deploy.release import RELEASED, Releaser
 from components.deploy.watch import ReleaseSettings
 from model import bundle as bundles
-from model.errors import BundleError, InputError
+from model.errors import BundleError, InputError, UnavailableError
 from model.settings import SettingsBase
 from model.store import Champion, Lineage, ModelStore
 
@@ -70,7 +70,11 @@ def run(
     store = ModelStore(model_store)
     version = store.publish(bundle, _lineage(bundle, measured, judged, run_id))
     champion = _deployed(store, version, judged["champion"], chosen, run_id)
-    removed = store.retain(chosen.keep)
+    try:
+        removed = store.retain(chosen.keep)
+    except UnavailableError as error:  # the release is done; the next one tidies up
+        print(f"warning: old versions stay: {error}")
+        removed = []
     record = {**asdict(champion), "store": model_store, "removed": removed}
     deployment.parent.mkdir(parents=True, exist_ok=True)
     deployment.write_text(json.dumps(record, indent=1) + "\n")

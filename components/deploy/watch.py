@@ -5,10 +5,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from string import Template
-from typing import Any
+from typing import Any, Self
 
 import httpx
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from components.deploy.kserve import Served
 from model.errors import HrnnError, InputError, UnavailableError
@@ -17,6 +17,10 @@ from model.settings import SettingsBase
 REQUEST_SECONDS = 10.0
 SEARCH_SECONDS = 0.1  # between test requests while none has met the candidate
 WINDOW_SECONDS = 120.0  # that Prometheus looks back, at most
+
+
+RELEASE_SECONDS = 7200  # of the step's pod: five waits of `ready_seconds` at most, and the watch
+SPARE_SECONDS = 600  # of them for all else
 
 
 class ReleaseSettings(SettingsBase):
@@ -40,6 +44,16 @@ class ReleaseSettings(SettingsBase):
         "histogram_quantile(0.99, sum by (le) "
         "(rate(hrnn_request_duration_seconds_bucket{$labels}[$window])))"
     )
+
+    @model_validator(mode="after")
+    def _ends_in_time(self) -> Self:
+        longest = 5 * self.ready_seconds + self.watch_seconds
+        if longest > RELEASE_SECONDS - SPARE_SECONDS:
+            raise ValueError(
+                f"5 x ready_seconds + watch_seconds is {longest:.0f} s; the step is stopped after "
+                f"{RELEASE_SECONDS} s, {SPARE_SECONDS} of which it needs for the rest"
+            )
+        return self
 
     @field_validator("error_query", "p99_query")
     @classmethod

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from datetime import UTC, datetime
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -178,6 +179,21 @@ def test_older_batches_are_removed_when_asked_and_nothing_else_is(world, tmp_pat
     kept = _run(world, tmp_path, settings={"keep": 2}, run_id="20200101T000009Z-a")
     assert {p.name for p in output.iterdir()} == {ids[2], kept["batch"], "mine", "latest.json"}
     assert _latest(output).name == kept["batch"]
+
+
+def test_a_batch_under_way_and_the_one_just_done_are_kept(world, tmp_path):
+    output = tmp_path / "out"
+    for n in (1, 2):
+        _run(world, tmp_path, run_id=f"20200101T00000{n}Z-a")
+    begun = f"{datetime.now(UTC):%Y%m%d}T000000Z-a"  # today
+    (output / begun).mkdir()
+    (output / begun / "_plan.json").write_text("{}")
+    late = "20200101T000000Z-a"  # begun first, gone on with now
+    kept = _run(world, tmp_path, settings={"keep": 1}, run_id=late)
+    names = {p.name for p in output.iterdir()}
+    assert {begun, kept["batch"], "20200101T000002Z-a"} <= names
+    assert "20200101T000001Z-a" not in names
+    assert _latest(output).name == "20200101T000002Z-a"
 
 
 def test_what_cannot_be_done_is_said(world, tmp_path):

@@ -220,6 +220,11 @@ def test_queries_about_all_pods_are_refused():
         ReleaseSettings.parse({"error_query": "sum(rate(errors[2m]))"})
 
 
+def test_waits_that_the_pod_does_not_live_to_see_are_refused():
+    with pytest.raises(InputError, match="the step is stopped after 7200 s"):
+        ReleaseSettings.parse({"watch_seconds": 3600})
+
+
 @pytest.mark.parametrize(
     ("broken", "reason"),
     [("stuck", r"did not take it within .*v1"), ("service", "did not take it within .*HTTP 503")],

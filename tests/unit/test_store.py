@@ -245,7 +245,6 @@ class LosesAnswers:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
-            wbufsize = 2**16
 
             def forward(self):
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
