@@ -25,6 +25,7 @@ QUIET = {
     "Failing share",
     "Model changes",
     "Refused and cut off",
+    "New items that cannot be served",
 }
 
 
@@ -59,11 +60,13 @@ def prometheus(service, tmp_path_factory):
     )
     try:
         deadline = time.monotonic() + 60
-        while len(_query(address, 'up{role=~"predictor|transformer"} == 1')) < 2:
-            assert time.monotonic() < deadline, "Prometheus did not scrape both servers"
+        while len(_query(address, "up == 1")) < len(targets) or len(targets) < 3:
+            assert time.monotonic() < deadline, "Prometheus did not scrape all three servers"
             time.sleep(0.2)
         end = time.monotonic() + 6
         while time.monotonic() < end:
+            events = [{"user_id": "u", "item_id": "i"}, {"user_id": "u", "colour": "red"}]
+            httpx.post(f"{serving.settings.collector_url}/events", json={"events": events})
             client.recommend(history=[Event("item 1", 1_000_000_000.0), Event("gone", 1e9 + 1)])
             client.recommend("nobody")
             time.sleep(0.1)
