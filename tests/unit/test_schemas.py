@@ -141,8 +141,8 @@ def test_the_query_holds_events_in_order_of_time():
         ],
         SETTINGS,
     )
-    query = instance.to_query()
-    assert query.history == [Event("a", 3.5), Event("b", 7.0, "play", 4.0)]
+    query = instance.to_asked().query
+    assert list(query.history) == [Event("a", 3.5), Event("b", 7.0, "play", 4.0)]
     assert query.context == {"device": "tv"}
     assert (query.timestamp, query.user, query.exclude_seen) == (9.0, {"age": 3.0}, True)
 
