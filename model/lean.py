@@ -160,8 +160,7 @@ class LeanGRU:
         last_BG = gate_NG[first_B + steps_B - 1]
         x_BD = self._queries(queries, self._step(last_BG, h_BH))
         if self._profile is not None:
-            for x_D, past in zip(x_BD, pasts, strict=True):
-                x_D += self._profile(past.item_L)
+            x_BD += self._profile([past.item_L for past in pasts])
         return [Read(x_D, past.item_L, past.steps) for x_D, past in zip(x_BD, pasts, strict=True)]
 
     def _past(

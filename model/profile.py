@@ -55,15 +55,19 @@ class FieldProfile(nn.Module):
 
 
 class FoldedProfile:
-    """The same for one history at a time, with fixed weights."""
+    """The same for a few whole histories, with fixed weights."""
 
     def __init__(self, profile: FieldProfile, bags: FieldBags) -> None:
         with torch.no_grad():
             self._z_MZ: NDArray[np.float32] = profile.embedding(bags).numpy()
-        self._query_DZ: NDArray[np.float32] = profile.query.weight.detach().numpy()
+        self._query_ZD = profile.query.weight.detach().T.contiguous()
 
-    def __call__(self, item_L: NDArray[np.int64]) -> NDArray[np.float32]:
-        """What a history (oldest first) adds to the query: float32 `[D]`."""
-        seen = np.unique(item_L[-REACH:])
-        sum_Z = self._z_MZ.take(seen, axis=0).sum(axis=0)
-        return self._query_DZ @ (sum_Z / np.float32(len(seen) + DAMPING))
+    def __call__(self, histories: Sequence[NDArray[np.int64]]) -> NDArray[np.float32]:
+        """What B histories (items, oldest first) add to the queries: float32 `[B, D]`."""
+        mean_BZ = np.empty((len(histories), len(self._query_ZD)), dtype=np.float32)
+        for mean_Z, item_L in zip(mean_BZ, histories, strict=True):
+            seen = np.unique(item_L[-REACH:])
+            self._z_MZ.take(seen, axis=0).sum(axis=0, out=mean_Z)
+            mean_Z /= len(seen) + DAMPING
+        added_BD: NDArray[np.float32] = torch.mm(torch.from_numpy(mean_BZ), self._query_ZD).numpy()
+        return added_BD

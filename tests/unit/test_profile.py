@@ -52,12 +52,8 @@ def test_the_average_of_every_position(num_items):
     np.testing.assert_allclose(got, wanted[event_N], atol=1e-5)
 
     folded = FoldedProfile(profile, bags)
-    alone = [
-        folded(np.array(items[:k], dtype=np.int64))
-        for items in item_lists
-        for k in range(len(items))
-    ]
-    np.testing.assert_allclose(alone, wanted, atol=1e-5)
+    past = [np.array(items[:k], dtype=np.int64) for items in item_lists for k in range(len(items))]
+    np.testing.assert_allclose(folded(past), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_items", [1, 6])
@@ -67,7 +63,7 @@ def test_nothing_is_known_at_the_start(num_items):
     profile, bags = _profile(num_items)
     seen = positions.seen_items(torch.tensor([0, 1]))
     assert profile(bags, seen).tolist() == [[0.0] * 5] * 2
-    assert FoldedProfile(profile, bags)(np.empty(0, dtype=np.int64)).tolist() == [0.0] * 5
+    assert FoldedProfile(profile, bags)([np.empty(0, dtype=np.int64)]).tolist() == [[0.0] * 5]
 
 
 def _taste_log(num_users, length, seed):
