@@ -5,7 +5,7 @@ trip. The key, the fields and the connection are made by Feast's own helpers, th
 Feast's messages; tests compare with `get_online_features`. Feast is imported when first used.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from feature_repo.names import JOIN_KEY, USER
@@ -23,6 +23,7 @@ class RedisUsers:
         from feast.infra.online_stores.redis import _versioned_fv_name
 
         config = store.config
+        self._value_of = _value_reader()
         self._project = config.project
         self._serialization = config.entity_key_serialization_version
         self._names: list[str] = []
@@ -45,7 +46,7 @@ class RedisUsers:
                 pipe.execute_command("HMGET", self._key(user_id), *self._fields)
             rows = await pipe.execute()
         return [
-            {name: value_of(value) for name, value in zip(self._names, row, strict=True)}
+            {name: self._value_of(value) for name, value in zip(self._names, row, strict=True)}
             for row in rows
         ]
 
@@ -67,15 +68,18 @@ def connect(connection_string: str) -> "Redis":
     return Redis(host=node["host"], port=int(node["port"]), **options)
 
 
-def value_of(stored: bytes | None) -> Any:
-    """A stored value as Feast's `to_dict` gives it; None: there is none."""
-    if not stored:
-        return None
+def _value_reader() -> Callable[[bytes | None], Any]:
     from feast.protos.feast.types.Value_pb2 import Value
     from feast.type_map import feast_value_type_to_python_type
 
-    value = Value.FromString(stored)
-    kind = value.WhichOneof("val")
-    if kind in ("string_list_val", "int64_list_val", "double_list_val"):  # histories
-        return list(getattr(value, kind).val)
-    return feast_value_type_to_python_type(value)
+    def value_of(stored: bytes | None) -> Any:
+        """A stored value as Feast's `to_dict` gives it; None: there is none."""
+        if not stored:
+            return None
+        value = Value.FromString(stored)
+        kind = value.WhichOneof("val")
+        if kind in ("string_list_val", "int64_list_val", "double_list_val"):  # histories
+            return list(getattr(value, kind).val)
+        return feast_value_type_to_python_type(value)
+
+    return value_of
