@@ -1,7 +1,8 @@
 """A KServe model server that binds where it is told, refuses bad input with 4xx and stops cleanly.
 
 KServe's own server listens on all interfaces, answers much bad input with 500, lets anyone unload
-a model, and logs request contents with every error. The routes kept are listed in `_application`.
+a model, and logs request contents with every error. The routes kept are listed in `Edge` and
+`Rest._routes`.
 """
 
 import asyncio

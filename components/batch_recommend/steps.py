@@ -32,8 +32,8 @@ from model.store import ModelStore
 
 __all__ = ["BatchRecommendSettings", "run"]
 
-# Readers of a folder of Parquet (Arrow, Spark, DuckDB's *.parquet) leave out names with a `_`.
 ABANDONED = timedelta(days=2)  # a batch that is not whole by then is given up
+# Readers of a folder of Parquet (Arrow, Spark, DuckDB's *.parquet) leave out names with a `_`.
 PLAN, DONE, LATEST = "_plan.json", "_summary.json", "latest.json"
 _DATED = re.compile(r"\d{8}T\d{6}Z")  # names of batches begin with the moment they began
 BLOCK_CELLS = 2**22  # scores held at once (float32: 16 MiB), whatever the catalogue's size

@@ -17,8 +17,6 @@ from model.settings import SettingsBase
 REQUEST_SECONDS = 10.0
 SEARCH_SECONDS = 0.1  # between test requests while none has met the candidate
 WINDOW_SECONDS = 120.0  # that Prometheus looks back, at most
-
-
 RELEASE_SECONDS = 7200  # of the step's pod: five waits of `ready_seconds` at most, and the watch
 SPARE_SECONDS = 600  # of them for all else
 
