@@ -253,6 +253,40 @@ class TestOpening:
         assert "secret" not in str(error.value)
 
 
+def test_giving_up_bytes_that_somebody_reads_keeps_no_writer_out(tmp_path):
+    """SQLite's checkpoint holds the writers' lock for as long as it waits for readers."""
+    url = f"sqlite:///{tmp_path}/events.db"
+    stop, attempts = threading.Event(), []
+
+    def erase():
+        while not stop.is_set():
+            attempts.append(log.erase_traces())
+            stop.wait(0.2)  # the collector waits longer
+
+    with closing(EventLog.open(url, create=True)) as log:
+        append(log, event(1))
+        with closing(EventLog.open(url)) as other, other._read() as reading:
+            reading.execute(sa.select(event_tables.events)).all()
+            append(log, event(2))  # what the reader does not see is in the write-ahead log
+            thread = threading.Thread(target=erase)
+            thread.start()
+            try:
+                writer = sqlite3.connect(tmp_path / "events.db", timeout=2, isolation_level=None)
+                with closing(writer):
+                    while len(attempts) < 3:
+                        assert thread.is_alive()
+                        writer.execute("BEGIN IMMEDIATE")  # waits 2 s, a write of the log 5
+                        writer.execute("ROLLBACK")
+            finally:
+                stop.set()
+                thread.join()
+        assert set(attempts) == {False}
+        assert log.erase_traces()
+        with log.engine.connect() as pooled:
+            waits = pooled.exec_driver_sql("PRAGMA busy_timeout").scalar_one()
+        assert waits == 1000 * event_tables.LOCK_SECONDS
+
+
 def test_sqlite_is_durable_and_overwrites_what_is_deleted(tmp_path):
     log = EventLog.open(f"sqlite:///{tmp_path}/events.db", create=True)
     with log.engine.connect() as connection:

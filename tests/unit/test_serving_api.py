@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
 from model.errors import InputError, UnavailableError
-from model.query import Event
+from model.query import Event, Query
 from model.recommender import Retrieved
 from model.retrieval import Allowed
 from model.trends import snapshot_from_counts
@@ -909,6 +909,45 @@ def test_the_documented_metrics_are_the_exported_ones():
         if (name := metric.name).startswith("hrnn_")
     }
     assert documented == exported
+
+
+class Unbuildable(FakeScorer):
+    """Items that come in are more than it can take."""
+
+    def readable(self, items):
+        return items, 0
+
+    def with_items(self, items):
+        raise MemoryError
+
+
+def test_items_that_cannot_be_built_stop_neither_a_start_nor_a_champion():
+    feed = SimpleNamespace(
+        changed=True, items={"new": {}}, rebase=lambda select: None, poll=lambda select: None
+    )
+    predictor, model = Predictor(SETTINGS), LoadedModel(Unbuildable())
+    before = metrics.ITEM_FEED_ERRORS.labels("build")._value.get()
+    assert predictor._with_known_items(feed, model) is model
+    assert metrics.ITEM_FEED_ERRORS.labels("build")._value.get() == before + 1
+    assert feed.changed  # they are tried again
+
+
+def test_a_call_that_fails_does_not_spoil_those_asked_at_the_same_time():
+    class Fragile(FakeScorer):
+        def check(self, query):
+            if query.context.get("device") == "bug":
+                raise RuntimeError("a bug")
+
+    predictor = Predictor(SETTINGS, Fragile())
+    calls = [[wire.Asked("score", Query([], 1.0, context={"device": d}), 1)] for d in ("a", "bug")]
+
+    async def together():
+        asked = [*calls, calls[0]]
+        return await asyncio.gather(*map(predictor._uses.ask, asked), return_exceptions=True)
+
+    first, failed, last = asyncio.run(together())
+    assert isinstance(failed, RuntimeError)
+    assert first[0].item_ids == last[0].item_ids != []
 
 
 def test_the_models_thread_uses_the_threads_it_was_given():
