@@ -41,6 +41,7 @@ class Releaser:
     service: Served  # what the users reach
     canary: Canary | None  # None: no trial beside the champion, the service itself is watched
     settings: ReleaseSettings
+    why: str = ""  # it is released although the gate refused it; recorded
     model_name: str = "hrnn-meta"
     sleep: Callable[[float], None] = time.sleep
     clock: Callable[[], float] = time.monotonic
@@ -97,7 +98,7 @@ class Releaser:
             return
         self._check(watched=not tried)
         self.store.confirm(self.version)
-        self.store.record(self.version, self.run_id, RELEASED)
+        self.store.record(self.version, self.run_id, RELEASED, self.why)
 
     # Beside the champion
 

@@ -69,7 +69,9 @@ def run(
         )
     store = ModelStore(model_store)
     version = store.publish(bundle, _lineage(bundle, measured, judged, run_id))
-    champion = _deployed(store, version, judged["champion"], chosen, run_id)
+    # Lineage tells of the version's first run; this may be a later one.
+    why = f"although the gate refused it: {judged['override']}" if judged["override"] else ""
+    champion = _deployed(store, version, judged["champion"], chosen, run_id, why)
     try:
         removed = store.retain(chosen.keep)
     except UnavailableError as error:  # the release is done; the next one tidies up
@@ -89,16 +91,21 @@ def run(
 
 
 def _deployed(
-    store: ModelStore, version: str, replaces: str | None, chosen: DeploySettings, run_id: str
+    store: ModelStore,
+    version: str,
+    replaces: str | None,
+    chosen: DeploySettings,
+    run_id: str,
+    why: str,
 ) -> Champion:
     """Release the version unless this run did; how `champion.json` names it."""
     if chosen.service or chosen.service_url:
-        _releaser(store, version, chosen, run_id).release(
+        _releaser(store, version, chosen, run_id, why).release(
             f"{store.uri.rstrip('/')}/versions/{version}", replaces=replaces
         )
     elif store.release(version, run_id) is None:
         store.promote(version, replaces=replaces, reason="deploy")
-        store.record(version, run_id, RELEASED)
+        store.record(version, run_id, RELEASED, why)
     champion = store.champion()
     if champion is not None and champion.version == version:
         return champion
@@ -106,14 +113,16 @@ def _deployed(
     return Champion(version, f"versions/{version}", None, told.at if told else "", "deploy")
 
 
-def _releaser(store: ModelStore, version: str, chosen: DeploySettings, run_id: str) -> Releaser:
+def _releaser(
+    store: ModelStore, version: str, chosen: DeploySettings, run_id: str, why: str
+) -> Releaser:
     if not chosen.service:
         service = RunningService(chosen.service_url)
-        return Releaser(store, version, run_id, service, None, chosen.release)
+        return Releaser(store, version, run_id, service, None, chosen.release, why)
     services = InferenceServices(chosen.namespace)
     stable = StableService(services, chosen.service, chosen.service_url)
     canary = canary_of(services, stable, chosen.release.traffic_percent)
-    return Releaser(store, version, run_id, stable, canary, chosen.release)
+    return Releaser(store, version, run_id, stable, canary, chosen.release, why)
 
 
 def _lineage(

@@ -27,7 +27,7 @@ def candidates(tmp_path_factory):
     return [folder / "b1", folder / "b2"]
 
 
-def _deploy(bundle, tmp_path, champion=None, store="", **verdict):
+def _deploy(bundle, tmp_path, champion=None, store="", run_id="run-1", **verdict):
     """Deploy as a run does that compared the bundle with `champion`."""
     version = json.loads((bundle / "manifest.json").read_text())["model_version"]
     judged = {
@@ -52,7 +52,7 @@ def _deploy(bundle, tmp_path, champion=None, store="", **verdict):
         store or str(tmp_path / "store"),
         tmp_path / "out" / version,
         settings={"keep": 3},
-        run_id="run-1",
+        run_id=run_id,
     )
 
 
@@ -94,6 +94,18 @@ def test_lineage_says_where_the_model_comes_from_and_why_it_is_here(candidates, 
     assert lineage.metrics == {"hrnn": {"every": {"ppl": 3.0}}}
     assert lineage.override == "needed at once"
     assert lineage.verdict["passed"] is False
+
+
+def test_an_override_is_recorded_for_a_version_that_had_passed_before(candidates, tmp_path):
+    version = _deploy(candidates[0], tmp_path)["version"]
+    other = _deploy(candidates[1], tmp_path, champion=version)["version"]
+    refused = {"passed": False, "override": "the other one is worse than it looks"}
+    _deploy(candidates[0], tmp_path, champion=other, run_id="run-2", **refused)
+    store = ModelStore(str(tmp_path / "store"))
+    assert store.champion().version == version
+    told = {release.run_id: release.reason for release in store.releases(version)}
+    assert told["run-1"] == ""
+    assert "the other one is worse than it looks" in told["run-2"]
 
 
 def test_a_model_compared_with_another_champion_is_not_deployed(candidates, tmp_path):
