@@ -1,10 +1,11 @@
 """Parameters of a run on a cluster, checked before the cluster is asked for anything."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from model.errors import InputError
 from pipelines.sources import CONFIGURED
@@ -21,6 +22,8 @@ ADDRESSES = ("interactions", "users", "items", "user_list", "model_store", "outp
 WRITTEN = ("model_store", "output")
 # Of a file where the program runs; `sqlite` and `file` may be below a mounted folder.
 LOCAL_SCHEMES = ("file", "local", "sqlite", "")
+# Whoever has an address with one of these has what it leads to (signed addresses, SAS).
+SECRETS = re.compile(r"(^|&)[\w-]*(password|signature|credential|token|sig|accesskeyid)=", re.I)
 THIS_MACHINE = ("localhost", "127.0.0.1", "::1", "0.0.0.0")  # noqa: S104 - refused, not bound
 
 
@@ -89,9 +92,10 @@ def check_address(option: str, address: str, *, written: bool) -> None:
     if address == CONFIGURED and option == "--interactions":
         return
     parts = urlsplit(address)
-    if parts.password:
+    if _holds_secret(parts):
         raise InputError(
-            f"{option}: an address with a password would be shown with the run; put it into the "
+            f"{option}: an address with a password or a signature would be shown with the run; put "
+            "it into the "
             + (
                 f"Secret hrnn-secrets as HRNN_EVENT_LOG and give {CONFIGURED}"
                 if option == "--interactions"
@@ -114,6 +118,10 @@ def check_address(option: str, address: str, *, written: bool) -> None:
         )
     elif written and scheme in ("http", "https"):
         raise InputError(f"{option} {address}: cannot be written to; give s3://…, gs://… or alike")
+
+
+def _holds_secret(parts: SplitResult) -> bool:
+    return bool(parts.password or SECRETS.search(parts.query))
 
 
 def _not_mounted(option: str, address: str, written: bool) -> InputError:
@@ -155,9 +163,15 @@ def _check_services(deploy: Mapping[str, Any]) -> None:
         "deploy.release.prometheus": deploy["release"]["prometheus"],
     }
     for setting, address in services.items():
-        if urlsplit(address).hostname in THIS_MACHINE:
+        parts = urlsplit(address)
+        if _holds_secret(parts):
             raise InputError(
-                f"{setting}={address}: to a pod, {urlsplit(address).hostname} is the pod itself; "
+                f"{setting}: an address with a password would be shown with the run; give one that "
+                "pods may ask without"
+            )
+        if parts.hostname in THIS_MACHINE:
+            raise InputError(
+                f"{setting}={address}: to a pod, {parts.hostname} is the pod itself; "
                 "give the service's name in the cluster"
             )
 

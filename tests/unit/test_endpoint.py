@@ -193,6 +193,8 @@ def test_many_schedules_are_all_found(server):
         (["submit", "batch_recommend"], "give --output"),
         (["submit", "batch_recommend", "--override", "x"], "--override goes with train_and_deploy"),
         (["submit", "--set", "deploy.service_url=http://localhost:8080"], "the pod itself"),
+        (["submit", "--set", "deploy.service_url=http://u:pw@h"], "an address with a password"),
+        (["submit", "--set", "deploy.release.prometheus=http://h/?token=pw"], "with a password"),
         (["submit", "--set", "train.epochs=3"], "train.epochs: no such setting"),
         (["submit", "--set", "gate.rules_file=none.yaml"], "none.yaml"),
         (["schedule", "create", "refresh_trends"], "either --cron or --every"),
@@ -230,7 +232,8 @@ def test_what_only_a_pod_or_this_machine_would_see_is_refused(server, command, o
         assert f"{option} {address}: " in str(raised.value)
         assert message in str(raised.value)
         assert "a path below /stores (HRNN_VOLUMES" in str(raised.value)
-    for address in ("http://127.0.0.1:9000/x", "s3://key:pw@bucket/x"):
+    secret = ("s3://key:pw@b/x", "https://b/x?X-Amz-Signature=pw", "https://b/x?v=1&sig=pw")
+    for address in ("http://127.0.0.1:9000/x", *secret, "postgresql://u@h/d?password=pw"):
         with pytest.raises(InputError, match=r"the pod itself|with a password") as raised:
             hrnn(*command, *BATCH, option, address)
         assert "pw" not in str(raised.value)
