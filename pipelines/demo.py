@@ -108,10 +108,15 @@ def _ask(client: Client, events: EventClient, catalogue: Catalogue, history: lis
         f" {1000 * seconds:.0f} ms)",
         markup=False,
     )
+    came = "not recommended in time"
+    if rank:
+        came = (
+            f"recommended after {1000 * placing:.0f} ms, number {rank} of {len(catalogue) + 1} by"
+            f" affinity to user {USER}"
+        )
     out.print(
         f"PUT /items: {SEQUEL.format(titles.get(watched, watched))}, a film that no model was"
-        f" trained on: {f'rank {rank}' if rank else 'not seen'} of {len(catalogue) + 1} for user"
-        f" {USER} after {1000 * placing:.0f} ms",
+        f" trained on: {came}",
         markup=False,
     )
     side_by_side(
@@ -137,10 +142,11 @@ def _until_visible(events: EventClient, event: dict[str, Any]) -> Sent:
 
 
 def _rank_of_new_item(client: Client, now: float, items: int) -> int | None:
-    """Its place among all items, once it is recommended; None: it was not in time."""
+    """Its place by affinity, once it is recommended; None: it was not in time."""
     deadline = time.monotonic() + VISIBLE_SECONDS
     while time.monotonic() < deadline:
-        answer = client.recommend(USER, timestamp=now, num_results=items)
+        # What nobody chose yet is no trend: with it, it stands behind all that is popular.
+        answer = client.recommend(USER, timestamp=now, num_results=items, trend_weight=0.0)
         for rank, item in enumerate(answer.items, start=1):
             if item.item_id == NEW_ITEM:
                 return rank

@@ -127,8 +127,13 @@ def _bound(rule: Rule, models: dict[str, Any]) -> dict[str, Any]:
     else:
         passed = sign * value >= sign * threshold
         verb = "is" if passed else "is not"
-        reason = f"{rule.metric} = {value:.4g} {verb} {word} {threshold:.4g}{source}"
+        reason = f"{rule.metric} = {_text(value)} {verb} {word} {_text(threshold)}{source}"
     return _outcome(rule.name, rule.metric, passed, reason, value, threshold)
+
+
+def _text(value: float) -> str:
+    """Counts whole, all else to four digits."""
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
 
 
 def _compare(rule: Rule, models: dict[str, Any]) -> dict[str, Any]:

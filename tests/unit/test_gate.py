@@ -294,3 +294,12 @@ def test_wrong_rules_are_refused(tmp_path, text, message):
         GateSettings(rules_file=str(path)).resolved()
     with pytest.raises(InputError, match="No such file"):
         GateSettings(rules_file=str(tmp_path / "none.yaml")).resolved()
+
+
+def test_counts_are_told_whole():
+    assert [steps._text(v) for v in (18_518, 20, 0.023261, 732.68)] == [
+        "18,518",
+        "20",
+        "0.02326",
+        "732.7",
+    ]
