@@ -545,6 +545,8 @@ class ModelStore:
         with self._errors("read"):
             stored = self._files.read(f"{LINEAGE}/{version}.json")
             size = self._files.size(f"{VERSIONS}/{version}")
+        if size is None:
+            return None
         lineage = None
         if stored is not None:
             try:
@@ -612,7 +614,7 @@ class _Files(Protocol):
         ...
 
     def list(self, path: str) -> list[str]: ...
-    def size(self, path: str) -> int: ...
+    def size(self, path: str) -> int | None: ...  # of what is below; None: nothing (any more)
     def digest(self, path: str) -> str | None: ...
     def upload(self, bundle: Path, manifest: bundles.Manifest, path: str) -> None: ...
     def download(self, path: str, target: Path) -> None: ...
@@ -679,8 +681,13 @@ class _Folder:
         except FileNotFoundError:
             return []
 
-    def size(self, path: str) -> int:
-        return sum(f.stat().st_size for f in (self.root / path).iterdir())
+    def size(self, path: str) -> int | None:
+        sizes = []
+        with contextlib.suppress(FileNotFoundError):  # it is being removed
+            for file in (self.root / path).iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    sizes.append(file.stat().st_size)
+        return sum(sizes) if sizes else None
 
     def digest(self, path: str) -> str | None:
         try:
@@ -795,8 +802,11 @@ class _Objects:
             return []
         return sorted(name.rstrip("/").rpartition("/")[2] for name in found)
 
-    def size(self, path: str) -> int:
-        return int(sum(self.fs.du(self._at(path), total=False).values()))
+    def size(self, path: str) -> int | None:
+        sizes: dict[str, int] = {}
+        with contextlib.suppress(FileNotFoundError):
+            sizes = self.fs.du(self._at(path), total=False)
+        return int(sum(sizes.values())) if sizes else None
 
     def digest(self, path: str) -> str | None:
         hasher = hashlib.sha256()

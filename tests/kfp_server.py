@@ -9,13 +9,13 @@ of a workflow.
 
 import json
 import re
-import threading
 import uuid
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
 import kfp_server_api as api
+
+from tests.http_server import Handler, HttpServer
 
 BASE = "/apis/v2beta1"
 INT64 = ("max_concurrency", "interval_second")
@@ -69,7 +69,7 @@ class KfpServer:
         self.wrong = []  # answers that the schema does not allow: nobody may rely on them
         outer = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Answers(Handler):
             protocol_version = "HTTP/1.1"
 
             def _answer(self):
@@ -90,17 +90,11 @@ class KfpServer:
 
             do_GET = do_POST = do_DELETE = _answer
 
-            def log_message(self, *_):
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.address = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self._server = HttpServer(Answers)
+        self.address = self._server.address
 
     def close(self):
-        self._server.shutdown()
-        self._server.server_close()
+        self._server.close()
         assert self.wrong == []
 
     def answer(self, method, path, query, body):

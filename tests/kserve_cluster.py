@@ -12,7 +12,6 @@ import copy
 import json
 import re
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -20,6 +19,7 @@ import yaml
 from kubernetes import client
 
 from k8s.validate import problems
+from tests.http_server import Handler, HttpServer
 
 ROOT = Path(__file__).parents[1]
 STABLE = yaml.safe_load((ROOT / "k8s/base/inferenceservice.yaml").read_text())
@@ -126,7 +126,7 @@ class Cluster:
         self._lock = threading.RLock()
         outer = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Answers(Handler):
             protocol_version = "HTTP/1.1"
             wbufsize = (
                 2**16
@@ -150,13 +150,8 @@ class Cluster:
 
             do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _answer
 
-            def log_message(self, *_):
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.address = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self._server = HttpServer(Answers)
+        self.address = self._server.address
         stable = copy.deepcopy(STABLE)
         stable["metadata"]["annotations"]["serving.kserve.io/deploymentMode"] = mode
         assert self._write("hrnn-meta", stable)[0] == 200
@@ -164,8 +159,7 @@ class Cluster:
             self.step()
 
     def close(self):
-        self._server.shutdown()
-        self._server.server_close()
+        self._server.close()
 
     def api(self):
         configuration = client.Configuration(host=self.address)

@@ -1,10 +1,8 @@
 """The feed of new items: pages, another log, too many, and what is no collector."""
 
 import json
-import threading
 import time
 from contextlib import closing, contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -12,6 +10,7 @@ import pytest
 from model.errors import UnavailableError
 from serving import live_items
 from serving.live_items import ItemFeed
+from tests.http_server import Handler, HttpServer
 
 IN_BUNDLE = {"known": {"genre": "a"}}
 
@@ -49,22 +48,12 @@ def reply(handler, content, status=200):
 
 @contextmanager
 def served(respond):
-    class Handler(BaseHTTPRequestHandler):
+    class Answers(Handler):
         def do_GET(self):
             respond(self)
 
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with HttpServer(Answers) as server:
+        yield server.address
 
 
 @pytest.fixture

@@ -2,11 +2,11 @@
 
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from components.outcome import steps
+from tests.http_server import Handler, HttpServer
 
 RUN = {"pipeline": "train-and-deploy", "run_id": "r1", "step": "train", "error": "no disk"}
 
@@ -16,7 +16,7 @@ def hook():
     """A web hook; the path says how it behaves."""
     received, over = [], threading.Event()
 
-    class Hook(BaseHTTPRequestHandler):
+    class Hook(Handler):
         def do_POST(self):
             body = self.rfile.read(int(self.headers["Content-Length"]))
             received.append(json.loads(body))
@@ -28,16 +28,9 @@ def hook():
             if "endless" in self.path:
                 over.wait()  # answers, but its body never ends
 
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hook)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", received
-    over.set()
-    server.shutdown()
-    server.server_close()
+    with HttpServer(Hook) as server:
+        yield server.address, received
+        over.set()
 
 
 @pytest.mark.parametrize(

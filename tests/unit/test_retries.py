@@ -1,14 +1,13 @@
 """What cannot be reached is asked again; what is wrong is refused at once."""
 
 import socket
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from components.ingest import steps
 from components.retries import patiently
 from model.errors import InputError, UnavailableError
+from tests.http_server import Handler, HttpServer
 
 ROWS = "user_id,item_id,timestamp\n" + "".join(f"u{n},i{n},{n + 10}\n" for n in range(5))
 SOON = {"retries": 3, "retry_seconds": 0.01}
@@ -19,7 +18,7 @@ def files():
     """An HTTP server of one file; it answers with the statuses of `script` first."""
     script, asked = [], []
 
-    class Files(BaseHTTPRequestHandler):
+    class Files(Handler):
         def _answer(self):
             asked.append(self.command)
             status = script.pop(0) if script else 200
@@ -32,14 +31,8 @@ def files():
 
         do_GET = do_HEAD = _answer
 
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Files)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/log.csv", script, asked
-    server.shutdown()
-    server.server_close()
+    with HttpServer(Files) as server:
+        yield f"{server.address}/log.csv", script, asked
 
 
 def test_a_source_that_comes_back_is_read(files, tmp_path, capsys):

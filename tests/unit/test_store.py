@@ -16,7 +16,6 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,7 @@ from model import bundle as bundles
 from model import store as stores
 from model.errors import BundleError, ConflictError, InputError, UnavailableError
 from model.store import Lineage, ModelStore
+from tests.http_server import Handler, HttpServer
 
 
 def make_bundle(folder: Path, version: str, created="2026-01-01T00:00:00+00:00", size=1000) -> Path:
@@ -236,14 +236,14 @@ def test_what_became_of_a_version_is_remembered_by_run(store, bundle_of):
         store.release("v1", "run-1")
 
 
-class LosesAnswers:
+class LosesAnswers(HttpServer):
     """A connection to the S3 server on which answers to writes of the champion do not come back."""
 
     def __init__(self, target, lost):
         self.target, self.left, self.written = target, lost, 0
         outer = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Answers(Handler):
             protocol_version = "HTTP/1.1"
 
             def forward(self):
@@ -274,20 +274,7 @@ class LosesAnswers:
 
             do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = forward
 
-            def log_message(self, *_):
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.address = f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self):
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(Answers)
 
 
 @pytest.mark.parametrize("lost", [1, 2], ids=["the driver tries again", "the driver gives up"])
@@ -489,6 +476,27 @@ def test_a_version_promoted_while_it_is_being_removed_is_whole_or_not_promoted(
     assert champion.version in bundles_left
     store._check_whole(champion.version)
     assert (other.outcome == "v1") is (champion.version == "v1") is ("v1" not in removed)
+
+
+@pytest.mark.parametrize("left", [0, 1])  # files of it that are still there
+def test_a_version_may_be_removed_while_it_is_looked_at(store, bundle_of, left):
+    for version in ("v1", "v2"):
+        store.publish(bundle_of(version), Lineage())
+    read = store._files.read
+
+    def removes_then(path):
+        found = read(path)
+        if found and path == "versions/v1/manifest.json":  # by another run's retention, just now
+            for name in (*json.loads(found[0])["files"], "manifest.json")[left:]:
+                store._files.remove_file(f"versions/v1/{name}")
+            if not left:
+                store._files.remove("versions/v1")
+        return found
+
+    store._files.read = removes_then
+    listed = [v.version for v in store.versions()]
+    assert listed == ["v2"] or (left and listed == ["v2", "v1"])
+    assert [v.version for v in store.versions()] == ["v2"]
 
 
 def test_retentions_at_the_same_time_do_not_get_in_each_others_way(guarded_uri, bundle_of):
