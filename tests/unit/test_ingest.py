@@ -394,7 +394,7 @@ def test_failed_download_leaves_nothing(tmp_path, monkeypatch):
     broken = datasets.NamedDataset(load=refuse, licence="")
     monkeypatch.setitem(datasets.DATASETS, "broken", broken)
     with pytest.raises(UnavailableError, match="no network"):
-        run(tmp_path / "t", dataset="broken", cache=tmp_path / "cache")
+        run(tmp_path / "t", dataset="broken", cache=tmp_path / "cache", settings={"retries": 0})
     assert list((tmp_path / "cache").iterdir()) == []
 
 
