@@ -2,7 +2,7 @@
 
     python -m benchmarks.train_data --events 100000000 --seconds 60
 
-Generates a log of Zipf-popular items into columns in files (`model.sequences.new_column`: they are
+Generates a log of Zipf-popular items into columns in files (`model.columns.new_column`: they are
 in TMPDIR and gone at the end, 16 bytes an event) and trains the plain network on it (ids and times;
 no transition counts, repeats, trend) for some seconds of steps. Parts are made smaller than the
 default so that several pass in that time; `--part-events` says how large.
@@ -26,9 +26,10 @@ import numpy as np
 
 from benchmarks.train_throughput import LENGTH
 from model.catalogue import Catalogue
+from model.columns import READ_EVENTS, new_column
 from model.network import NetworkSettings
 from model.schema import Schema
-from model.sequences import READ_EVENTS, Histories, new_column
+from model.sequences import Histories
 from model.train_settings import Precision, Softmax, TrainSettings
 from model.trainer import Trainer
 

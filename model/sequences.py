@@ -4,8 +4,6 @@ Shapes: E events, U users, N positions of one batch. A position k of a user stan
 k: its input is event k − 1 (none for k = 0) and the time of event k; its target is event k.
 """
 
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,9 +16,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from model.catalogue import Catalogue
-
-READ_EVENTS = 2**20  # read or copied at once
-FILE_EVENTS = 2**24  # columns of more numbers than this are kept in files
+from model.columns import READ_EVENTS, new_column
+from model.shown import Shown
 
 
 @dataclass(frozen=True)
@@ -32,6 +29,7 @@ class Histories:
     `user_fields`: U values by field name, None where missing.
     `event_type_E`: E strings or None; `value_E` float64, NaN where missing; None: no such column.
     `context_fields`: E values of the request in which the event happened, by field name.
+    `shown`: what else was on the list from which the event's item was chosen; None: not read.
     """
 
     user_ids: tuple[str, ...]
@@ -42,6 +40,7 @@ class Histories:
     event_type_E: NDArray[np.object_] | None = None
     value_E: NDArray[np.float64] | None = None
     context_fields: dict[str, NDArray[np.object_]] = field(default_factory=dict)
+    shown: Shown | None = None
 
     def __len__(self) -> int:
         return len(self.user_ids)
@@ -62,12 +61,14 @@ class Histories:
         catalogue: Catalogue,
         min_events: int = 1,
         context: Sequence[str] = (),
+        shown: int = 0,
     ) -> Self:
         """Read `clean/interactions.parquet` (sorted by user, time), users in order of id.
 
         Args:
             min_events: users with fewer events are left out.
             context: names of the request-context columns to read.
+            shown: how many of the items that were shown with an event's are read at most.
         """
         present = set(pq.read_schema(path).names)
         optional = {n for n in ("event_type", "event_value") if n in present}
@@ -100,14 +101,16 @@ class Histories:
                 user_ids += [user_names[code] for code in user_code_E[new_E]]
                 starts.append(np.flatnonzero(new_E) + end)
                 end = part.stop
+        offset_U1 = np.concatenate([*starts, [num_events]]).astype(np.int64)
         histories = cls(
             user_ids=tuple(user_ids),
             item_E=item_E,
             timestamp_E=timestamp_E,
-            offset_U1=np.concatenate([*starts, [num_events]]).astype(np.int64),
+            offset_U1=offset_U1,
             event_type_E=objects.pop("event_type", None),
             value_E=value_E,
             context_fields=objects,
+            shown=Shown.from_table(path, catalogue, item_E, offset_U1, shown) if shown else None,
         )
         kept_U = np.flatnonzero(np.diff(histories.offset_U1) >= min_events)
         return histories if len(kept_U) == len(histories) else histories.subset(kept_U)
@@ -135,7 +138,8 @@ class Histories:
     def with_items(self, position_M: NDArray[np.int64]) -> Self:
         """The same events in another catalogue: item j is now position[j]; −1: its events go."""
         item_E = position_M[self.item_E]
-        return replace(self, item_E=item_E).where(item_E >= 0)
+        shown = None if self.shown is None else self.shown.with_items(position_M)
+        return replace(self, item_E=item_E, shown=shown).where(item_E >= 0)
 
     def reordered(self, source_E: NDArray[np.int64]) -> Self:
         """The same histories with event k replaced by event source[k] of the same user."""
@@ -170,26 +174,12 @@ class Histories:
             event_type_E=None if self.event_type_E is None else copied(self.event_type_E),
             value_E=None if self.value_E is None else copied(self.value_E),
             context_fields={n: copied(v) for n, v in self.context_fields.items()},
+            shown=None if self.shown is None else self.shown.taken(source, num_events),
         )
 
     def with_user_fields(self, user_fields: dict[str, list[Any]]) -> Self:
         """The same events with fields of their users."""
         return replace(self, user_fields=user_fields)
-
-
-def new_column(length: int, dtype: Any) -> NDArray[Any]:
-    """An array to be filled; a large one of numbers lives in a file.
-
-    The file is in the folder for temporary ones (`TMPDIR`) and has no name: it is gone with the
-    array. What was not read lately need not be in memory. Strings (dtype object) always are.
-    """
-    dtype = np.dtype(dtype)
-    if dtype.hasobject or length < FILE_EVENTS:
-        return np.empty(length, dtype=dtype)
-    with tempfile.TemporaryFile(prefix="hrnn-column-") as file:
-        # A full disk is to be known now, not by a signal when a page is written.
-        os.posix_fallocate(file.fileno(), 0, length * dtype.itemsize)
-        return np.memmap(file, dtype=dtype, mode="r+", shape=(length,))
 
 
 def _codes(column: pa.Array) -> tuple[NDArray[np.int64], list[str]]:

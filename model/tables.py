@@ -20,16 +20,22 @@ class Log:
 
     @classmethod
     def read(
-        cls, clean: Path, schema: Schema | None = None, catalogue: Catalogue | None = None
+        cls,
+        clean: Path,
+        schema: Schema | None = None,
+        catalogue: Catalogue | None = None,
+        *,
+        shown: int = 0,
     ) -> Self:
         """Read a `clean/` directory.
 
         Args:
             schema, catalogue: those of a bundle; None: the tables' own.
+            shown: as in `Histories.from_table`.
         """
         schema = schema or Schema.load(clean / "schema.json")
         catalogue = catalogue or Catalogue.from_tables(clean, schema)
         histories = Histories.from_table(
-            clean / "interactions.parquet", catalogue, context=tuple(schema.context)
+            clean / "interactions.parquet", catalogue, context=tuple(schema.context), shown=shown
         )
         return cls(schema, catalogue, UserFields.read(clean, schema).attach(histories))

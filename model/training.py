@@ -275,4 +275,6 @@ def _fingerprint(
 def _digest_log(log: Histories) -> str:
     parts: list[Any] = [list(log.user_ids), log.item_E, log.timestamp_E, log.offset_U1]
     parts += [log.event_type_E, log.value_E, log.user_fields]
+    if log.shown is not None:
+        parts += [log.shown.item_S, log.shown.offset_E1]
     return digest_of(*parts, *(log.context_fields[name] for name in sorted(log.context_fields)))

@@ -70,19 +70,30 @@ def text(column: ir.Value) -> ir.StringValue:
 def text_list(column: ir.Value) -> ir.ArrayValue:
     """A column as a list of trimmed texts; text is split at the list delimiter."""
     if isinstance(column.type(), dt.Array):
-        parts = column.cast("array<string>")
-    else:
-        # By a character that means nothing in a regular expression, which Spark splits by.
-        parts = text(column).replace(LIST_DELIMITER, SEPARATOR).split(SEPARATOR)
-    return parts.map(lambda part: part.strip()).filter(lambda part: part != "")
+        return _trimmed(column.cast("array<string>"))
+    return _split(text(column).replace(LIST_DELIMITER, SEPARATOR))
 
 
 def shown_items(column: ir.Value) -> ir.ArrayValue:
     """An impression as a list of ids; text is split at the list delimiter or at white space."""
     if isinstance(column.type(), dt.Array):
         return column.cast("array<string>")
-    spaced = text(column).replace(LIST_DELIMITER, " ").re_replace(r"\s+", " ").strip()
-    return spaced.split(" ")
+    listed = text(column)
+    # Ids may hold blanks where delimiters stand between them.
+    return _split(
+        listed.contains(LIST_DELIMITER).ifelse(
+            listed.replace(LIST_DELIMITER, SEPARATOR), listed.re_replace(r"\s+", SEPARATOR)
+        )
+    )
+
+
+def _split(listed: ir.StringValue) -> ir.ArrayValue:
+    # By a character that means nothing in a regular expression, which Spark splits by.
+    return _trimmed(listed.split(SEPARATOR))
+
+
+def _trimmed(parts: ir.ArrayValue) -> ir.ArrayValue:
+    return parts.map(lambda part: part.strip()).filter(lambda part: part != "")
 
 
 def typed(column: ir.Value, kind: FieldKind) -> ir.Value:

@@ -3,12 +3,13 @@
 import threading
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import sequences
+from model import columns, sequences, shown
 from model.catalogue import Catalogue
 from model.loader import Loader, sample_of
 from model.network import NetworkSettings
@@ -98,6 +99,8 @@ def test_a_sample_has_whole_users():
 
 
 def _same(a: Histories, b: Histories) -> None:
+    np.testing.assert_array_equal(a.shown.offset_E1, b.shown.offset_E1)
+    np.testing.assert_array_equal(a.shown.item_S, b.shown.item_S)
     assert a.user_ids == b.user_ids and a.user_fields == b.user_fields
     for name in ("item_E", "timestamp_E", "offset_U1", "event_type_E", "value_E"):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
@@ -108,10 +111,13 @@ def test_columns_in_files_are_those_in_memory(tmp_path, monkeypatch):
     log = synthetic.feedback_decides(30, 12, 8, seed=0)
     clean = synthetic.clean_tables(tmp_path / "clean", log, genres=False)
     path = clean / "interactions.parquet"
-    catalogue = Catalogue(tuple(sorted(set(pq.read_table(path)["item_id"].to_pylist()))))
+    table = pq.read_table(path)
+    catalogue = Catalogue(tuple(sorted(set(table["item_id"].to_pylist()))))
+    lists = [[f"i00{(k * j) % 9}" for j in range(k % 5)] for k in range(len(table))]
+    pq.write_table(table.append_column("impression", pa.array(lists)), path)
 
     def read():
-        whole = Histories.from_table(path, catalogue)
+        whole = Histories.from_table(path, catalogue, shown=3)
         users = np.array([5, 3, 17])
         return whole, whole.subset(users), whole.where(whole.item_E % 2 == 0)
 
@@ -119,8 +125,9 @@ def test_columns_in_files_are_those_in_memory(tmp_path, monkeypatch):
     folder = tmp_path / "columns"
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
-    monkeypatch.setattr(sequences, "FILE_EVENTS", 1)
-    monkeypatch.setattr(sequences, "READ_EVENTS", 7)
+    monkeypatch.setattr(columns, "FILE_EVENTS", 1)
+    for module in (sequences, shown):
+        monkeypatch.setattr(module, "READ_EVENTS", 7)
     in_files = read()
     for a, b in zip(in_memory, in_files, strict=True):
         assert not isinstance(a.item_E, np.memmap) and isinstance(b.item_E, np.memmap)

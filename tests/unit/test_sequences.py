@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from model.catalogue import Catalogue
 from model.sequences import Histories, bptt_batches, pack
+from model.shown import Shown
 from tests import synthetic
 
 
@@ -78,6 +79,7 @@ def test_event_columns_follow_their_events():
         value_E=np.arange(5.0),
         event_type_E=np.array(list("abcde"), dtype=object),
         context_fields={"device": np.array(list("vwxyz"), dtype=object)},
+        shown=Shown(np.array([7, 8, 9, 7], np.int32), np.array([0, 1, 1, 2, 4, 4])),
     )
     swapped = log.subset(np.array([1, 0]))
     assert swapped.value_E.tolist() == [3, 4, 0, 1, 2]
@@ -87,3 +89,13 @@ def test_event_columns_follow_their_events():
     assert some.item_E.tolist() == [1, 2] and some.offset_U1.tolist() == [0, 2, 2]
     assert log.reordered(np.array([1, 0, 2, 3, 4])).item_E.tolist() == [1, 0, 2, 3, 4]
     assert log.user_E.tolist() == [0, 0, 0, 1, 1]
+    assert _lists(swapped) == [[9, 7], [], [7], [], [8]]
+    assert _lists(some) == [[], [8]]
+    assert _lists(log.reordered(np.array([1, 0, 2, 3, 4]))) == [[], [7], [8], [9, 7], []]
+    smaller = np.arange(10) - 1
+    smaller[[1, 8]] = -1  # one that was chosen and one that was only shown
+    assert _lists(log.with_items(np.where(np.arange(10) == 0, 9, smaller))) == [[6], [], [8, 6], []]
+
+
+def _lists(log):
+    return [log.shown.of(np.array([e]))[0].tolist() for e in range(log.num_events)]

@@ -288,14 +288,14 @@ def test_clean_tables_are_typed(workspace):
     workspace.tables(
         schema,
         interactions={
-            "user_id": ["b", "a"],
-            "item_id": ["x", "y"],
-            "timestamp": ["2", "1"],
-            "event_type": ["click", ""],
-            "impression": ["x|y", None],
-            "device": ["tv", ""],
-            "battery": ["0.5", "full"],
-            "unused": ["1", "2"],
+            "user_id": ["b", "a", "c", "d"],
+            "item_id": ["x", "y", "x", "x"],
+            "timestamp": ["2", "1", "3", "4"],
+            "event_type": ["click", "", "", ""],
+            "impression": ["x|y", None, " x  y\tz ", "x y|z| "],
+            "device": ["tv", "", "", ""],
+            "battery": ["0.5", "full", "", ""],
+            "unused": ["1", "2", "3", "4"],
         },
         users={"user_id": ["a", "b"], "age": ["33", "n/a"], "vip": [True, None]},
         items={
@@ -310,7 +310,9 @@ def test_clean_tables_are_typed(workspace):
     )
     report = workspace.run()
     first = {"user_id": "a", "item_id": "y", "timestamp": 1, "event_type": None}
-    assert workspace.good() == [
+    good = workspace.good()
+    assert [row["impression"] for row in good[2:]] == [["x", "y", "z"], ["x y", "z"]]
+    assert good[:2] == [
         {**first, "impression": None, "device": None, "battery": None},
         {
             "user_id": "b",
