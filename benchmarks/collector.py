@@ -29,7 +29,6 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.bundles import NOW, random_bundle
-from benchmarks.load import Rest
 from benchmarks.serving import histories
 from feature_repo.settings import FeatureStoreSettings
 from model.query import ItemFilter
@@ -53,8 +52,17 @@ TARGETS = (
 ITEMS, USERS = 1682, 1000
 
 
-class Asker(Rest):
-    """A connection that also gives the answer's body."""
+class Asker:
+    """One keep-alive connection; gives status and body of an answer."""
+
+    def __init__(self, port, path):
+        self._port, self._path = port, path
+        self._reader = None
+
+    def close(self):
+        if self._reader is not None:
+            self._writer.close()
+            self._reader = None
 
     async def ask(self, body):
         if self._reader is None:

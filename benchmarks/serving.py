@@ -18,18 +18,18 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import grpc
 import numpy as np
 import psutil
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.bundles import NOW, random_bundle
-from benchmarks.load import Grpc, Rest, closed_loop, open_loop
+from benchmarks.load import Load, closed_grpc
 from feature_repo.settings import FeatureStoreSettings
 from model.query import Event
 from model.recommender import Recommender
@@ -41,7 +41,6 @@ from tests.feature_store import fill
 from tests.servers import RedisServer
 
 USERS, EVENTS, RESULTS = 1000, 100, 25
-PATH = "/v1/models/{}:predict"
 SCENARIOS = ("steady", "overload", "swap", "refresh", "soak")
 
 
@@ -76,22 +75,20 @@ class Target:
 
     def __init__(self, http_port, grpc_port, model):
         self.http_port, self.grpc_port, self.model = http_port, grpc_port, model
-
-    def rest(self):
-        return Rest(self.http_port, PATH.format(self.model))
+        self.load = Load(http_port, f"/v1/models/{model}:predict", bodies())
 
     def run(self, connections, seconds, protocol="rest"):
-        async def drive():
-            if protocol == "rest":
-                return await closed_loop(self.rest, bodies(), connections, seconds)
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{self.grpc_port}") as channel:
-                make = lambda: Grpc(channel, self.model)  # noqa: E731 - one line
-                return await closed_loop(make, bodies(), connections, seconds)
+        if protocol == "rest":
+            return self.load.closed(connections, seconds)
+        loop = closed_grpc(self.grpc_port, self.model, bodies(), connections, seconds)
+        return asyncio.run(loop)
 
-        return asyncio.run(drive())
 
-    def flood(self, rate, seconds):
-        return asyncio.run(open_loop(self.rest, bodies(), rate, seconds))
+def answers(target):
+    try:
+        return target.run(1, 0.1).counts["200"] > 0
+    except OSError:  # nobody listens yet
+        return False
 
 
 @contextmanager
@@ -110,7 +107,7 @@ def noop_chain():
     target = Target(http, grpc_port, "noop")
     try:
         deadline = time.monotonic() + 60
-        while target.run(1, 0.1).counts.get("200", 0) == 0:
+        while not answers(target):
             assert time.monotonic() < deadline, "the no-op chain did not start"
             time.sleep(0.2)
         yield target
@@ -159,20 +156,25 @@ class Service(Target):
 
     def during(self, change, every, connections, seconds):
         """A closed loop while `change(k)` is done again and again."""
+        over, failed = threading.Event(), []
 
-        async def drive():
-            async def changing():
-                for k in range(1, 10**6):
-                    await asyncio.to_thread(change, k)
-                    await asyncio.sleep(every)
-
-            task = asyncio.create_task(changing())
+        def changing():
             try:
-                return await closed_loop(self.rest, bodies(), connections, seconds)
-            finally:
-                task.cancel()
+                for k in range(1, 10**6):
+                    change(k)
+                    if over.wait(every):
+                        return
+            except Exception as error:
+                failed.append(error)
 
-        return asyncio.run(drive())
+        thread = threading.Thread(target=changing)
+        thread.start()
+        result = self.run(connections, seconds)
+        over.set()
+        thread.join()
+        if failed:
+            raise failed[0]
+        return result
 
 
 def steady(service, noop, seconds):
@@ -204,10 +206,11 @@ def overload(service, noop, seconds):
     """Three times as many requests as can be answered; the steady state before it as yardstick."""
     calm = service.run(16, seconds)
     before = service.memory()
-    flood = service.flood(3 * calm.rate, seconds)
+    flood = service.load.open(3 * calm.rate, seconds)
     after = service.memory()
     row = flood.row() | {
         "scenario": f"3 × {calm.rate:.0f}/s offered",
+        "throughput / steady": round(flood.rate / calm.rate, 2),
         "p99 / steady": round(flood.ms(99) / calm.ms(99), 2),
         "p99 of 503 ms": round(flood.ms(99, "503"), 2),
         "memory growth MB": round((after - before) / 1e6, 1),

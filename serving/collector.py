@@ -61,6 +61,7 @@ from serving.process import (
     Uvicorn,
     configure_logging,
     exit_with_parent,
+    freeze_garbage_collection,
     leave,
     parse_arguments,
     reserve,
@@ -167,10 +168,12 @@ class Collector:
         )
         events = EventLog.open(self._url)
         try:
-            return LiveFeatures(where, events)
+            live = LiveFeatures(where, events)
         except BaseException:
             events.close()  # it is opened again with every attempt
             raise
+        freeze_garbage_collection()
+        return live
 
     async def append(self, request: Request) -> Response:
         """POST /events"""

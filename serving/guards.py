@@ -78,18 +78,28 @@ class Gate:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._inside = 0
+        self._shed = metrics.REQUESTS.labels("unknown", "shed")
+        self.reason = (
+            f"overloaded: {limit} requests are in flight; try again in {RETRY_AFTER_SECONDS} s"
+        )
+
+    @property
+    def full(self) -> bool:
+        """The limit is reached."""
+        return self._inside >= self._limit
+
+    def shed(self) -> None:
+        """Count a request as refused."""
+        self._shed.inc()
 
     def check(self) -> None:
         """
         Raises:
             OverloadedError: the limit is reached.
         """
-        if self._inside >= self._limit:
-            metrics.REQUESTS.labels("unknown", "shed").inc()
-            raise OverloadedError(
-                f"overloaded: {self._limit} requests are in flight; try again in "
-                f"{RETRY_AFTER_SECONDS} s"
-            )
+        if self.full:
+            self.shed()
+            raise OverloadedError(self.reason)
 
     @contextmanager
     def admit(self) -> Iterator[None]:

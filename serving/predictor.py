@@ -5,7 +5,6 @@ Shapes: B instances, M items, C candidates.
 
 import asyncio
 import contextlib
-import gc
 import logging
 import time
 from collections import OrderedDict
@@ -28,7 +27,7 @@ from serving.batching import Batcher
 from serving.champions import Champions
 from serving.exploration import uncertainty, uniform
 from serving.live_items import ItemFeed
-from serving.process import leave
+from serving.process import freeze_garbage_collection, leave
 from serving.schemas import ScoreInstance, parse_score_instances
 from serving.server import JsonModel, main
 from serving.settings import PREDICTOR, ServeSettings
@@ -280,9 +279,7 @@ class Predictor(JsonModel):
         import model.recommender  # noqa: F401 - slow to import, and to be frozen
 
         keep_to_threads(self.settings.model_threads)
-        # Collecting what imports made takes a tenth of a second, in the middle of a request.
-        gc.collect()
-        gc.freeze()
+        freeze_garbage_collection()  # before the first model: one that is replaced is to be freed
         self._champions = Champions(self.settings.model_dir, load_model)
         loaded = self._champions.first()
         if self.settings.items_url is not None:

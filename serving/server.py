@@ -54,7 +54,7 @@ from serving.process import (
 from serving.settings import EXIT_WITH_PARENT, MAX_MESSAGE_BYTES, PREDICTOR, ServeSettings
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger("hrnn.serving")
 
@@ -212,7 +212,7 @@ class Rest:
     def __init__(self, plane: Plane, settings: ServeSettings, gate: Gate | None = None) -> None:
         self._plane = plane
         self._settings = settings
-        self._gate = gate or Gate(settings.max_in_flight)
+        self.gate = gate or Gate(settings.max_in_flight)
         # Clients that send slowly must not take the places of those that have sent.
         self._bodies = Gate(4 * settings.max_in_flight)
 
@@ -261,10 +261,9 @@ class Rest:
     ) -> Response:
         """Answer one prediction, whatever comes."""
         try:
-            self._gate.check()  # before the body is read
             with self._bodies.admit():
                 body = await self._body(headers, receive)
-            with self._gate.admit():
+            with self.gate.admit():
                 model = await self._plane.get_model(name)
                 payload = codec.parse_json(body)
                 if open_inference:
@@ -325,6 +324,12 @@ class Edge:
 
     def __init__(self, rest: Rest, routes: FastAPI) -> None:
         self._rest, self._routes = rest, routes
+        # The same for all, so that a refusal costs next to nothing.
+        refusal = _unavailable(OverloadedError(rest.gate.reason))
+        self._refusal: list[Message] = [
+            {"type": "http.response.start", "status": 503, "headers": refusal.raw_headers},
+            {"type": "http.response.body", "body": refusal.body},
+        ]
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         name = None
@@ -337,6 +342,11 @@ class Edge:
                 name = path[len("/v1/models/") : -len(":predict")]
         if not name or "/" in name:
             await self._routes(scope, receive, send)
+            return
+        if self._rest.gate.full:  # before the body is read
+            self._rest.gate.shed()
+            for message in self._refusal:
+                await send(message)
             return
         response = await self._rest.predict(name, open_inference, scope["headers"], receive)
         await response(scope, receive, send)

@@ -20,7 +20,7 @@ from model.trends import TrendSnapshot
 from serving import metrics
 from serving.coverage import Coverage
 from serving.features import Features, Reader, UserFeatures
-from serving.process import leave
+from serving.process import freeze_garbage_collection, leave
 from serving.ranking import Search, Trend, ranked
 from serving.schemas import Filter, Instance, parse_instances, to_history
 from serving.scoring import PredictorClient, PredictorError
@@ -360,6 +360,7 @@ def build(settings: ServeSettings) -> Transformer:
         )
         if mode is None:  # Feast has set it, and prometheus-client would warn at every turn
             os.environ.pop(MULTIPROCESS, None)
+        freeze_garbage_collection()
         return reader
 
     transformer = Transformer(settings, open_reader)

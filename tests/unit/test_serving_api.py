@@ -27,7 +27,7 @@ from serving import collector_metrics, metrics, wire
 from serving.exploration import uncertainty, uniform
 from serving.kserve_api import ModelRepository
 from serving.predictor import LoadedModel, Predictor
-from serving.process import parse_arguments
+from serving.process import freeze_garbage_collection, parse_arguments
 from serving.schemas import parse_instances
 from serving.scoring import PredictorError
 from serving.server import Plane, Rest
@@ -958,3 +958,14 @@ def test_the_models_thread_uses_the_threads_it_was_given():
     for executor in (predictor._executor, predictor._loader):
         pools = executor.submit(threadpoolctl.threadpool_info).result()
         assert pools and {pool["num_threads"] for pool in pools} == {1}
+
+
+def test_what_is_there_at_start_is_left_to_no_garbage_collection():
+    try:
+        freeze_garbage_collection()
+        assert gc.get_freeze_count() > 10_000
+        started = [[] for _ in range(100)]
+        assert len(gc.get_objects()) < 10_000, "only what came since is looked through"
+        assert started
+    finally:
+        gc.unfreeze()
