@@ -35,8 +35,13 @@ class RedisUsers:
                 self._names.append(f"{projection.name_to_use()}__{feature.name}")
                 self._fields.append(_mmh3(f"{stored}:{feature.name}"))
 
-    async def read(self, redis: "Redis", user_ids: Sequence[str]) -> list[dict[str, Any]]:
+    async def read(
+        self, redis: "Redis", user_ids: Sequence[str]
+    ) -> list[dict[str, Any] | Exception]:
         """Values by `view__feature` of each user, as `get_online_features` gives them.
+
+        Returns:
+            For a user whose values are none of Feast's, why they cannot be read.
 
         Raises:
             redis.RedisError, OSError: Redis cannot be read.
@@ -44,11 +49,20 @@ class RedisUsers:
         async with redis.pipeline(transaction=False) as pipe:
             for user_id in user_ids:
                 pipe.execute_command("HMGET", self._key(user_id), *self._fields)
-            rows = await pipe.execute()
-        return [
-            {name: self._value_of(value) for name, value in zip(self._names, row, strict=True)}
-            for row in rows
-        ]
+            rows = await pipe.execute(raise_on_error=False)
+        for row in rows:
+            # The one refusal that is about a key; of the others (LOADING, NOAUTH, …) all are.
+            if isinstance(row, Exception) and not str(row).startswith("WRONGTYPE"):
+                raise row
+        return [self._values(row) for row in rows]
+
+    def _values(self, row: Sequence[bytes | None] | Exception) -> dict[str, Any] | Exception:
+        if isinstance(row, Exception):
+            return row
+        try:
+            return {n: self._value_of(value) for n, value in zip(self._names, row, strict=True)}
+        except Exception as error:
+            return error
 
     def _key(self, user_id: str) -> bytes:
         from feast.infra.online_stores.helpers import _redis_key
@@ -60,11 +74,19 @@ class RedisUsers:
 
 
 def connect(connection_string: str) -> "Redis":
-    """An asynchronous client as Feast would configure it; it connects when it is first used."""
+    """An asynchronous client as Feast would configure it; it connects when it is first used.
+
+    A read whose connection broke, as after a restart of Redis, is repeated once and at once.
+    """
     from feast.infra.online_stores.redis import RedisOnlineStore
     from redis.asyncio import Redis
+    from redis.asyncio.retry import Retry
+    from redis.backoff import NoBackoff
+    from redis.exceptions import ConnectionError
 
     (node, *_), options = RedisOnlineStore._parse_connection_string(connection_string)
+    if options.get("retry") is None:
+        options["retry"] = Retry(NoBackoff(), 1, supported_errors=(ConnectionError,))
     return Redis(host=node["host"], port=int(node["port"]), **options)
 
 

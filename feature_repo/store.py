@@ -211,18 +211,29 @@ class FeatureReader:
 
     def user(self, user_id: str) -> UserFeatures:
         """Profile and history; an unknown user is no error."""
-        return self.users([user_id])[0]
+        (found,) = self.users([user_id])
+        if isinstance(found, UnavailableError):
+            raise found
+        return found
 
-    def users(self, user_ids: Sequence[str]) -> list[UserFeatures]:
-        """Several, by one read."""
+    def users(self, user_ids: Sequence[str]) -> list[UserFeatures | UnavailableError]:
+        """Several, by one read; of those whose own row cannot be read, why."""
         if self._now is None:
             self.trend()
         with unavailable("read users' features"):
             session = self._session
-            rows = session.read(session.user, USER, user_ids)
-            return [self._user(session, row) for row in rows]
+            try:
+                rows: Sequence[Mapping[str, Any] | Exception] = session.read(
+                    session.user, USER, user_ids
+                )
+            except Exception as error:
+                if _is_the_stores(error):
+                    raise
+                # Feast does not tell which row it stumbled over.
+                rows = [_read_or_error(session, user_id) for user_id in user_ids]
+            return [self._user_or_error(session, row) for row in rows]
 
-    async def read_users(self, user_ids: Sequence[str]) -> list[UserFeatures]:
+    async def read_users(self, user_ids: Sequence[str]) -> list[UserFeatures | UnavailableError]:
         """The same without blocking, for one event loop; from Redis only."""
         if self._now is None:
             await asyncio.to_thread(self.trend)
@@ -233,13 +244,23 @@ class FeatureReader:
             session = self._session
             assert session.redis is not None  # noqa: S101 - see `asynchronous`
             rows = await session.redis.read(self._redis, user_ids)
-            return [self._user(session, row) for row in rows]
+            return [self._user_or_error(session, row) for row in rows]
 
     async def close(self) -> None:
         """Close what `read_users` opened."""
         if self._redis is not None:
             await self._redis.aclose()
             self._redis = None
+
+    def _user_or_error(
+        self, session: "Session", row: Mapping[str, Any] | Exception
+    ) -> UserFeatures | UnavailableError:
+        try:
+            if isinstance(row, Exception):
+                raise row
+            return self._user(session, row)
+        except Exception as error:
+            return UnavailableError(f"a user's row cannot be read: {type(error).__name__}")
 
     def _user(self, session: "Session", row: Mapping[str, Any]) -> UserFeatures:
         events = events_of(row, f"{USER_HISTORY}__")
@@ -400,6 +421,22 @@ class Session:
         kinds = dict(self.profile_fields.values())
         fitting = {n: v for n, v in live.items() if n in kinds and (v is None or fits(kinds[n], v))}
         return {name: v for name, v in {**profile, **fitting}.items() if v is not None}
+
+
+def _read_or_error(session: Session, user_id: str) -> dict[str, Any] | Exception:
+    try:
+        return session.read_one(session.user, USER, user_id)
+    except Exception as error:
+        if _is_the_stores(error):
+            raise
+        return error
+
+
+def _is_the_stores(error: Exception) -> bool:
+    """Whether it is not about what a row holds."""
+    from redis.exceptions import RedisError
+
+    return isinstance(error, OSError | sqlite3.Error | RedisError)
 
 
 def _materialise_histories(store: "FeatureStore", settings: FeatureStoreSettings) -> int:

@@ -31,6 +31,10 @@ class _FullError(UnavailableError):
     """Every thread is stuck in the store."""
 
 
+class _RowError(UnavailableError):
+    """The store answers, but what it holds of this user cannot be read."""
+
+
 class UserFeatures(Protocol):
     """What a feature store knows of a user; see feature_repo.store."""
 
@@ -47,8 +51,10 @@ class Reader(Protocol):
 
     @property
     def asynchronous(self) -> bool: ...
-    def users(self, user_ids: Sequence[str]) -> Sequence[UserFeatures]: ...
-    async def read_users(self, user_ids: Sequence[str]) -> Sequence[UserFeatures]: ...
+    def users(self, user_ids: Sequence[str]) -> Sequence[UserFeatures | UnavailableError]: ...
+    async def read_users(
+        self, user_ids: Sequence[str]
+    ) -> Sequence[UserFeatures | UnavailableError]: ...
     async def close(self) -> None: ...
     def trend(self) -> TrendSnapshot | None: ...
     def trend_lag(self) -> tuple[int, int]: ...
@@ -128,7 +134,7 @@ class Features:
 
         Raises:
             UnavailableError: the store failed, or did not answer within the deadline, or did so
-                often just now.
+                often just now; or this user's row cannot be read.
         """
         if self._reader is None:
             metrics.FEATURE_ERRORS.labels("user", "error").inc()
@@ -138,40 +144,50 @@ class Features:
             raise UnavailableError("the feature store failed several times just now")
         try:
             async with asyncio.timeout(self._settings.feature_deadline_seconds):
-                features = await self._reads.ask(user_id)
+                return await self._reads.ask(user_id)
         except TimeoutError:
-            self._breaker.failed()
-            metrics.FEATURE_ERRORS.labels("user", "deadline").inc()
-            raise UnavailableError("the feature store missed its deadline") from None
-        except _FullError:
-            self._breaker.failed()
-            metrics.FEATURE_ERRORS.labels("user", "full").inc()
-            raise
+            kind, failure = "deadline", UnavailableError("the feature store missed its deadline")
+        except _FullError as error:
+            kind, failure = "full", error
+        except _RowError as error:
+            kind, failure = "bad_row", error
         except Exception as error:
-            self._breaker.failed()
-            metrics.FEATURE_ERRORS.labels("user", "error").inc()
-            raise UnavailableError(f"the feature store failed: {type(error).__name__}") from error
-        except BaseException:
+            name = type(error).__name__
+            kind, failure = "error", UnavailableError(f"the feature store failed: {name}")
+            failure.__cause__ = error
+        finally:
+            # What the read taught is told once, by `_read`; who did not wait for it was no trial.
             self._breaker.gave_up()
+        metrics.FEATURE_ERRORS.labels("user", kind).inc()
+        raise failure
+
+    async def _read(self, user_ids: list[str]) -> list[UserFeatures | Exception]:
+        """Users that were asked for at the same time, by one read: one result of the breaker's."""
+        try:
+            found = await self._read_distinct(list(dict.fromkeys(user_ids)))
+        except Exception:
+            self._breaker.failed()
             raise
         self._breaker.succeeded()
-        return features
+        return [found[user_id] for user_id in user_ids]
 
-    async def _read(self, user_ids: list[str]) -> list[UserFeatures]:
-        """Users that were asked for at the same time, by one read."""
+    async def _read_distinct(self, user_ids: list[str]) -> dict[str, UserFeatures | Exception]:
         reader = self._reader
         assert reader is not None  # noqa: S101 - it stays once it is there
-        distinct = list(dict.fromkeys(user_ids))
         # No longer than the first of the callers waits: what hangs must not hold up the next.
         async with asyncio.timeout(self._settings.feature_deadline_seconds):
             if reader.asynchronous:
-                found = await reader.read_users(distinct)
+                found = await reader.read_users(user_ids)
             else:
-                found = await self._in_thread(reader, distinct)
-        by_id = dict(zip(distinct, found, strict=True))
-        return [by_id[user_id] for user_id in user_ids]
+                found = await self._in_thread(reader, user_ids)
+        return {
+            user_id: _RowError(str(one)) if isinstance(one, UnavailableError) else one
+            for user_id, one in zip(user_ids, found, strict=True)
+        }
 
-    async def _in_thread(self, reader: Reader, user_ids: list[str]) -> Sequence[UserFeatures]:
+    async def _in_thread(
+        self, reader: Reader, user_ids: list[str]
+    ) -> Sequence[UserFeatures | UnavailableError]:
         if self._busy >= self._settings.feature_threads:
             raise _FullError("all threads wait for the feature store")
         future = self._users.submit(reader.users, user_ids)

@@ -40,7 +40,10 @@ class Breaker:
         return self._failures >= self._limit
 
     def allows(self) -> bool:
-        """Whether to ask; after True, call `succeeded`, `failed` or `gave_up` exactly once."""
+        """Whether to ask; after True, call `succeeded`, `failed` or `gave_up`.
+
+        Several askers may share an outcome, which is told once; `gave_up` after it is harmless.
+        """
         if not self.open:
             return True
         if self._trial or self._clock() < self._closed_from:
@@ -61,7 +64,7 @@ class Breaker:
             self._state.set(1)
 
     def gave_up(self) -> None:
-        """The asker was cancelled: nothing was learned."""
+        """The asker waits no longer: it has learned nothing."""
         self._trial = False
 
 

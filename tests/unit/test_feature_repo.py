@@ -1,10 +1,12 @@
 """Feature store: round trips through a real SQLite online store and a real Redis server."""
 
+import asyncio
 import json
 import math
 import os
 import pickletools
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -16,18 +18,22 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+import redis
 from feast.data_source import PushMode
 from feast.errors import PushSourceNotFoundException
 
 from feature_repo import connection
 from feature_repo.connection import open_store
 from feature_repo.event_log import EventLog, NewEvent
+from feature_repo.fast_redis import RedisUsers
 from feature_repo.historical import training_features
 from feature_repo.live import LiveFeatures
-from feature_repo.names import VIEW_ENTITY, feature_names
+from feature_repo.names import SERVING_USER, USER_HISTORY, VIEW_ENTITY, feature_names
+from feature_repo.online import protos, write_rows
 from feature_repo.refresh import publish_trend
 from feature_repo.settings import FeatureStoreSettings, redis_connection
 from feature_repo.snapshot import truncate
+from feature_repo.store import FeatureReader as AnyReader
 from feature_repo.store import (
     UserFeatures,
     ViewOptions,
@@ -114,6 +120,109 @@ def test_a_store_that_breaks_is_unavailable_and_one_that_is_rebuilt_is_used(tmp_
     materialise(settings, AS_OF)
     assert reader.trend().as_of == AS_OF
     assert reader.user("u1").known
+
+
+def of_unequal_columns(settings, user_id):
+    row = protos({"item_ids": ["a", "b"], "timestamps": [1], "event_types": [], "event_values": []})
+    write_rows(open_store(settings), USER_HISTORY, [(user_id, row, AS_OF)])
+
+
+def of_noise(settings, user_id):
+    """Bytes that are no message of Feast's where the history's are."""
+    store, noise = open_store(settings), b"\xff\xfe"
+    if settings.online == "sqlite":
+        with closing(sqlite3.connect(settings.online_path)) as connection, connection:
+            changed = connection.execute(
+                f"UPDATE {store.project}_{USER_HISTORY} SET value = ?"  # noqa: S608
+                " WHERE instr(entity_key, CAST(? AS BLOB)) AND feature_name = 'item_ids'",
+                [noise, user_id],
+            )
+            assert changed.rowcount == 1
+        return
+    users = RedisUsers(store, store.get_feature_service(SERVING_USER))
+    place = users._names.index(f"{USER_HISTORY}__item_ids")
+    with redis.Redis.from_url(settings.redis_url) as connection:
+        assert connection.hset(users._key(user_id), users._fields[place], noise) == 0
+
+
+def of_another_type(settings, user_id):
+    store = open_store(settings)
+    key = RedisUsers(store, store.get_feature_service(SERVING_USER))._key(user_id)
+    with redis.Redis.from_url(settings.redis_url) as connection:
+        connection.delete(key)
+        connection.set(key, "not a hash")
+
+
+@pytest.mark.parametrize("spoil", [of_unequal_columns, of_noise])
+def test_a_row_that_cannot_be_read_is_that_users_alone(store, spoil):
+    reader = FeatureReader(store)
+    before = reader.users(["u1", "u2", "nobody"])
+    spoil(store, "u1")
+    bad, *others = reader.users(["u1", "u2", "nobody"])
+    assert isinstance(bad, UnavailableError) and "row cannot be read" in str(bad)
+    assert "u1" not in str(bad)
+    assert others == before[1:] and others[0].known
+    with pytest.raises(UnavailableError, match="row cannot be read"):
+        reader.user("u1")
+
+
+@pytest.fixture
+def redis_store(tmp_path, redis_server):
+    url = redis_server.database()
+    settings = FeatureStoreSettings(root=str(tmp_path / "f"), online="redis", redis_url=url)
+    write_sources(settings)
+    apply(settings, SCHEMA)
+    materialise(settings, AS_OF)
+    return settings
+
+
+def read_users(settings, *steps):
+    """What the asynchronous reader finds: users to read, and functions to call in between."""
+    reader = AnyReader(settings)
+    reader.trend()
+
+    async def read():
+        try:
+            return [step() if callable(step) else await reader.read_users(step) for step in steps]
+        finally:
+            await reader.close()
+
+    return asyncio.run(read())
+
+
+def test_nor_is_one_of_another_kind_in_redis(redis_store):
+    (before,) = read_users(redis_store, ["u1", "u2"])
+    store = open_store(redis_store)
+    key = RedisUsers(store, store.get_feature_service(SERVING_USER))._key("u1")
+    with redis.Redis.from_url(redis_store.redis_url) as connection:
+        connection.delete(key)
+        connection.set(key, "not a hash")
+    ((bad, good),) = read_users(redis_store, ["u1", "u2"])
+    assert isinstance(bad, UnavailableError) and good == before[1]
+
+
+def test_redis_that_refuses_everything_is_no_matter_of_rows(redis_store):
+    def allow(sign):
+        with redis.Redis.from_url(redis_store.redis_url) as connection:
+            connection.acl_setuser("default", enabled=True, commands=[f"{sign}hmget"])
+
+    try:
+        with pytest.raises(UnavailableError, match="cannot read users' features"):
+            read_users(redis_store, lambda: allow("-"), ["u1", "u2"])
+    finally:
+        allow("+")
+    ((first, second),) = read_users(redis_store, ["u1", "u2"])
+    assert first.known and second.known
+
+
+def test_a_connection_that_went_away_between_reads_costs_none(redis_store):
+    def cut():
+        with redis.Redis.from_url(redis_store.redis_url) as connection:
+            return connection.client_kill_filter(_type="normal", skipme=True)
+
+    first, closed, second = read_users(redis_store, ["u1"], cut, ["u1"])
+    assert closed >= 1
+    assert first == second and first[0].known
 
 
 def test_a_new_schema_is_picked_up_by_a_running_reader(store):

@@ -133,13 +133,19 @@ class FakeReader:
     def __init__(self):
         self.delay = 0.0
         self.fail = False
+        self.bad_rows = set()
+        self.reads = 0
         self.snapshot = SNAPSHOT
         self.lag = 0, 3600
 
     asynchronous = False
 
     def users(self, user_ids):
-        return [self.user(user_id) for user_id in user_ids]
+        self.reads += 1
+        return [
+            UnavailableError("a row") if user_id in self.bad_rows else self.user(user_id)
+            for user_id in user_ids
+        ]
 
     async def close(self): ...
 
@@ -648,6 +654,38 @@ def test_features_down_uses_the_requests_own_history(service):
     assert own["items"] == brute_force({"history": history, "timestamp": 90}, 4)
     assert nothing["items"] == brute_force({"timestamp": 90}, 4)
     assert count("hrnn_fallbacks_total", reason="features_unavailable") == before + 2
+
+
+def test_a_bad_row_hurts_its_user_alone_and_opens_no_circuit(service):
+    service.predict({})
+    service.reader.bad_rows = {"u1"}
+    labels = {"read": "user", "kind": "bad_row"}
+    before = count("hrnn_feature_errors_total", **labels)
+    ask = {"timestamp": 600, "num_results": 4}
+    for _ in range(SETTINGS.breaker_failures + 1):
+        bad, good, new = service.predict(*({"user_id": u, **ask} for u in ("u1", "u2", "new")))
+        assert bad["degraded"] == ["features_unavailable"]
+        assert good["degraded"] == new["degraded"] == []
+    (alone,) = service.predict({"user_id": "u1", **ask})
+    assert alone["items"] == bad["items"] == brute_force({"timestamp": 600}, 4)
+    assert count("hrnn_circuit_open", dependency="features") == 0
+    assert count("hrnn_feature_errors_total", **labels) == before + SETTINGS.breaker_failures + 2
+    service.reader.bad_rows = set()
+    assert service.predict({"user_id": "u1", **ask})[0]["degraded"] == []
+
+
+def test_one_failed_read_of_many_users_counts_once(service):
+    service.predict({})
+    service.reader.fail = True
+    many = [{"user_id": f"v{n}"} for n in range(2 * SETTINGS.breaker_failures)]
+    for reads in range(1, SETTINGS.breaker_failures):
+        service.reader.reads = 0
+        answers = service.predict(*many)
+        assert {tuple(a["degraded"]) for a in answers} == {("features_unavailable",)}
+        assert service.reader.reads == 1
+        assert count("hrnn_circuit_open", dependency="features") == 0, reads
+    service.predict(*many)
+    assert count("hrnn_circuit_open", dependency="features") == 1
 
 
 def test_slow_features_miss_their_deadline(service):
