@@ -12,7 +12,10 @@ from pipelines.run_log import StepError
 from pipelines.settings import BATCH, REFRESH, Settings
 from pipelines.sources import EVENT_LOG, Source, absolute
 
-STEPS = ("ingest", "validate", "features", "train", "evaluate", "gate", "deploy")
+STEPS = (
+    *("ingest", "validate", "features", "warm-start"),
+    *("train", "evaluate", "gate", "deploy"),
+)
 BATCH_STEPS = ("ingest", "validate", "batch-recommend")
 
 

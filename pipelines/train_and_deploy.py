@@ -1,12 +1,13 @@
-"""The DAG: ingest → validate → features → train → evaluate → gate → deploy.
+"""The DAG: ingest → validate → features → warm start → train → evaluate → gate → deploy.
 
 The same object runs on a laptop (`pipelines.local_runner`) and compiles for a cluster
 (`pipelines.compile`).
 
 Caching: validate and train take the outputs of an earlier run when the data (its digest, which
-ingest returns), the settings and the code (its digest) are the same. Ingest always runs, since
-reading a source is the only way to know whether it changed; features and deploy always run, since
-they change stores; evaluate and gate always run, since the champion may be another.
+ingest returns), the settings and the code (its digest) are the same, and for train the version it
+starts from. Ingest always runs, since reading a source is the only way to know whether it changed;
+features and deploy always run, since they change stores; warm start, evaluate and gate always run,
+since the champion may be another.
 """
 
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from components.ingest.component import ingest
 from components.outcome.component import report_outcome
 from components.train.component import train
 from components.validate.component import validate
+from components.warm_start.component import warm_start
 from pipelines.cluster import configured, gpu, resources, retried, stores
 from pipelines.parameters import takes
 from pipelines.settings import TRAINING
@@ -72,6 +74,9 @@ def train_and_deploy(
             trend=settings["trend"],
             settings=settings["features"],
         )
+        older = warm_start(model_store=model_store, code=code, settings=settings["train"])
+        # Locally steps run one at a time; without this the order of independent ones varies.
+        older.after(stored)
         trained = train(
             clean=clean,
             data_digest=data_digest,
@@ -80,9 +85,8 @@ def train_and_deploy(
             settings=settings["train"],
             checkpoints=checkpoints,
             model_store=model_store,
+            start=older.output,
         )
-        # Locally steps run one at a time; without this the order of independent ones varies.
-        trained.after(stored)
         bundle = trained.outputs["bundle"]
         measured = evaluate(
             clean=clean,
@@ -111,12 +115,13 @@ def train_and_deploy(
     resources(tables, cpu="1", memory="4Gi")
     resources(checked, cpu="1", memory="4Gi", cached=True)
     resources(stored, cpu="1", memory="4Gi")
+    resources(older, cpu="100m", memory="1Gi", timeout_seconds=600)
     resources(trained, cpu="4", memory="16Gi", timeout_seconds=24 * 3600, cached=True)
     gpu(trained)
     resources(measured, cpu="2", memory="8Gi")
     resources(judged, cpu="100m", memory="1Gi", timeout_seconds=600)
     resources(deployed, cpu="500m", memory="1Gi", timeout_seconds=RELEASE_SECONDS)
-    for task in (tables, stored, trained, measured, deployed):
+    for task in (tables, stored, older, trained, measured, deployed):
         stores(task)
     for task in (stored, trained, measured, deployed):
         retried(task)

@@ -14,12 +14,13 @@ def train(
     settings: dict,
     checkpoints: str,
     model_store: str,
+    start: str,
     bundle: dsl.Output[dsl.Model],
 ) -> None:
     """Train HRNN on the clean tables and write a model bundle.
 
     `checkpoints`: a folder where an interrupted step finds what it had done; empty: none.
-    `model_store`: where `train.warm_start` looks for the older model.
+    `model_store`: where the older model of `start`, a version, is; empty: a start at random.
     `data_digest` is a part of the cache's key and nothing else.
     """
     from pathlib import Path
@@ -35,5 +36,6 @@ def train(
         settings=settings,
         checkpoints=Path(checkpoints) if checkpoints else None,
         model_store=model_store,
+        start=start,
     )
     bundle.metadata["model_version"] = manifest.model_version

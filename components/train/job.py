@@ -25,6 +25,11 @@ def main(arguments: list[str] | None = None) -> int:
         "--checkpoints", type=Path, help="folder that outlives this program, seen by all nodes"
     )
     parser.add_argument("--model-store", default="", help="where train.warm_start looks")
+    parser.add_argument(
+        "--start",
+        help="version that train.warm_start means, so that a job created again goes on with the "
+        "same; default: looked up now",
+    )
     options = parser.parse_args(arguments)
     try:
         with joined():
@@ -35,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
                 settings=options.settings,
                 checkpoints=options.checkpoints,
                 model_store=options.model_store,
+                start=options.start,
             )
     except HrnnError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

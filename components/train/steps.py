@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from components.warm_start.steps import resolve, told
 from model import bundle as bundles
 from model.checkpoint import digest_of
 from model.distributed import Processes
@@ -21,8 +22,6 @@ from model.warm_start import Start
 
 __all__ = ["TrainSettings", "run"]
 
-NONE, CHAMPION = "none", "champion"
-
 
 def run(
     clean: Path,
@@ -32,6 +31,7 @@ def run(
     settings: dict[str, Any],
     checkpoints: Path | None = None,
     model_store: str = "",
+    start: str | None = None,
 ) -> bundles.Manifest:
     """Train on the training users of `clean` and write a bundle.
 
@@ -41,9 +41,11 @@ def run(
         checkpoints: a folder that outlives this process; every training run has a folder of its
             own in it, named by its settings and data, and a run that was interrupted goes on there.
         model_store: folder or address of the store that `train.warm_start` refers to.
+        start: version that `train.warm_start` was found to mean ("": a start at random); None: it
+            is looked up now.
 
     Raises:
-        InputError: wrong settings, or too little data.
+        InputError: wrong settings, too little data, or no such version to start from.
         UnavailableError: a checkpoint cannot be written, or the model store cannot be read.
     """
     train_settings = TrainSettings.parse(settings, "train")
@@ -74,14 +76,13 @@ def run(
         trend_settings,
         table_items=len(catalogue),
     )
+    if start is None:  # the same for all processes, whatever is promoted meanwhile
+        start = processes.once(lambda: resolve(train_settings.warm_start, model_store))
+    say(told(train_settings.warm_start, start))
     if checkpoints is not None:
         data = histories.item_E, histories.timestamp_E, list(catalogue.item_ids)
-        checkpoints = checkpoints / digest_of(settings, trend, *data)[:16]
-    with _older(train_settings.warm_start, model_store, processes) as older:
-        if older is not None:
-            say(f"warm start: version {older.manifest.model_version}")
-        elif train_settings.warm_start != NONE:
-            say("warm start: the model store has no champion yet, training starts at random")
+        checkpoints = checkpoints / digest_of(settings, trend, start, *data)[:16]
+    with _older(train_settings.warm_start, start, model_store) as older:
         model = fit(
             split.train,
             split.valid,
@@ -136,29 +137,24 @@ def run(
 
 
 @contextmanager
-def _older(wanted: str, model_store: str, processes: Processes) -> Iterator[bundles.Bundle | None]:
-    """The bundle that training starts from; None: there is none to start from.
+def _older(wanted: str, start: str, model_store: str) -> Iterator[bundles.Bundle | None]:
+    """The bundle that training starts from; None: at random.
 
     Raises:
-        InputError: there is no such version, or no model store to look for it in.
+        InputError: the folder `wanted` holds another version by now, or the store lacks it.
     """
-    if wanted == NONE:
+    if not start:
         yield None
         return
-    if (Path(wanted) / bundles.MANIFEST).exists():
-        yield bundles.load(Path(wanted))
+    folder = Path(wanted)
+    if not (folder / bundles.MANIFEST).exists():
+        with tempfile.TemporaryDirectory() as work:
+            yield bundles.load(ModelStore(model_store).fetch(start, Path(work)))
         return
-    if not model_store:
+    older = bundles.load(folder)
+    if (found := older.manifest.model_version) != start:
         raise InputError(
-            f"train.warm_start: {wanted!r} is no bundle's folder, and no model store is given"
+            f"train.warm_start: {wanted} holds version {found} by now, not {start} as when this "
+            "run began: run it again"
         )
-    store = ModelStore(model_store)
-    version: str | None = wanted
-    if wanted == CHAMPION:  # the same for all processes, whatever is promoted meanwhile
-        champion = processes.once(store.champion)
-        version = None if champion is None else champion.version
-    if version is None:
-        yield None
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        yield bundles.load(store.fetch(version, Path(folder)))
+    yield older

@@ -31,7 +31,7 @@ def test_the_result_is_one_json_object_that_names_real_files(deployed):
         assert page.suffix == ".html" and not page.is_symlink()
     hrnn, popularity = result["metrics"]["hrnn"], result["metrics"]["popularity"]
     assert hrnn["every"]["ppl"] < 0.5 * popularity["every"]["ppl"]
-    assert "[4/7 train]" in done.stderr
+    assert "[5/8 train]" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -133,7 +133,7 @@ def test_a_worse_model_is_refused_and_the_first_keeps_serving(deployed, service)
     assert refused["champion"] == before.version == result["model_version"]
     assert any("worse than the champion's" in reason for reason in refused["reasons"])
     assert refused["metrics"]["champion"]["comparable"]["cases"] > 0
-    assert "[1/7 ingest]\n  done before, not again" in done.stderr
+    assert "[1/8 ingest]\n  done before, not again" in done.stderr
     assert Path(refused["report"]).exists()
     assert store.champion() == before
     answer = client.recommend("u7", num_results=3)

@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 from model import bundle as bundles
 from model.store import ModelStore
 from pipelines.cli import app
+from pipelines.local_runner import STEPS
 from tests import synthetic
 from tests.planted import HRNN_RUN, ITEMS, hrnn_run, interruptible, write_log
 
-STEPS = ("ingest", "validate", "features", "train", "evaluate", "gate", "deploy")
 SMALL = {
     "train.max_epochs": 3,
     "train.batch_events": 256,
@@ -73,6 +73,7 @@ KILLED_AT = {
     "ingest": "ingest/tables/source.json",
     "validate": "validate/clean/report.json",
     "features": "features/registry.db",
+    "warm-start": "warm-start/executor_output.json",
     "train": "manifest.json",
     "evaluate": "evaluate/evaluation",
     "gate": "gate/verdict",
@@ -157,7 +158,7 @@ def test_run_again_it_finishes_and_has_deployed_once(killed, log):
     assert [v.version for v in store.versions()] == [champion.version]
     told = _status(workspace)
     assert (told.exit_code, told.stderr.rpartition(": ")[2]) == (0, "deployed\n")
-    assert [line.split()[0] for line in told.stdout.splitlines()[1:8]] == list(STEPS)
+    assert [line.split()[0] for line in told.stdout.splitlines()[1:9]] == list(STEPS)
     assert told.stdout.count("done before") == 3
     # What the killed runs had finished was not done again.
     assert done.stderr.count("done before, not again") == 3, done.stderr  # ingest, validate, train

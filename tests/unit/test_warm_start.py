@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from components.train import steps
+from components.warm_start.steps import resolve
 from model import bundle as bundles
 from model.catalogue import Catalogue
 from model.errors import InputError
@@ -19,6 +20,7 @@ from model.training import TrainSettings, fit
 from model.trends import ResolvedTrend
 from model.warm_start import Start, _copy_tokens
 from tests import synthetic
+from tests.unit.test_store import make_bundle
 
 M, GONE, NEW = 20, 4, 3
 SCHEMA = Schema.parse({"items": {"genre": "categorical"}})
@@ -129,14 +131,15 @@ def test_other_sizes_are_refused(older):
         fit(_log(60, 2), _log(9, 3), OLD, _settings(network={"hidden": 8}), None, start=start)
 
 
-def test_the_train_step_starts_from_the_champion(tmp_path, capsys):
+def test_the_train_step_starts_from_the_champion(tmp_path, capsys, monkeypatch):
     clean = synthetic.clean_tables(tmp_path / "clean", _log(60, 0))
     settings = {"max_epochs": 2, "network": {"embedding": 8, "hidden": 8, "control": 4}}
     store = tmp_path / "models"
     warm = settings | {"warm_start": "champion"}
 
-    def run(name, values):
-        steps.run(clean, tmp_path / name, trend={}, settings=values, model_store=str(store))
+    def run(name, values, **more):
+        where = {"model_store": str(store), **more}
+        steps.run(clean, tmp_path / name, trend={}, settings=values, **where)
         metrics = json.loads((tmp_path / name / "metrics.json").read_text())
         return metrics["training"]["warm_start"], capsys.readouterr().out
 
@@ -153,3 +156,31 @@ def test_the_train_step_starts_from_the_champion(tmp_path, capsys):
     with pytest.raises(InputError, match="no version"):
         run("sixth", settings | {"warm_start": "20200101T000000Z-00000000"})
     assert bundles.load(tmp_path / "second").settings.warm_start == "champion"
+    # What a run found at its beginning stays, whoever is promoted meanwhile.
+    second = models.publish(tmp_path / "second", Lineage())
+    models.promote(second)
+    assert resolve("champion", str(store)) == second
+    started = []
+    monkeypatch.setattr(steps, "fit", lambda *a, **k: started.append(k) or fit(*a, **k))
+    for start in (first, second, ""):
+        run(f"from-{start}", warm, checkpoints=tmp_path / "checkpoints", start=start)
+    assert len({k["checkpoints"] for k in started}) == 3
+    assert [k["start"] is None for k in started] == [False, False, True]
+
+
+def test_what_a_warm_start_means_is_told_as_a_version(tmp_path):
+    store = str(tmp_path / "models")
+    folder = tmp_path / "bundle"
+    make_bundle(folder, "v1")
+    assert resolve("none", "") == ""
+    assert resolve("champion", store) == ""
+    assert resolve(str(folder), "") == "v1"
+    models = ModelStore(store)
+    models.publish(folder, Lineage())
+    assert resolve("champion", store) == ""
+    models.promote("v1")
+    assert resolve("champion", store) == resolve("v1", store) == "v1"
+    with pytest.raises(InputError, match=r"train\.warm_start: .*no version 'v2'"):
+        resolve("v2", store)
+    with pytest.raises(InputError, match="no bundle's folder, and no model store"):
+        resolve("v1", "")
