@@ -97,7 +97,7 @@ class Release:
 
     version: str
     run_id: str
-    state: str  # trying (as a canary), released, rolled_back
+    state: str  # trying (as a canary), released, rolled_back, given_up (its run ended first)
     reason: str
     at: str  # ISO 8601, UTC
 
@@ -131,7 +131,7 @@ class Version:
 
     @property
     def state(self) -> str:
-        """What the last release came to: "", checking, trying, released or rolled_back."""
+        """What the last release came to: "", checking, or a state of `Release`."""
         if self.checking is not None:
             return "checking"
         return self.releases[0].state if self.releases else ""

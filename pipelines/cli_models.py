@@ -126,6 +126,51 @@ def canary(
         print(f"no canary on {namespace}/{service} any more")
 
 
+@app.command()
+def settle(
+    run_id: Annotated[
+        str,
+        typer.Argument(
+            help="The run that is over; default: the one that was checking the champion, if its "
+            "time is up.",
+            metavar="[RUN_ID]",
+        ),
+    ] = "",
+    store: Store = "",
+    workspace: Workspace = Path("workspace"),
+    service: Annotated[
+        str, typer.Option(help="Its InferenceService, where releases are tried as canaries.")
+    ] = "",
+    namespace: Annotated[str, typer.Option(help="Of that.")] = "hrnn",
+    timeout: Annotated[float, typer.Option(help="Seconds for a canary to be gone.", min=1)] = 900.0,
+) -> None:
+    """Take back what a run that is over left half done; nothing is promoted.
+
+    As the run's own exit handler does: a champion that it had not finished checking is rolled
+    back, its canary is ended, what it was trying is given up.
+    """
+    from datetime import UTC, datetime
+
+    from components.deploy.settle import overdue, run
+    from model.errors import InputError, UnavailableError
+
+    opened = _open(store, workspace)
+    champion = opened.champion()
+    if not run_id and champion is not None and champion.checking is not None:
+        if not overdue(champion, datetime.now(UTC)):
+            raise InputError(
+                f"run {champion.checking} is checking {champion.version} since "
+                f"{champion.changed_at} and may be alive; if it is over: `hrnn models settle "
+                f"{champion.checking}`"
+            )
+        run_id = champion.checking
+    settled = run(opened.uri, {"service": service, "namespace": namespace}, run_id, seconds=timeout)
+    for line in settled.done or ["nothing was left half done"][bool(settled.problems) :]:
+        print(line)
+    if settled.problems:
+        raise UnavailableError("; ".join(settled.problems))
+
+
 def _named(store: "ModelStore", version: str) -> str:
     from model.errors import InputError
 

@@ -22,10 +22,11 @@ from components.features.component import features
 from components.gate.component import gate
 from components.ingest.component import ingest
 from components.outcome.component import report_outcome
+from components.outcome.steps import TOLD_SECONDS
 from components.train.component import train
 from components.validate.component import validate
 from components.warm_start.component import warm_start
-from pipelines.cluster import configured, gpu, resources, retried, stores
+from pipelines.cluster import gpu, resources, retried, stores
 from pipelines.parameters import takes
 from pipelines.settings import TRAINING
 
@@ -54,9 +55,16 @@ def train_and_deploy(
         override: why the model is to be deployed even if the gate refuses it; recorded.
         run_id: name of the run in records; empty: the pipeline's own.
     """
-    told = report_outcome(pipeline=NAME, run_id=run_id, job=JOB)
-    resources(told, cpu="100m", memory="256Mi", timeout_seconds=300)
-    configured(told)
+    told = report_outcome(
+        pipeline=NAME,
+        run_id=run_id,
+        job=JOB,
+        job_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
+        model_store=model_store,
+        deploy=settings["deploy"],
+    )
+    resources(told, cpu="100m", memory="1Gi", timeout_seconds=TOLD_SECONDS)
+    stores(told)
     with dsl.ExitHandler(told, name="run"):
         tables = ingest(**source, code=code, settings=settings["ingest"])
         data_digest = tables.outputs["Output"]

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
@@ -118,6 +119,7 @@ class Champions(Generic[M]):
                 f"{self._where} holds no model: neither {MANIFEST} (a bundle) nor champion.json "
                 "(a model store); train one with `hrnn run`"
             )
+        metrics.CHAMPION_UNCHECKED.set(_since(champion.changed_at) if champion.checking else 0)
         return champion.version
 
     def _load_version(self, version: str, store: ModelStore) -> M:
@@ -135,3 +137,11 @@ class Champions(Generic[M]):
                 f"{model.version}"
             )
         return model
+
+
+def _since(changed_at: str) -> float:
+    """Unix seconds; long ago where somebody edited it."""
+    try:
+        return datetime.fromisoformat(changed_at).timestamp()
+    except ValueError:
+        return 1.0

@@ -1,5 +1,6 @@
 """Prometheus metrics of both processes. Labels are bounded and never hold ids."""
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -107,6 +108,14 @@ MODEL_REFRESHES = Counter(
 MODEL_IS_CHAMPION = Gauge(
     "hrnn_model_is_champion", "Whether the model in use is the model store's champion"
 )
+CHAMPION_UNCHECKED = Gauge(
+    "hrnn_champion_unchecked_since_timestamp_seconds",
+    "When the champion was promoted, while its release has yet to check it; 0 once it has",
+)
+CANARY_UNTIL = Gauge(
+    "hrnn_canary_until_timestamp_seconds",
+    "When the run that tries this canary must have ended it; 0: this is no canary",
+)
 LIVE_ITEMS = Gauge(
     "hrnn_live_items", "Items served from the event log's metadata: new or changed since training"
 )
@@ -158,6 +167,19 @@ def set_model_version(version: str) -> None:
         MODEL_INFO.clear()
         MODEL_INFO.labels(version).set(1)
         _version = version
+
+
+def set_canary(mark: str) -> None:
+    """Show until when a run that has marked this predictor as its canary must have ended it.
+
+    Args:
+        mark: the variable HRNN_CANARY, JSON with `until` in Unix seconds; "": no canary.
+    """
+    try:
+        until = float(json.loads(mark)["until"]) if mark else 0.0
+    except (ValueError, TypeError, KeyError):
+        until = 1.0  # somebody edited it: nobody ends it any more
+    CANARY_UNTIL.set(until)
 
 
 def trend_read(snapshot: TrendSnapshot, lag: int, period: int) -> None:

@@ -6,6 +6,7 @@ Shapes: B instances, M items, C candidates.
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -280,6 +281,7 @@ class Predictor(JsonModel):
 
         keep_to_threads(self.settings.model_threads)
         freeze_garbage_collection()  # before the first model: one that is replaced is to be freed
+        metrics.set_canary(os.environ.get("HRNN_CANARY", ""))
         self._champions = Champions(self.settings.model_dir, load_model)
         loaded = self._champions.first()
         if self.settings.items_url is not None:

@@ -32,7 +32,7 @@ GROUP, API_VERSION, PLURAL = "serving.kserve.io", "v1beta1", "inferenceservices"
 KNATIVE = ("serving.knative.dev", "v1", "services")
 MODE = "serving.kserve.io/deploymentMode"
 MODEL_DIR, PREDICTOR_HOST = "HRNN_MODEL_DIR", "HRNN_PREDICTOR_HOST"
-MARK_VARIABLE = "HRNN_CANARY"  # of the predictor's container, in Knative mode
+MARK_VARIABLE = "HRNN_CANARY"  # of the predictor's container; the mark in Knative mode
 MARK_ANNOTATION = "hrnn-meta/canary"  # of the second InferenceService, in Standard mode
 CALL_SECONDS = 30
 PASS_ON_SECONDS = 30.0  # KServe takes up a change within a second or two
@@ -366,6 +366,9 @@ class StandardCanary:
                 spec[part] |= {"minReplicas": 1, "maxReplicas": 1}
         pinned = {"name": MODEL_DIR, "value": model_dir}
         spec["predictor"]["containers"] = _with(spec["predictor"], MODEL_DIR, pinned)
+        # For its metrics, by which an alert knows that nobody has ended it.
+        marked = {"name": MARK_VARIABLE, "value": mark.write()}
+        spec["predictor"]["containers"] = _with(spec["predictor"], MARK_VARIABLE, marked)
         if "transformer" in spec:
             host = _variable(spec["transformer"], PREDICTOR_HOST)
             if host is None:

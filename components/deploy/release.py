@@ -6,6 +6,8 @@ What survives a kill at any moment, and what the next attempt makes of it:
     in the store     champion.json, `checking`      the check goes on; it is not promoted again
                      releases/<version>/<run>.json  `released` and `rolled_back` are final for the
                                                     run: told again, not done again
+
+What no attempt comes back to, `components.deploy.settle` takes back.
 """
 
 import contextlib
@@ -22,9 +24,11 @@ from components.deploy.watch import FailedError, ReleaseSettings, ask, http_clie
 from model.errors import ConflictError, HrnnError, RolledBackError, UnavailableError
 from model.store import ModelStore, Release
 
-# To leave in order after SIGTERM: Kubernetes kills 30 s after it.
+# To leave in order after SIGTERM, where it is left so much: under Kubeflow's launcher the container
+# is gone within a second (docs/operations.md), so the live traffic comes first.
 STOP_SECONDS = 20.0
 RELEASED, ROLLED_BACK, TRYING = "released", "rolled_back", "trying"
+GIVEN_UP = "given_up"  # the run ended before the release did (`components.deploy.settle`)
 
 
 class _Stop(BaseException):
@@ -73,7 +77,7 @@ class Releaser:
             try:
                 self._end_leftover(self.canary)
             except NotOursError:
-                if told is None or told.state == TRYING:
+                if told is None or told.state in (TRYING, GIVEN_UP):
                     raise
         if told is not None and told.state == ROLLED_BACK:
             self._told_again(told)

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import Field
 
 from components.deploy.kserve import (
+    Canary,
     InferenceServices,
     RunningService,
     StableService,
@@ -116,13 +117,22 @@ def _deployed(
 def _releaser(
     store: ModelStore, version: str, chosen: DeploySettings, run_id: str, why: str
 ) -> Releaser:
+    found = on_cluster(chosen)
+    service, canary = found or (RunningService(chosen.service_url), None)
+    return Releaser(store, version, run_id, service, canary, chosen.release, why)
+
+
+def on_cluster(chosen: DeploySettings) -> tuple[StableService, Canary] | None:
+    """The service of the cluster and its canary; None where releases are not tried on one.
+
+    Raises:
+        InputError, UnavailableError: there is no such service, or the cluster does not answer.
+    """
     if not chosen.service:
-        service = RunningService(chosen.service_url)
-        return Releaser(store, version, run_id, service, None, chosen.release, why)
+        return None
     services = InferenceServices(chosen.namespace)
     stable = StableService(services, chosen.service, chosen.service_url)
-    canary = canary_of(services, stable, chosen.release.traffic_percent)
-    return Releaser(store, version, run_id, stable, canary, chosen.release, why)
+    return stable, canary_of(services, stable, chosen.release.traffic_percent)
 
 
 def _lineage(

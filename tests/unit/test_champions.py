@@ -1,13 +1,14 @@
 """Following a model store: what is loaded, refused, tried again, and never held for long."""
 
 import json
+from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
 
 from model.errors import BundleError, InputError
 from model.store import Lineage, ModelStore
-from serving import champions
+from serving import champions, metrics
 from serving.champions import Champions
 from tests.e2e.processes import random_bundle
 
@@ -90,3 +91,30 @@ def test_an_unreadable_store_is_reported_once(bundles, tmp_path, caplog):
     (tmp_path / "champion.json").write_text(text)
     assert following.next(first) is None
     assert "readable again" in caplog.text
+
+
+def test_a_champion_that_was_not_checked_yet_is_shown_since_when(bundles, tmp_path):
+    store = ModelStore(str(tmp_path))
+    version = store.publish(bundles[0], Lineage())
+    champion = store.promote(version, checking="run-1")
+    following = Champions(str(tmp_path), load)
+    since = metrics.CHAMPION_UNCHECKED.collect
+    following.first()
+    promoted = datetime.fromisoformat(champion.changed_at).timestamp()
+    assert since()[0].samples[0].value == promoted
+    pointer = tmp_path / "champion.json"
+    pointer.write_text(pointer.read_text().replace(champion.changed_at, "yesterday"))
+    assert following.next(version) is None
+    assert since()[0].samples[0].value == 1.0
+    store.confirm(version)
+    assert following.next(version) is None
+    assert since()[0].samples[0].value == 0.0
+
+
+@pytest.mark.parametrize(
+    ("mark", "until"),
+    [("", 0.0), ('{"run_id": "r", "version": "v", "until": 17.5}', 17.5), ("edited", 1.0)],
+)
+def test_a_canary_shows_until_when_it_is_one(mark, until):
+    metrics.set_canary(mark)
+    assert metrics.CANARY_UNTIL.collect()[0].samples[0].value == until

@@ -2,11 +2,13 @@
 
 import copy
 import json
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from typer.testing import CliRunner
 
 from components.deploy.kserve import InferenceServices, Mark, StableService, canary_of
+from components.deploy.watch import RELEASE_SECONDS
 from model.errors import InputError
 from model.store import Lineage, ModelStore
 from pipelines.cli import app
@@ -74,6 +76,24 @@ def test_a_champion_under_check_is_shown_and_settled_by_hand(store, tmp_path):
     other.publish(tmp_path / "b1", Lineage())
     other.promote("v1", checking="run-1")
     assert "there is no champion now" in hrnn("rollback", "--store", other.uri).stdout
+
+
+def test_a_run_that_is_over_is_settled(store, tmp_path):
+    assert "nothing was left half done" in hrnn("settle", "--workspace", tmp_path).stdout
+    store.record("v2", "run-7", "trying")
+    store.promote("v2", checking="run-7")
+    with pytest.raises(InputError, match=r"run-7 is checking v2 .*may be alive.*settle run-7"):
+        hrnn("settle", "--workspace", tmp_path)
+    assert "nothing" in hrnn("settle", "run-8", "--workspace", tmp_path).stdout
+    assert store.champion().version == "v2"
+    told = hrnn("settle", "run-7", "--workspace", tmp_path).stdout
+    assert "its check did not end: the champion is again v3" in told
+    assert "the release of v2 was given up" in told
+    assert (store.champion().version, store.version("v2").state) == ("v3", "given_up")
+    # Its time is up: nobody has to name it.
+    long_ago = datetime.now(UTC) - timedelta(seconds=RELEASE_SECONDS + 60)
+    ModelStore(store.uri, clock=lambda: long_ago).promote("v2", checking="run-9")
+    assert "again v3" in hrnn("settle", "--workspace", tmp_path).stdout
 
 
 def test_the_store_is_the_option_else_the_environment_else_the_workspace(

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from prometheus_client import REGISTRY
 
+from components.deploy.watch import RELEASE_SECONDS
 from k8s.monitoring import dashboards
 from serving import collector_metrics, metrics  # noqa: F401 - register the metrics
 
@@ -103,3 +104,8 @@ def test_rules_and_panels_parse_and_alerts_fire_on_their_faults(tmp_path):
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_champion_is_overdue_when_the_pod_that_checks_it_is_gone():
+    (rule,) = [rule for rule in ALERTS if rule["alert"] == "HrnnChampionNotChecked"]
+    assert rule["expr"].endswith(f"> {RELEASE_SECONDS}")

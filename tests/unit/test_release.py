@@ -21,7 +21,9 @@ from components.deploy.kserve import (
     canary_of,
 )
 from components.deploy.release import Releaser
+from components.deploy.settle import settle
 from components.deploy.watch import ReleaseSettings
+from components.outcome.steps import SETTLE_SECONDS, TOLD_SECONDS
 from model.errors import ConflictError, InputError, RolledBackError, UnavailableError
 from model.store import Lineage, ModelStore
 from tests.kserve_cluster import Cluster
@@ -567,6 +569,78 @@ def test_killed_before_any_change_the_next_attempt_ends_as_it_would_have(worlds,
         assert _spec(cluster) == before
         assert cluster.exposed <= 20
         _alone(cluster)
+
+
+def _settled(cluster, store, run_id="run-1"):
+    canary = _releaser(cluster, store).canary
+    clock = Clock()
+    return settle(store, run_id, lambda: canary, seconds=60, sleep=clock.sleep, clock=clock)
+
+
+@pytest.mark.parametrize(("mode", "broken"), [("Knative", None), ("Standard", "service")])
+def test_killed_before_any_change_the_runs_end_takes_it_back_and_promotes_nothing(
+    worlds, mode, broken
+):
+    made = worlds(mode, 9)
+    before = _spec(made[0][0])
+    for cluster, _ in made:
+        cluster.broken = {broken} - {None}
+    out, err = _attempts({}, made).communicate(timeout=240)
+    killed = out.splitlines().count(f"code {-signal.SIGKILL}")
+    assert killed >= 4, (out, err)
+    states = set()
+    for cluster, store in made[:killed]:
+        promoted = store.champion()
+        checked = promoted.version == "v2" and promoted.checking is None
+        settled = _settled(cluster, store)
+        assert settled.problems == []
+        champion, told = store.champion(), store.release("v2", "run-1")
+        assert champion.version == ("v2" if checked else "v1")
+        assert champion.checking is None
+        states.add(told and told.state)
+        assert _spec(cluster) == before
+        assert cluster.exposed <= 20
+        _alone(cluster)
+        assert _settled(cluster, store).done == []  # nothing is left to be done
+        cluster.broken = set()
+        _release(cluster, store, run_id="run-2", replaces=champion.version)
+        assert (store.champion().version, store.champion().previous) == ("v2", "v1")
+    last = {"rolled_back"} if broken else {"released"}
+    assert states == {None, "given_up"} | last
+
+
+def test_what_belongs_to_others_is_not_settled(cluster, store):
+    store.promote("v2", checking="another")
+    _begun(cluster, "another", LATER)
+    settled = _settled(cluster, store)
+    assert (settled.done, settled.problems) == ([], [])
+    assert store.champion().checking == "another"
+    canary = _releaser(cluster, store).canary
+    assert canary.mark().run_id == "another"
+    assert len(_settled(cluster, store, "another").done) == 2
+    assert (store.champion().version, canary.mark()) == ("v1", None)
+
+
+def test_a_cluster_that_does_not_answer_keeps_the_champion_of_before_from_nothing(cluster, store):
+    store.record("v2", "run-1", "trying")
+    _begun(cluster, "run-1", LATER)
+    store.promote("v2", checking="run-1")
+    canary = _releaser(cluster, store).canary
+    cluster.broken = {"api"}
+    clock = Clock()
+    settled = settle(store, "run-1", lambda: canary, seconds=9, sleep=clock.sleep, clock=clock)
+    assert store.champion().version == "v1"
+    (problem,) = settled.problems
+    assert "Kubernetes answered 500" in problem
+    assert store.release("v2", "run-1").state == "trying"  # a later attempt has to see it
+    cluster.broken = set()
+    assert _settled(cluster, store).problems == []
+    assert store.release("v2", "run-1").state == "given_up"
+    _alone(cluster)
+
+
+def test_the_pod_that_settles_lives_long_enough():
+    assert SETTLE_SECONDS + 300 <= TOLD_SECONDS
 
 
 @pytest.mark.parametrize("healthy", [True, False])
