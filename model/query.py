@@ -184,3 +184,5 @@ class Recommendation:
     affinity: float
     trend: float
     exploration: float = 0.0  # the bonus of a request that explores
+    # How probable the item was to come, given what the others got; None: not known.
+    propensity: float | None = 1.0

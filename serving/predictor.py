@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import time
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -105,6 +106,7 @@ class LoadedModel:
         self.scorer = self._scorer = scorer
         self._sigma_M = uncertainty(scorer.trend, scorer.item_ids)
         self._lists: OrderedDict[str, Any] = OrderedDict()
+        self._list_sigmas: OrderedDict[str, NDArray[np.float64]] = OrderedDict()
         self._warm_up()
 
     def _warm_up(self) -> None:
@@ -183,20 +185,35 @@ class LoadedModel:
 
     def _scored(self, asked: Asked, best: "Retrieved") -> Scored:
         part = slice(0) if asked.part is None else slice(asked.part.first, asked.part.end)
-        return Scored(
+        scored = Scored(
             self.version,
             self._scorer.beta,
             best.item_ids,
             best.affinity_C,
             best.affinity_A,
             best.affinity_T[part],
-            best.extra_C,
-            best.extra_A,
-            None if best.extra_T is None else best.extra_T[part],
-            best.exhausted,
-            self._unknown(History.of(asked.query.history).item_ids),
-            self._unknown(asked.items),
+            exhausted=best.exhausted,
+            unknown_items=self._unknown(History.of(asked.query.history).item_ids),
+            unknown_asked=self._unknown(asked.items),
         )
+        if best.extra_T is None:
+            return scored
+        return replace(
+            scored,
+            extra_C=best.extra_C,
+            extra_A=best.extra_A,
+            extra_T=best.extra_T[part],
+            limit_C=asked.exploration_weight * self._sigma(best.item_ids),
+            limit_A=asked.exploration_weight * self._sigma(asked.items),
+            limit_T=asked.exploration_weight * self._sigma_of(asked.part),
+        )
+
+    def _sigma(self, item_ids: Sequence[str]) -> NDArray[np.float64]:
+        """σ of some items; 0 for those that the model does not know."""
+        ids, sigma_M = self._scorer.item_ids, self._sigma_M  # in ascending order
+        places = [(i, bisect_left(ids, i)) for i in item_ids]
+        found = (sigma_M[j] if j < len(ids) and ids[j] == i else 0.0 for i, j in places)
+        return np.fromiter(found, np.float64, len(places))
 
     def _empty(self, asked: Asked) -> Scored:
         return Scored(
@@ -206,6 +223,17 @@ class LoadedModel:
             unknown_items=self._unknown(History.of(asked.query.history).item_ids),
             unknown_asked=self._unknown(asked.items),
         )
+
+    def _sigma_of(self, part: Part | None) -> NDArray[np.float64]:
+        """σ of a part of a list; the whole list's is kept."""
+        if part is None:
+            return np.empty(0)
+        sigma_T = self._list_sigmas.get(part.of.name)
+        if sigma_T is None:
+            sigma_T = self._list_sigmas[part.of.name] = self._sigma(part.of.item_ids)
+            while len(self._list_sigmas) > LISTS_KEPT:
+                self._list_sigmas.popitem(last=False)
+        return sigma_T[part.first : part.end]
 
     def _unknown(self, item_ids: Sequence[str]) -> int:
         """How many of these items the model does not know."""

@@ -78,7 +78,7 @@ def in_use(host: str, port: int) -> UnavailableError:
 
 
 class _JsonLines(logging.Formatter):
-    """One JSON object a line: time, level, role, logger, message."""
+    """One JSON object a line: time, level, role, logger, message, and `data` of the record."""
 
     def __init__(self, role: str) -> None:
         super().__init__()
@@ -92,6 +92,7 @@ class _JsonLines(logging.Formatter):
             "role": self._role,
             "logger": record.name,
             "message": record.getMessage(),
+            **getattr(record, "data", {}),
         }
         if record.exc_info and record.exc_info[1] is not None:
             line["error"] = type(record.exc_info[1]).__name__

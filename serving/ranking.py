@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from model.query import Recommendation
 from model.trends import TrendSnapshot
+from serving.exploration import propensity
 from serving.wire import AnswerError, Array, ItemList, Part, Scored
 
 # A second round costs a whole call, asking for more only some kB. A list of trending items that
@@ -90,25 +91,36 @@ class _Known:
     names: Callable[[int], str]
     affinity_C: Float64  # with exploration's bonus
     extra_C: Float64 | None
+    limit_C: Float64 | None  # the most that this bonus could have been
     trend_C: Float64
 
     def best(self, k: int) -> list[Recommendation]:
         """The first k by score descending, ties by item id; those that may not come are NaN."""
         score_C = self.affinity_C + self.trend_C
-        kept_C = _top(score_C, k)
-        rows = sorted((-float(score_C[c]), self.names(c), c) for c in kept_C.tolist())[:k]
+        explored = self.extra_C is not None
+        kept_C = _top(score_C, k + explored)
+        rows = sorted((-float(score_C[c]), self.names(c), c) for c in kept_C.tolist())
+        # What a result would have had to beat, had it got another bonus.
+        threshold = -rows[k][0] if len(rows) > k else -math.inf
         results = []
-        for minus, name, c in rows:
-            extra = 0.0 if self.extra_C is None else float(self.extra_C[c])
+        for minus, name, c in rows[:k]:
+            trend = float(self.trend_C[c])
+            if self.extra_C is None:
+                results.append(Recommendation(name, -minus, float(self.affinity_C[c]), trend))
+                continue
+            extra = float(self.extra_C[c])
             affinity = float(self.affinity_C[c]) - extra
-            results.append(Recommendation(name, -minus, affinity, float(self.trend_C[c]), extra))
+            came = None
+            if self.limit_C is not None:
+                came = propensity(affinity + trend, float(self.limit_C[c]), threshold)
+            results.append(Recommendation(name, -minus, affinity, trend, extra, came))
         return results
 
     def brought_in(self, results: Sequence[Recommendation], k: int) -> int:
         """How many of the results would not be there without the bonus, as far as is known."""
         if self.extra_C is None:
             return 0
-        plain = _Known(self.names, self.affinity_C - self.extra_C, None, self.trend_C)
+        plain = _Known(self.names, self.affinity_C - self.extra_C, None, None, self.trend_C)
         usual = {r.item_id for r in plain.best(k)}
         return sum(r.item_id not in usual for r in results)
 
@@ -131,13 +143,20 @@ class Search:
     """
 
     def __init__(
-        self, k: int, trend: Trend, weight: float = 1.0, first_ask: int | None = None
+        self,
+        k: int,
+        trend: Trend,
+        weight: float = 1.0,
+        first_ask: int | None = None,
+        explored: bool = False,
     ) -> None:
         """
         Args:
             first_ask: N and T of the first round; None: deep enough for most requests.
+            explored: answers hold bonuses, so the first item that does not come is to be known.
         """
         self._k, self._trend, self._weight = k, trend, weight
+        self._to_prove = k + explored
         length = len(trend.items)
         depth = top_n = first_ask or 0
         if first_ask is None and length <= MAX_ASK:
@@ -146,7 +165,7 @@ class Search:
             depth = top_n = min(
                 max(MIN_ASK, math.ceil(ASK_FACTOR * math.sqrt(k * trend.num_items))), MAX_ASK
             )
-        self._top_n = max(k + 1, top_n)
+        self._top_n = max(self._to_prove + 1, top_n)
         # Without weight the order is the predictor's own: no trending item is needed.
         self._asked, self._depth = 0, 0 if weight == 0 else min(depth, length)
         self.coefficient = 0.0
@@ -154,6 +173,7 @@ class Search:
         self._item_ids: list[str] = []  # of the best ones, as far as they are not in the list
         self._affinity_T = np.empty(0)  # of the list, as far as it was asked for
         self._extra_T: Float64 | None = None
+        self._limit_T: Float64 | None = None
         self._known: _Known | None = None
         self.question: Question | None = self._next()
 
@@ -176,13 +196,10 @@ class Search:
             raise AnswerError("not as many affinities as items of the list")
         self.coefficient = self._weight * answer.beta
         self._affinity_T = np.concatenate([self._affinity_T, answer.affinity_T], dtype=np.float64)
-        extra_C = extra_T = None
-        if answer.extra_C is not None and answer.extra_T is not None:
-            before = np.empty(0) if self._extra_T is None else self._extra_T
-            extra_T = self._extra_T = np.concatenate([before, answer.extra_T], dtype=np.float64)
-            extra_C = np.asarray(answer.extra_C, dtype=np.float64)
+        self._extra_T = _longer(self._extra_T, answer.extra_T)
+        self._limit_T = _longer(self._limit_T, answer.limit_T)
         self._asked = self._depth
-        self._known = self._merge(answer.item_ids, answer.affinity_C, extra_C, extra_T)
+        self._known = self._merge(answer)
         if answer.exhausted or self._proved(answer):
             self.question = None
             return
@@ -194,18 +211,12 @@ class Search:
             self._depth = 0
         self.question = self._next()
 
-    def _merge(
-        self,
-        item_ids: list[str],
-        affinity_C: Array,
-        extra_C: Float64 | None,
-        extra_T: Float64 | None,
-    ) -> _Known:
+    def _merge(self, answer: Scored) -> _Known:
         """The part of the list asked for, and the best ones that are not in it."""
         trend, asked = self._trend, self._asked
         place = trend.place
         rest, log_q, ids = [], [], []
-        for c, item in enumerate(item_ids):
+        for c, item in enumerate(answer.item_ids):
             at = place.get(item, -1)
             if not 0 <= at < asked:
                 rest.append(c)
@@ -213,29 +224,28 @@ class Search:
                 log_q.append(trend.floor if at < 0 else trend.log_q_T[at])
         listed = trend.items.item_ids
         self._item_ids = ids
-        affinity = np.concatenate([self._affinity_T, affinity_C[rest]], dtype=np.float64)
+        affinity = np.concatenate([self._affinity_T, answer.affinity_C[rest]], dtype=np.float64)
         # + 0.0 turns the −0.0 of a zero coefficient into 0.0
         trend_C = self.coefficient * np.concatenate([trend.log_q_T[:asked], log_q]) + 0.0
-        extra = None
-        if extra_C is not None and extra_T is not None:
-            extra = np.concatenate([extra_T, extra_C[rest]])
+        extra = None if answer.extra_C is None else _longer(self._extra_T, answer.extra_C[rest])
+        limit = None if answer.limit_C is None else _longer(self._limit_T, answer.limit_C[rest])
 
         def name(c: int) -> str:
             return listed[c] if c < asked else ids[c - asked]
 
-        return _Known(name, affinity, extra, trend_C)
+        return _Known(name, affinity, extra, limit, trend_C)
 
     def _proved(self, answer: Scored) -> bool:
         if self.coefficient == 0:
             # The predictor orders by affinity and item id, which is then the final order.
-            return len(answer.item_ids) >= self._k
+            return len(answer.item_ids) >= self._to_prove
         assert self._known is not None  # noqa: S101 - told just now
         score_C = self._known.affinity_C + self._known.trend_C
         count = len(score_C) - int(np.isnan(score_C).sum())
-        if count < self._k or not len(answer.affinity_C):
+        if count < self._to_prove or not len(answer.affinity_C):
             return False
         bound = float(answer.affinity_C[-1]) + self.coefficient * self._best_unseen_log_q()
-        kth = float(np.partition(score_C, count - self._k)[count - self._k])
+        kth = float(np.partition(score_C, count - self._to_prove)[count - self._to_prove])
         return kth > bound  # strictly: an unseen item could tie and come first by its id
 
     def _best_unseen_log_q(self) -> float:
@@ -260,6 +270,12 @@ class Search:
         return self._known.brought_in(results, self._k)
 
 
+def _longer(before_T: Float64 | None, more_C: Array | None) -> Float64 | None:
+    if more_C is None:
+        return before_T
+    return np.concatenate([np.empty(0) if before_T is None else before_T, more_C], dtype=np.float64)
+
+
 def ranked(
     item_ids: Sequence[str],
     affinity_C: Array,
@@ -267,6 +283,7 @@ def ranked(
     coefficient: float,
     k: int,
     extra_C: Array | None = None,
+    limit_C: Array | None = None,
 ) -> tuple[list[Recommendation], int]:
     """Sort items by affinity + coefficient·log q descending, ties by item id.
 
@@ -277,7 +294,8 @@ def ranked(
     known = _Known(
         item_ids.__getitem__,
         affinity_C.astype(np.float64),
-        None if extra_C is None else extra_C.astype(np.float64),
+        _longer(None, extra_C),
+        _longer(None, limit_C),
         coefficient * trend.log_q(item_ids) + 0.0,
     )
     results = known.best(k)

@@ -170,7 +170,8 @@ class RecommendedItem(BaseModel):
     score: float
     affinity: float
     trend: float
-    exploration: float = 0.0  # only there when the request explores
+    exploration: float = 0.0  # only there when the request explores, as is the next
+    propensity: float | None = 1.0  # of being in the answer, given what the other items got
 
 
 class RatedItem(BaseModel):

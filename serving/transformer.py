@@ -29,10 +29,12 @@ from serving.settings import MULTIPROCESS, TRANSFORMER, ServeSettings
 from serving.wire import AnswerError, Asked, Scored
 
 log = logging.getLogger("hrnn.serving")
+exploration_log = logging.getLogger("hrnn.exploration")
 
 FEATURES_UNAVAILABLE = "features_unavailable"
 PREDICTOR_UNAVAILABLE = "predictor_unavailable"
 NO_EVENTS = History.of(())
+LOGGED_ITEMS = 1000  # of one answer
 
 
 class Predictors(Protocol):
@@ -98,7 +100,10 @@ class Work:
     def _restart(self) -> None:
         self._search: Search | None = None
         if self.instance.task == "recommend":
-            self._search = Search(self._k, self.trend, self.instance.trend_weight)
+            explored = self.instance.exploration_weight > 0
+            self._search = Search(
+                self._k, self.trend, self.instance.trend_weight, explored=explored
+            )
 
     @property
     def answered(self) -> bool:
@@ -140,7 +145,13 @@ class Work:
         elif self._search is None:
             coefficient = self.instance.trend_weight * scored.beta
             results, self.explored = ranked(
-                self._items, scored.affinity_A, self.trend, coefficient, self._k, scored.extra_A
+                self._items,
+                scored.affinity_A,
+                self.trend,
+                coefficient,
+                self._k,
+                scored.extra_A,
+                scored.limit_A,
             )
             self._answer(results)
         else:
@@ -164,6 +175,7 @@ class Work:
                 "affinity": r.affinity,
                 "trend": r.trend,
                 "exploration": r.exploration,
+                "propensity": r.propensity,
             }
             for r in results
         ]
@@ -200,10 +212,33 @@ class Work:
         results, _ = ranked(passing, np.zeros(len(passing)), self.trend, 1.0, self._k)
         self._answer(results)
 
+    def log_exploration(self) -> None:
+        """What an evaluation of this answer needs later; nothing of the user."""
+        items = self._items_out or []
+        data = {
+            "recommendation_id": self.recommendation_id,
+            "model_version": self.bundle_version,
+            "trend_version": self.trend.version,
+            "task": self.instance.task,
+            "trend_weight": self.instance.trend_weight,
+            "exploration_weight": self.instance.exploration_weight,
+            "num_items": len(items),
+            "items": [
+                [item["item_id"], item["exploration"], item["propensity"]]
+                for item in items[:LOGGED_ITEMS]
+            ],
+        }
+        exploration_log.info("explored", extra={"data": data})
+
     @property
     def bundle_version(self) -> str | None:
         """Of the model that answered, without the revision of its new items."""
         return self.version and self.version.partition("+")[0]
+
+    @property
+    def drawn(self) -> bool:
+        """Exploration had a part in the answer."""
+        return self.instance.exploration_weight > 0 and self.version is not None
 
     @property
     def num_items(self) -> int:
@@ -280,6 +315,8 @@ class Transformer(JsonModel):
             if work.instance.task != "rate":
                 metrics.ITEMS.inc(work.num_items)
                 metrics.EXPLORED.inc(work.explored)
+                if self.settings.exploration_log and work.drawn:
+                    work.log_exploration()
             if work.instance.task == "recommend":
                 self._coverage.served(work.item_ids, trend)
             for reason in work.degraded:

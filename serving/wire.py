@@ -85,7 +85,8 @@ class Scored:
 
     `item_ids`, `affinity_C`: allowed items by affinity descending, ties by item id; `exhausted`:
     all of them. `affinity_A`: of `items`; of task rate their values. `affinity_T`: of `part`.
-    The `extra` arrays: what exploration added to these affinities, if it did.
+    The `extra` arrays: what exploration added to these affinities, if it did; the `limit` arrays:
+    the most that it could have added (None from predictors of before there were any).
     """
 
     model_version: str
@@ -97,6 +98,9 @@ class Scored:
     extra_C: Array | None = None
     extra_A: Array | None = None
     extra_T: Array | None = None
+    limit_C: Array | None = None
+    limit_A: Array | None = None
+    limit_T: Array | None = None
     exhausted: bool = False
     unknown_items: int = 0  # of the history
     unknown_asked: int = 0  # of `items`
@@ -150,6 +154,7 @@ class _Answer(msgspec.Struct, omit_defaults=True, kw_only=True):
     items: bytes = b""  # [A]
     part: bytes = b""  # [T]
     extras: tuple[bytes, bytes, bytes] | None = None  # float64, of the three
+    limits: tuple[bytes, bytes, bytes] | None = None  # likewise
     exhausted: bool = False
     unknown_items: int = 0
     unknown_asked: int = 0
@@ -307,9 +312,6 @@ def write_answers(scored: Sequence[Scored | InputError]) -> bytes:
         best, items, part = (
             a.astype("<f8" if wide else "<f4", copy=False).tobytes() for a in three
         )
-        extras = None
-        if one.extra_C is not None and one.extra_A is not None and one.extra_T is not None:
-            extras = (one.extra_C.tobytes(), one.extra_A.tobytes(), one.extra_T.tobytes())
         answers.append(
             _Answer(
                 model_version=one.model_version,
@@ -319,7 +321,8 @@ def write_answers(scored: Sequence[Scored | InputError]) -> bytes:
                 best=best,
                 items=items,
                 part=part,
-                extras=extras,
+                extras=_three(one.extra_C, one.extra_A, one.extra_T),
+                limits=_three(one.limit_C, one.limit_A, one.limit_T),
                 exhausted=one.exhausted,
                 unknown_items=one.unknown_items,
                 unknown_asked=one.unknown_asked,
@@ -327,6 +330,13 @@ def write_answers(scored: Sequence[Scored | InputError]) -> bytes:
             )
         )
     return _encoder.encode(_Answers(VERSION, answers))
+
+
+def _three(c: Array | None, a: Array | None, t: Array | None) -> tuple[bytes, bytes, bytes] | None:
+    if c is None or a is None or t is None:
+        return None
+    c, a, t = (column.astype("<f8", copy=False) for column in (c, a, t))
+    return c.tobytes(), a.tobytes(), t.tobytes()
 
 
 def read_answers(
@@ -361,9 +371,7 @@ def _read_answer(answer: _Answer, asked: Asked) -> Scored | InputError:
     columns = (answer.best, answer.items, answer.part)
     dtype = "<f8" if answer.wide else "<f4"
     best, items, part = (_column(*one, dtype) for one in zip(columns, lengths, strict=True))
-    extras: list[Array | None] = [None] * 3
-    if answer.extras is not None:
-        extras = [_column(*one, "<f8") for one in zip(answer.extras, lengths, strict=True)]
+    extras, limits = (_optional(three, lengths) for three in (answer.extras, answer.limits))
     if asked.task == "trend" and answer.trend is None:
         raise AnswerError("no trend")
     scored = Scored(
@@ -376,6 +384,9 @@ def _read_answer(answer: _Answer, asked: Asked) -> Scored | InputError:
         extra_C=extras[0],
         extra_A=extras[1],
         extra_T=extras[2],
+        limit_C=limits[0],
+        limit_A=limits[1],
+        limit_T=limits[2],
         exhausted=answer.exhausted,
         unknown_items=answer.unknown_items,
         unknown_asked=answer.unknown_asked,
@@ -385,9 +396,17 @@ def _read_answer(answer: _Answer, asked: Asked) -> Scored | InputError:
     finite = np.isfinite(answer.beta) and np.isfinite(best).all()
     if not finite or np.isinf(items).any() or np.isinf(part).any():
         raise AnswerError("an affinity, a value or beta is not a finite number")
-    if any(e is not None and not np.isfinite(e).all() for e in extras):
+    if any(e is not None and not np.isfinite(e).all() for e in (*extras, *limits)):
         raise AnswerError("a bonus is not a finite number")
     return scored
+
+
+def _optional(
+    three: tuple[bytes, bytes, bytes] | None, lengths: Sequence[int]
+) -> list[Array] | list[None]:
+    if three is None:
+        return [None] * 3
+    return [_column(*one, "<f8") for one in zip(three, lengths, strict=True)]
 
 
 def _column(column: bytes, length: int, dtype: str) -> Array:

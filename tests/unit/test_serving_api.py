@@ -835,7 +835,8 @@ def test_a_model_change_between_rounds_starts_the_search_again(service, monkeypa
 
 
 @pytest.mark.parametrize("first_ask", [1, 16_384])
-def test_exploration_is_exact_and_can_be_drawn_again(service, monkeypatch, first_ask):
+def test_exploration_is_exact_and_can_be_drawn_again(service, monkeypatch, caplog, first_ask):
+    caplog.set_level("INFO", "hrnn.exploration")
     monkeypatch.setattr("serving.ranking.MIN_ASK", min(first_ask, 1))
     monkeypatch.setattr("serving.ranking.MAX_ASK", first_ask)
     plain = {i["item_id"]: i for i in brute_force({"timestamp": 5}, 300)}
@@ -856,6 +857,18 @@ def test_exploration_is_exact_and_can_be_drawn_again(service, monkeypatch, first
             assert item["trend"] == expected["trend"]
             parts = item["affinity"] + item["trend"] + item["exploration"]
             assert item["score"] == pytest.approx(parts)
+            # The best of what did not come is what an item would have had to beat.
+            left_out = max(plain[i]["score"] + bonus[i] for i in among if i not in best)
+            room = left_out - item["affinity"] - item["trend"]
+            chance = 1.0 if room <= 0 else 1 - room / (30.0 * sigma[item["item_id"]])
+            assert item["propensity"] == pytest.approx(chance)
+        (line,) = [r.data for r in caplog.records if r.name == "hrnn.exploration"]
+        caplog.clear()
+        assert line["recommendation_id"] == answer["recommendation_id"]
+        assert (line["exploration_weight"], line["model_version"]) == (30.0, "v-test")
+        logged = [[i["item_id"], i["exploration"], i["propensity"]] for i in answer["items"]]
+        assert line["items"] == logged
+        assert not {"user_id", "user", "history", "context"} & line.keys()
         draws.append(bonus)
     assert draws[0] != draws[1], "another request, another draw"
     usual = service.predict({"timestamp": 5, "num_results": 12})[0]["items"]
@@ -864,7 +877,8 @@ def test_exploration_is_exact_and_can_be_drawn_again(service, monkeypatch, first
     service.predictors.fault = "unavailable"
     (answer,) = service.predict(ask)
     assert answer["degraded"] == ["predictor_unavailable"]
-    assert {i["exploration"] for i in answer["items"]} == {0.0}
+    assert {(i["exploration"], i["propensity"]) for i in answer["items"]} == {(0.0, 1.0)}
+    assert not [r for r in caplog.records if r.name == "hrnn.exploration"], "nothing was drawn"
 
 
 def test_a_search_ends_with_the_model_it_began_with_and_then_that_is_let_go(service):

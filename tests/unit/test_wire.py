@@ -75,7 +75,9 @@ def test_a_list_is_named_and_sent_when_asked_for():
 def scored(dtype, explored):
     numbers = np.array([2.0, 1.0], dtype), np.array([np.nan], dtype), np.array([0.5, np.nan], dtype)
     extras = [np.arange(len(n), dtype=np.float64) for n in numbers] if explored else [None] * 3
-    return Scored("v", 0.5, ["x", "y"], *numbers, *extras, exhausted=True, unknown_items=3)
+    limits = [None if e is None else e + 1 for e in extras]
+    rest = {"exhausted": True, "unknown_items": 3}
+    return Scored("v", 0.5, ["x", "y"], *numbers, *extras, *limits, **rest)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -105,6 +107,7 @@ def test_answers_arrive_as_they_were_sent(dtype, explored):
         {"beta": float("nan")},
         {"extra_C": np.array([np.nan, 0.0]), "extra_A": np.zeros(1), "extra_T": np.zeros(2)},
         {"extra_C": np.zeros(1), "extra_A": np.zeros(1), "extra_T": np.zeros(2)},
+        {"limit_C": np.array([np.inf, 0.0]), "limit_A": np.zeros(1), "limit_T": np.zeros(2)},
     ],
 )
 def test_answers_that_make_no_sense_are_none(change):
