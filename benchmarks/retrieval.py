@@ -5,11 +5,17 @@
 The limit for one query is reading the table that the method scans, once, at the speed measured in
 the same run (the best of reading a float32 table through a sum and through a maximum). Every
 answer is compared with scoring and sorting all items; `recall` is the share of items in common.
+
+    python -m benchmarks.retrieval --clusters 1000 --approximate 0.95 0.99 --top 100
+
+also measures the optional approximate index. Its speed depends on how much items resemble each
+other: vectors without any order are its worst case, so here they lie around so many centres.
 """
 
 import argparse
 import json
 import sys
+import time
 
 import numpy as np
 import torch
@@ -25,6 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--top", type=int, nargs="+", default=[100, 1000])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--clusters", type=int, default=0, help="centres of items; 0: none")
+    parser.add_argument("--approximate", type=float, nargs="*", default=[], help="recalls")
     parser.add_argument("--touched", type=int, default=400, help="items the priors change")
     options = parser.parse_args(arguments)
     torch.set_grad_enabled(False)
@@ -32,6 +40,10 @@ def main(arguments: list[str] | None = None) -> int:
     items = options.items
     w_MD = rng.standard_normal((items, options.size), dtype=np.float32)
     b_M = rng.standard_normal(items, dtype=np.float32)
+    if options.clusters:
+        centre_KD = rng.standard_normal((options.clusters, options.size), dtype=np.float32)
+        w_MD *= 0.5
+        w_MD += centre_KD[rng.integers(options.clusters, size=items)]
     table = torch.from_numpy(w_MD)
     read = min(seconds(table.sum, 5), seconds(table.view(-1).view(torch.int64).max, 5))
     print(f"{torch.get_num_threads()} threads; reading the float32 table: {read * 1e3:.1f} ms")
@@ -51,6 +63,17 @@ def main(arguments: list[str] | None = None) -> int:
         bonus = rng.random(options.touched, dtype=np.float32)
         x_D = rng.standard_normal(options.size, dtype=np.float32)
         return Ask(x_D, top_n, Allowed(items), touched, bonus)
+
+    for recall in options.approximate:
+        x_BD = rng.standard_normal((256, options.size), dtype=np.float32)
+        started = time.perf_counter()
+        found = Retrieval(w_MD, b_M, chosen.method).approximate(recall, x_BD)
+        print(
+            f"approximate, asked for {recall}: recall {found.recall:.4f} with {found.probes} of "
+            f"{found.lists} lists, {found.seconds * 1e3:.2f} ms a query (exact "
+            f"{found.exact_seconds * 1e3:.2f} ms), built in {time.perf_counter() - started:.0f} s",
+            flush=True,
+        )
 
     rows = []
     print("| method | top | queries | ms | times the limit of one read | recall |")

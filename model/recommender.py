@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from model import bundle as bundles
+from model.approximate import Measured
 from model.encoders import GRUEncoder
 from model.errors import InputError
 from model.extension import with_items
@@ -31,6 +32,8 @@ from model.sequences import Histories
 from model.trends import TrendSnapshot
 
 Extra = NDArray[np.float64]
+
+PROBES = 256  # queries that an approximate search is measured with
 
 _NO_ITEMS: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 _NO_SCORES: NDArray[np.float32] = np.empty(0, dtype=np.float32)
@@ -82,6 +85,8 @@ class Recommender:
             keys: of items that are not as in the bundle, in the digest of a history.
         """
         self._bundle = bundle
+        self._least_recall: float | None = None  # asked of an approximate search
+        self.recall = 1.0  # measured, of the search in use
         self._origin: bundles.Bundle = bundle if of is None else of._origin  # as trained
         self._network = bundle.model.network
         self._catalogue = bundle.catalogue
@@ -146,7 +151,11 @@ class Recommender:
         origin = self._origin
         model, catalogue = with_items(origin.model, origin.catalogue, items)
         keys = {item: _key(item, fields) for item, fields in items.items()}
-        return Recommender(replace(origin, model=model, catalogue=catalogue), of=self, keys=keys)
+        bundle = replace(origin, model=model, catalogue=catalogue)
+        extended = Recommender(bundle, of=self, keys=keys)
+        if self._least_recall is not None:
+            extended.approximate(self._least_recall, like=self)
+        return extended
 
     def knows(self, item_id: str) -> bool:
         """Whether the catalogue holds the item."""
@@ -197,6 +206,37 @@ class Recommender:
         ids = np.empty(len(self.item_ids), dtype=object)
         ids[:] = self.item_ids
         return ids
+
+    def approximate(self, recall: float, like: "Recommender | None" = None) -> Measured:
+        """Search an approximate index from now on where that is faster; see `Retrieval`.
+
+        Args:
+            like: a recommender of nearly the same items that does so, to save time.
+
+        Raises:
+            InputError: faiss is not installed.
+        """
+        self._least_recall = recall
+        near = None if like is None else like.retrieval
+        measured = self.retrieval.approximate(recall, self._probes(), near)
+        self.recall = measured.recall if measured.pays else 1.0
+        return measured
+
+    def _probes(self) -> NDArray[np.float32]:
+        """Queries of users with up to 20 events, the more of an item the more it is in trend."""
+        rng = np.random.default_rng(0)
+        weight_M = np.exp(self.trend.dense(self.item_ids))
+        drawn = rng.choice(len(self.item_ids), (PROBES, 20), p=weight_M / weight_M.sum())
+        queries = [
+            Query(
+                [Event(self.item_ids[j], 3600.0 * k) for k, j in enumerate(row[: 1 + b % 20])],
+                3600.0 * 20,
+            )
+            for b, row in enumerate(drawn.tolist())
+        ]
+        nothing = [self._unrestricted] * PROBES
+        asks = self.asks(queries, nothing, [0] * PROBES, [None] * PROBES)
+        return np.stack([ask.x_D for ask in asks])
 
     def asks(
         self,

@@ -29,6 +29,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from model import approximate
+from model.approximate import ApproximateIndex
+
 Float32 = NDArray[np.float32]
 Scores = NDArray[np.float32] | NDArray[np.float64]  # float64 where an extra is added
 Int64 = NDArray[np.int64]
@@ -338,6 +341,7 @@ class Retrieval:
         self._padded = self._chunks * self._chunk > self.num_items
         self._error_K = self._group_max(self._scan.error_M)
         self._norm_K = self._group_max(self._scan.norm_M)
+        self._approximate: ApproximateIndex | None = None
         self._local = threading.local()
         self._item_M = np.arange(self.num_items if self.num_items <= SMALL else 0)
 
@@ -365,8 +369,36 @@ class Retrieval:
         self.batch_from = max(2, math.ceil(32 * batch[best] / one[best]))
         return best
 
+    def approximate(
+        self, recall: float, x_BD: Float32, like: "Retrieval | None" = None
+    ) -> approximate.Measured:
+        """Search an approximate index from now on where that is faster; the scores stay exact.
+
+        Queries with masks, many exclusions, extras or large results are still answered exactly.
+
+        Args:
+            recall: of the best `approximate.MEASURED_TOP` items, to be reached.
+            x_BD: queries as they will come.
+            like: of nearly the same items, to save time.
+
+        Raises:
+            InputError: faiss is not installed.
+        """
+
+        def exact(x_D: Float32, top_n: int) -> Int64:
+            nothing = np.empty(0, dtype=np.float32)
+            return self._single(Ask(x_D, top_n, Allowed(self.num_items), _NONE, nothing)).item_C
+
+        other = None if like is None else like._approximate
+        index = ApproximateIndex(self._w_MD, self._b_M, x_BD, exact, recall, other)
+        if index.measured.pays:
+            self._approximate = index
+        return index.measured
+
     def top(self, asks: Sequence[Ask]) -> list[Found]:
-        """The best allowed items of every query: exactly those of scoring all items."""
+        """The best allowed items of every query: exactly those of scoring all items, unless
+        `approximate` was called.
+        """
         if 0 < self.num_items <= SMALL:
             return self._small(asks)
         found: list[Found | None] = [None] * len(asks)
@@ -379,6 +411,12 @@ class Retrieval:
                 found[i] = self._sorted(ask, rows, self.score(ask, rows), len(rows))
         # Masks and extras change the scores themselves, which only a pass for one query keeps.
         together = [i for i in scanned if asks[i].extra_M is None and not _dense(asks[i].allowed)]
+        if self._approximate is not None:
+            near = [i for i in together if asks[i].top_n <= approximate.MEASURED_TOP]
+            results = self._nearby(self._approximate, [asks[i] for i in near])
+            for i, result in zip(near, results, strict=True):
+                found[i] = result
+            together = [i for i in together if found[i] is None]
         if len(together) >= self.batch_from:
             for i, result in zip(together, self._batch([asks[i] for i in together]), strict=True):
                 found[i] = result
@@ -386,6 +424,30 @@ class Retrieval:
             if found[i] is None:
                 found[i] = self._single(asks[i])
         return [f for f in found if f is not None]
+
+    def _nearby(self, index: ApproximateIndex, asks: Sequence[Ask]) -> list[Found | None]:
+        """From the approximate index; None: too few were found."""
+        if not asks:
+            return []
+        # What is excluded or changed may be among the first and is left out.
+        most = max(a.top_n + len(a.allowed.exclude) + len(a.bonus_item_S) for a in asks)
+        found: list[Found | None] = []
+        for ask, item_C in zip(
+            asks, index.search(np.stack([ask.x_D for ask in asks]), most), strict=True
+        ):
+            skip_M = self._skip()
+            left_out = np.concatenate([ask.allowed.exclude, ask.bonus_item_S])
+            skip_M[left_out] = True
+            item_C = item_C[~skip_M[item_C]]
+            skip_M[left_out] = False
+            changed = ask.bonus_item_S[ask.allowed.passes(ask.bonus_item_S)]
+            item_C = np.concatenate([item_C, changed])
+            if len(item_C) < ask.top_n:
+                found.append(None)
+                continue
+            allowed = self.num_items - len(ask.allowed.exclude)
+            found.append(self._sorted(ask, item_C, self.score(ask, item_C), allowed))
+        return found
 
     def _small(self, asks: Sequence[Ask]) -> list[Found]:
         """All scores of all queries by one product."""

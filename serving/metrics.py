@@ -97,6 +97,10 @@ UNKNOWN_ITEMS = Counter(
 )
 NEW_USERS = Counter("hrnn_unknown_users_total", "Requests for a user the feature store lacks")
 MODEL_INFO = Gauge("hrnn_model_info", "1 for the model version that answers", ["version"])
+RETRIEVAL_RECALL = Gauge(
+    "hrnn_retrieval_recall",
+    "Share of the best items that the search finds, measured when the model was loaded; 1: exact",
+)
 BUNDLE_LOAD_SECONDS = Gauge(
     "hrnn_bundle_load_seconds", "Time to verify, load and warm up the model bundle"
 )

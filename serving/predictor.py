@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -64,6 +65,7 @@ class Scorer(Protocol):
     version: str
     item_ids: tuple[str, ...]
     beta: float
+    recall: float
     trend: TrendSnapshot
 
     @property
@@ -310,7 +312,8 @@ class Predictor(JsonModel):
         keep_to_threads(self.settings.model_threads)
         freeze_garbage_collection()  # before the first model: one that is replaced is to be freed
         metrics.set_canary(os.environ.get("HRNN_CANARY", ""))
-        self._champions = Champions(self.settings.model_dir, load_model)
+        load = partial(load_model, settings=self.settings)
+        self._champions = Champions(self.settings.model_dir, load)
         loaded = self._champions.first()
         if self.settings.items_url is not None:
             self._feed = ItemFeed(
@@ -325,6 +328,7 @@ class Predictor(JsonModel):
     def _use(self, model: LoadedModel) -> None:
         self._models = (model, *self._models[:1])
         metrics.set_model_version(model.bundle_version)
+        metrics.RETRIEVAL_RECALL.set(model.scorer.recall)
         self.ready = True
 
     def _swap(self, model: LoadedModel) -> None:
@@ -583,16 +587,20 @@ def keep_to_threads(number: int) -> None:
     torch.set_num_threads(number)
 
 
-def load_model(path: Path) -> LoadedModel:
+def load_model(path: Path, settings: ServeSettings) -> LoadedModel:
     """Verify, load and warm up a bundle.
 
     Raises:
         BundleError: it is missing, corrupt, foreign, or fails in the warm-up.
+        InputError: an approximate index is asked for, and faiss is not installed.
     """
     from model.recommender import Recommender
 
     start = time.perf_counter()
     recommender = Recommender.load(path)
+    approximate = settings.retrieval_recall < 1
+    if approximate and len(recommender.item_ids) >= settings.approximate_from:
+        recommender.approximate(settings.retrieval_recall)
     try:
         loaded = LoadedModel(recommender)
     except (InputError, RuntimeError, ValueError, LookupError) as error:

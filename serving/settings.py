@@ -43,6 +43,10 @@ class ServeSettings(SettingsBase):
     items_refresh_seconds: PositiveFloat = 0.5  # how often they are asked for; less while it fails
     items_deadline_seconds: PositiveFloat = 2.0
     max_live_items: PositiveInt = 10_000  # new or changed since training; further ones wait for it
+    # Share of the best items that must be found. Below 1, catalogues of at least `approximate_from`
+    # items are searched by an approximate index, where that is faster (pip install hrnn-meta[ann]).
+    retrieval_recall: Annotated[float, Field(gt=0, le=1)] = 1.0
+    approximate_from: PositiveInt = 200_000
     model_threads: PositiveInt = 1  # PyTorch threads; more than one pays off above ~100k items
 
     # The feature store; the same names as feature_repo.store.FeatureStoreSettings.from_env.

@@ -37,6 +37,11 @@ def _quantile(q: float, metric: str, selector: str, by: str = "") -> str:
     return f"histogram_quantile({q}, {inner})"
 
 
+def _mean(metric: str, by: str = "") -> str:
+    over = f"sum by ({by})" if by else "sum"
+    return f"{over} (rate({metric}_sum{RATE})) / {over} (rate({metric}_count{RATE}))"
+
+
 ROWS: dict[str, list[Plot]] = {
     "Answers": [
         Plot(
@@ -87,6 +92,21 @@ ROWS: dict[str, list[Plot]] = {
             "short",
             {"p99": _quantile(0.99, "hrnn_threshold_rounds", T)},
         ),
+        Plot(
+            "Worked on together",
+            "Mean number of requests that the transformer puts in one call and the predictor "
+            "answers by one use of the model; it grows with the load.",
+            "short",
+            {"{{role}}": _mean("hrnn_batched_requests", "role")},
+            width=12,
+        ),
+        Plot(
+            "Instances of a request",
+            "Mean number; a jump explains slower answers.",
+            "short",
+            {"{{role}}": _mean("hrnn_request_instances", "role")},
+            width=12,
+        ),
     ],
     "Degradation": [
         Plot(
@@ -103,9 +123,12 @@ ROWS: dict[str, list[Plot]] = {
         ),
         Plot(
             "Predictor calls that fail",
-            "Per second by kind, seen from the transformer.",
+            "Per second by kind, seen from the transformer; retried ones broke and were repeated.",
             "reqps",
-            {"{{kind}}": f"sum by (kind) (rate(hrnn_predictor_errors_total{RATE}))"},
+            {
+                "{{kind}}": f"sum by (kind) (rate(hrnn_predictor_errors_total{RATE}))",
+                "retried": f"sum(rate(hrnn_predictor_retries_total{RATE}))",
+            },
         ),
     ],
     "Freshness": [
@@ -191,6 +214,46 @@ ROWS: dict[str, list[Plot]] = {
             {"{{pod}}": "hrnn_collector_queued_writes"},
         ),
         Plot(
+            "Collector requests",
+            "Per second by operation and status.",
+            "reqps",
+            {
+                "{{operation}} {{status}}": "sum by (operation, status) "
+                f"(rate(hrnn_collector_requests_total{RATE}))"
+            },
+            width=6,
+        ),
+        Plot(
+            "Writes of a commit",
+            "Mean number of events and upserts that became durable together.",
+            "short",
+            {"writes": _mean("hrnn_collector_commit_writes")},
+            width=6,
+        ),
+        Plot(
+            "Collector failures",
+            "Per second: transactions by kind, attempts to bring the online store up to date.",
+            "reqps",
+            {
+                "commit {{kind}}": (
+                    f"sum by (kind) (rate(hrnn_collector_commit_errors_total{RATE}))"
+                ),
+                "follow": f"sum(rate(hrnn_collector_follow_errors_total{RATE}))",
+            },
+            width=6,
+        ),
+        Plot(
+            "Changes still to be applied",
+            "Changes of the log that the online store lacks; erasing is 1 while the log's file "
+            "still holds bytes of deleted rows.",
+            "short",
+            {
+                "changes": "max(hrnn_collector_lag_changes)",
+                "erasing": "max(hrnn_collector_erasing)",
+            },
+            width=6,
+        ),
+        Plot(
             "New items",
             "Items served from their metadata because no model was trained with them yet, and "
             "those left out as too many.",
@@ -198,15 +261,19 @@ ROWS: dict[str, list[Plot]] = {
             {
                 "served": f"max(hrnn_live_items{{{P}}})",
                 "left out": f"max(hrnn_live_items_left_out{{{P}}})",
+                "s of the last build": f"max(hrnn_live_items_build_seconds{{{P}}})",
             },
             width=12,
         ),
         Plot(
             "New items that cannot be served",
-            "Failed attempts per second by step, and since when the feed was not read.",
+            "Failed attempts and left out values per second, and since when the feed was not read.",
             "short",
             {
                 "{{step}}": f"sum by (step) (rate(hrnn_item_feed_errors_total{{{P}}}{RATE}))",
+                "values that do not fit": (
+                    f"sum(rate(hrnn_live_item_values_unfit_total{{{P}}}{RATE}))"
+                ),
                 "s since the last read": (
                     f"time() - max(hrnn_item_feed_last_read_timestamp_seconds{{{P}}} > 0)"
                 ),
@@ -215,6 +282,21 @@ ROWS: dict[str, list[Plot]] = {
         ),
     ],
     "What is served": [
+        Plot(
+            "Catalogue coverage",
+            "Distinct items recommended in the last full ten minutes, as a share of the catalogue.",
+            "percentunit",
+            {"{{pod}}": f"hrnn_served_coverage{{{T}}}"},
+            width=12,
+        ),
+        Plot(
+            "Popularity of what is served",
+            "Mean place of an answer's items among the trending ones, as a share of the catalogue; "
+            "near 0 everybody gets the most popular ones.",
+            "percentunit",
+            {f"p{q:g}": _quantile(q / 100, "hrnn_served_trend_rank", T) for q in (10, 50, 90)},
+            width=12,
+        ),
         Plot(
             "Exploration share",
             "Items in answers that are there because of exploration alone.",
@@ -255,6 +337,16 @@ ROWS: dict[str, list[Plot]] = {
             {
                 "{{outcome}}": "sum by (outcome) "
                 f"(increase(hrnn_model_refreshes_total{{{P}}}{RATE}))"
+            },
+        ),
+        Plot(
+            "The champion is served",
+            "1 while every predictor uses the store's champion; the share of the best items that "
+            "its search finds, 1 where it is exact.",
+            "short",
+            {
+                "champion": f"min(hrnn_model_is_champion{{{P}}})",
+                "recall": f"min(hrnn_retrieval_recall{{{P}}})",
             },
         ),
         Plot(

@@ -26,6 +26,7 @@ QUIET = {
     "Model changes",
     "Refused and cut off",
     "New items that cannot be served",
+    "Collector failures",
 }
 
 

@@ -46,6 +46,7 @@ class FakeScorer:
     version = "v-test"
     item_ids = ITEMS
     beta = 0.7
+    recall = 1.0
     rates = True
 
     @property
