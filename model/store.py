@@ -42,6 +42,7 @@ from model.errors import BundleError, ConflictError, InputError, UnavailableErro
 
 CHAMPION, VERSIONS, LINEAGE, LOCK = "champion.json", "versions", "lineage", ".lock"
 RELEASES = "releases"
+UNREADABLE = "unreadable"  # state of a release whose record was edited by hand or cut off
 HISTORY = 10  # champions of before that are remembered
 LOCK_SECONDS = 60.0
 # An upload that was begun and never finished is cleared away after this time.
@@ -71,6 +72,10 @@ NO_CHAMPION: dict[str, Any] = {
     "earlier": [],
     "checking": None,
 }
+
+
+class _RecordError(UnavailableError):
+    """A small record was edited by hand or cut off; the file is named."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +129,8 @@ class Version:
     created: str
     bytes: int
     role: str  # champion, previous or ""
-    lineage: Lineage | None  # None: it was put there by other means
-    problem: str = ""  # why this code cannot use it
+    lineage: Lineage | None  # None: it was put there by other means, or cannot be read
+    problem: str = ""  # why this code cannot use it, or its lineage
     releases: tuple[Release, ...] = ()  # newest first
     checking: str | None = None  # the run that is checking it as the champion
 
@@ -151,19 +156,7 @@ class ModelStore:
         """
         self.uri = uri
         self._now = clock or (lambda: datetime.now(UTC))
-        # Listings are asked anew each time: other machines write too.
-        options = {} if "://" not in uri else {"use_listings_cache": False}
-        if uri.startswith(("s3://", "s3a://")):
-            options |= S3_OPTIONS
-        try:
-            fs, root = fsspec.url_to_fs(uri, **options)
-        except (ValueError, ImportError) as error:
-            raise InputError(f"model store {uri}: {error}") from None
-        if hasattr(fs, "retries"):
-            fs.retries = S3_ATTEMPTS
-        self._files: _Files = (
-            _Folder(Path(root)) if "file" in _protocols(fs) else _Objects(fs, root.rstrip("/"))
-        )
+        self._files = files_at(uri, "model store")
 
     # Reading
 
@@ -411,7 +404,15 @@ class ModelStore:
         folder = f"{RELEASES}/{_checked(version)}"
         with self._errors("listed"):
             names = self._files.list(folder)
-        found = [self._release(f"{folder}/{name}") for name in names if name.endswith(".json")]
+        found = []
+        for name in names:
+            if not name.endswith(".json"):
+                continue
+            try:
+                found.append(self._release(f"{folder}/{name}"))
+            except _RecordError as error:  # the others are worth no less for it
+                run_id = name.removesuffix(".json")
+                found.append(Release(version, run_id, UNREADABLE, str(error), ""))
         return tuple(sorted(filter(None, found), key=lambda r: r.at, reverse=True))
 
     def _release(self, path: str) -> Release | None:
@@ -420,9 +421,12 @@ class ModelStore:
         if stored is None:
             return None
         try:
-            return Release(**json.loads(stored[0]))
+            release = Release(**json.loads(stored[0]))
+            if not all(isinstance(value, str) for value in asdict(release).values()):
+                raise TypeError("not all of it is text")
+            return release
         except (ValueError, TypeError) as error:
-            raise UnavailableError(
+            raise _RecordError(
                 f"{self.uri}/{path} is not a release record ({error}): delete it"
             ) from None
 
@@ -547,20 +551,23 @@ class ModelStore:
             size = self._files.size(f"{VERSIONS}/{version}")
         if size is None:
             return None
-        lineage = None
+        lineage, problem = None, ""
         if stored is not None:
             try:
                 lineage = Lineage(**json.loads(stored[0]))
+                for name in ("parameters", "metrics", "verdict"):
+                    if not isinstance(getattr(lineage, name), Mapping):
+                        raise TypeError(f"{name} is not an object")
             except (ValueError, TypeError) as error:
-                raise UnavailableError(
-                    f"{self.uri}/{LINEAGE}/{version}.json is not a lineage record: {error}"
-                ) from None
+                lineage = None
+                problem = f"{self.uri}/{LINEAGE}/{version}.json is not a lineage record ({error})"
         return Version(
             version,
             manifest.created,
             size,
             _role(version, champion),
             lineage,
+            problem,
             releases=self.releases(version),
             checking=champion.checking if champion and champion.version == version else None,
         )
@@ -581,29 +588,67 @@ class ModelStore:
                 state = "is missing" if found is None else "does not match its digest"
                 raise BundleError(f"{self.uri}/{VERSIONS}/{version}/{name} {state}")
 
-    @contextlib.contextmanager
-    def _errors(self, done: str, champion: str = "the champion is unchanged") -> Iterator[None]:
-        """Whatever a file system or its driver raises becomes one sentence."""
-        try:
-            yield
-        except Exception as error:
-            driver = type(error).__module__.split(".")[0] in DRIVERS
-            if not isinstance(error, OSError) and not driver:
-                raise
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise UnavailableError(
-                f"the model store {self.uri} cannot be {done} ({reason}); {champion}"
-            ) from error
+    def _errors(
+        self, done: str, champion: str = "the champion is unchanged"
+    ) -> contextlib.AbstractContextManager[None]:
+        return said_in_one_sentence(
+            lambda reason: f"the model store {self.uri} cannot be {done} ({reason}); {champion}"
+        )
 
 
-class _Files(Protocol):
-    """What the store needs of a place for files. Paths are relative to the root."""
+@contextlib.contextmanager
+def said_in_one_sentence(sentence: Callable[[str], str]) -> Iterator[None]:
+    """Whatever a file system or its driver raises becomes one sentence, made of the reason.
+
+    Raises:
+        UnavailableError: instead of what a driver raised.
+    """
+    try:
+        yield
+    except Exception as error:
+        driver = type(error).__module__.split(".")[0] in DRIVERS
+        if not isinstance(error, OSError) and not driver:
+            raise
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UnavailableError(sentence(reason)) from error
+
+
+def driver_options(address: str) -> dict[str, Any]:
+    """What fsspec is told for an address: deadlines, and nothing remembered."""
+    # Listings are asked anew each time: other machines write too.
+    options = {} if "://" not in address else {"use_listings_cache": False}
+    return options | S3_OPTIONS if address.startswith(("s3://", "s3a://")) else options
+
+
+def files_at(address: str, what: str) -> "Files":
+    """The files below a folder or an address; nothing is asked or written yet.
+
+    Args:
+        what: is there, for messages.
+
+    Raises:
+        InputError: the scheme is unknown, or its driver is not installed.
+    """
+    try:
+        fs, root = fsspec.url_to_fs(address, **driver_options(address))
+    except (ValueError, ImportError) as error:
+        raise InputError(f"{what} {address}: {error}") from None
+    if hasattr(fs, "retries"):
+        fs.retries = S3_ATTEMPTS
+    return _Folder(Path(root)) if "file" in _protocols(fs) else _Objects(fs, root.rstrip("/"))
+
+
+class Files(Protocol):
+    """A place for files that appear whole. Paths are relative to the root."""
 
     def read(self, path: str) -> tuple[bytes, str] | None:
         """Contents and a tag that changes with them; None if there is no such file."""
         ...
 
     def write(self, path: str, content: bytes) -> None: ...
+    def put(self, source: Path, path: str) -> None: ...  # a copy of a file of this machine
+    def has(self, path: str) -> bool: ...
+    def find(self, pattern: str) -> list[str]: ...  # paths
 
     def write_if(self, path: str, content: bytes, tag: str | None) -> bool:
         """Write if the file still has this tag (None: still does not exist)."""
@@ -652,6 +697,26 @@ class _Folder:
             Path(name).unlink(missing_ok=True)
             raise
         _sync(target.parent)
+
+    def put(self, source: Path, path: str) -> None:
+        target = self.root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Perhaps from another file system: copied beside its place first, then renamed.
+        beside = target.with_name(f".{target.name}-{os.getpid()}")
+        try:
+            shutil.copyfile(source, beside)
+            _sync(beside)
+            beside.replace(target)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+        _sync(target.parent)
+
+    def has(self, path: str) -> bool:
+        return (self.root / path).exists()
+
+    def find(self, pattern: str) -> list[str]:
+        return [path.relative_to(self.root).as_posix() for path in self.root.glob(pattern)]
 
     def write_if(self, path: str, content: bytes, tag: str | None) -> bool:
         self.write(path, content)  # under the lock nobody else writes
@@ -760,6 +825,18 @@ class _Objects:
     def write(self, path: str, content: bytes) -> None:
         self._send("pipe_file", self._at(path), content, size=len(content))
 
+    def put(self, source: Path, path: str) -> None:
+        size = source.stat().st_size
+        self._send("put_file", str(source), self._at(path), size=size)
+
+    def has(self, path: str) -> bool:
+        self.fs.invalidate_cache()
+        return bool(self.fs.exists(self._at(path)))
+
+    def find(self, pattern: str) -> list[str]:
+        self.fs.invalidate_cache()
+        return [str(path).removeprefix(f"{self.root}/") for path in self.fs.glob(self._at(pattern))]
+
     def _send(self, call: str, *arguments: Any, size: int, **keywords: Any) -> None:
         """A call that writes `size` bytes, with a deadline where the driver is asynchronous."""
         if not self.fs.async_impl:
@@ -821,8 +898,7 @@ class _Objects:
     def upload(self, bundle: Path, manifest: bundles.Manifest, path: str) -> None:
         # The manifest last: without it the version does not exist.
         for name in (*manifest.files, bundles.MANIFEST):
-            size = (bundle / name).stat().st_size
-            self._send("put_file", str(bundle / name), f"{self._at(path)}/{name}", size=size)
+            self.put(bundle / name, f"{path}/{name}")
 
     def download(self, path: str, target: Path) -> None:
         self.fs.get_file(self._at(path), str(target))
@@ -861,8 +937,13 @@ def _role(version: str, champion: Champion | None) -> str:
     return roles.get(version, "")
 
 
+def is_version(name: object) -> bool:
+    """Whether this may be the name of a version."""
+    return isinstance(name, str) and bool(_VERSION.fullmatch(name)) and ".." not in name
+
+
 def _checked(version: str) -> str:
-    if not isinstance(version, str) or not _VERSION.fullmatch(version) or ".." in version:
+    if not is_version(version):
         raise InputError(f"{version!r} is not the name of a version")
     return version
 

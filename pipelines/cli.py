@@ -32,6 +32,14 @@ app.command()(cli_remote.status)
 app.add_typer(cli_remote.schedules, name="schedule")
 
 Workspace = Annotated[Path, typer.Option(help="Folder for data, runs, features and models.")]
+ModelStoreOption = Annotated[
+    str,
+    typer.Option(
+        "--model-store",
+        metavar="ADDRESS",
+        help="Folder or address (s3://bucket/prefix) of the model store; default: the workspace's.",
+    ),
+]
 Assignments = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting; repeatable."),
@@ -61,6 +69,7 @@ def run(
     users: Annotated[str, typer.Option(help="User fields.", metavar="FILE")] = "",
     items: Annotated[str, typer.Option(help="Item fields.", metavar="FILE")] = "",
     workspace: Workspace = Path("workspace"),
+    model_store: ModelStoreOption = "",
     assignments: Assignments = None,
     settings_file: SettingsFile = None,
     override: Annotated[
@@ -95,6 +104,7 @@ def run(
         say=_say,
         override=override,
         fresh=fresh,
+        model_store=model_store,
         verbose=verbose,
     )
     if as_json:
@@ -103,7 +113,7 @@ def run(
         from pipelines.tables import evaluation_table, paths_table
 
         evaluation_table(result, sys.stderr)
-        paths_table(result, workspace, sys.stderr)
+        paths_table(result, sys.stderr)
     for reason in result["reasons"]:
         _say(f"{'overridden' if result['override'] else 'refused'}: {reason}")
     if result["verdict"] == "refused":
@@ -177,6 +187,7 @@ def batch_recommend(
     ] = "",
     version: Annotated[str, typer.Option(help="Of the model; default: the champion.")] = "",
     workspace: Workspace = Path("workspace"),
+    model_store: ModelStoreOption = "",
     assignments: Assignments = None,
     settings_file: SettingsFile = None,
     as_json: Annotated[
@@ -202,6 +213,7 @@ def batch_recommend(
         load(settings_file, assignments or []),
         user_list=user_list,
         version=version,
+        model_store=model_store,
         say=_say,
         verbose=verbose,
     )
@@ -251,11 +263,12 @@ def show_code_digest() -> None:
 def serve(
     port: Annotated[int, typer.Option(help="HTTP port of the service.", min=1, max=65535)] = 8080,
     workspace: Workspace = Path("workspace"),
+    model_store: ModelStoreOption = "",
 ) -> None:
     """Serve the deployed model on this machine until Ctrl-C."""
     from pipelines.serving import local_serving
 
-    with local_serving(workspace, port=port) as serving:
+    with local_serving(workspace, port=port, model_store=model_store) as serving:
         _say(f"serving at {serving.predict_url}")
         _say(f"events to {serving.settings.collector_url}/events")
         for role, url in serving.metrics_urls.items():

@@ -45,7 +45,7 @@ def main(workspace: Path, say: Callable[[str], None]) -> None:
         _ask(client, events, catalogue, history)
         example = serving.predict_url.replace(serving.url, "http://127.0.0.1:8080")
     out = console(sys.stdout)
-    paths_table(result, workspace, sys.stdout)
+    paths_table(result, sys.stdout)
     out.print(
         f"\nFinished in {time.monotonic() - started:.0f} s. To go on:\n"
         "  make serve                    keep the servers up, metrics on /metrics\n"

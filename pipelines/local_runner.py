@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipelines.local_checks import check_batch, check_source, check_training
 from pipelines.local_process import DEADLINE_SECONDS, Job
 from pipelines.local_process import run as run_job
 from pipelines.run_log import StepError
@@ -27,6 +28,7 @@ def run(
     say: Callable[[str], None],
     override: str = "",
     fresh: bool = False,
+    model_store: str = "",
     verbose: bool = False,
     deadline: float = DEADLINE_SECONDS,
 ) -> dict[str, Any]:
@@ -38,12 +40,16 @@ def run(
     Args:
         override: deploy even if the gate refuses, for this reason, which is recorded.
         fresh: do every step anew.
+        model_store: folder or address of the model store; empty: the workspace's.
         say, verbose, deadline: as for `local_process.run`.
 
     Raises:
         InputError, UnavailableError, StepError: as `local_process.run` does.
     """
     place = workspace.absolute()
+    store = store_of(workspace, model_store)
+    check_source(source, model_store=store)
+    settings = check_training(settings, store)
     variables = source.variables(place / "events.db")
     job = Job(
         "train_and_deploy",
@@ -53,7 +59,7 @@ def run(
             "override": override,
             "cache": str(place / "datasets"),
             "feature_store": str(place / "features"),
-            "model_store": str(place / "models"),
+            "model_store": store,
             "checkpoints": str(place / "checkpoints"),
             **settings.to_arguments(),
         },
@@ -63,7 +69,7 @@ def run(
         cached=not fresh,
     )
     folder = run_job(job, workspace, say=say, verbose=verbose, deadline=deadline)
-    return _keep(folder, _training_result(folder, place / "models"))
+    return _keep(folder, _training_result(folder, store))
 
 
 def refresh_trends(
@@ -108,6 +114,7 @@ def batch_recommend(
     *,
     user_list: str = "",
     version: str = "",
+    model_store: str = "",
     say: Callable[[str], None],
     verbose: bool = False,
     deadline: float = DEADLINE_SECONDS,
@@ -116,12 +123,16 @@ def batch_recommend(
 
     Args:
         output, user_list, version: see `components.batch_recommend.steps.run`.
+        model_store: folder or address of the model store; empty: the workspace's.
         say, verbose, deadline: as for `local_process.run`.
 
     Raises:
         InputError, UnavailableError, StepError: as `local_process.run` does.
     """
     place = workspace.absolute()
+    store = store_of(workspace, model_store)
+    check_source(source, output=output, user_list=user_list, model_store=store)
+    check_batch(store, version)
     variables = source.variables(place / "events.db")
     job = Job(
         "batch_recommend",
@@ -130,7 +141,7 @@ def batch_recommend(
             "source_digest": source.digest(variables),
             "output": absolute(output),
             "cache": str(place / "datasets"),
-            "model_store": str(place / "models"),
+            "model_store": store,
             "version": version,
             "user_list": absolute(user_list),
             **settings.to_arguments(BATCH),
@@ -141,6 +152,11 @@ def batch_recommend(
     )
     folder = run_job(job, workspace, say=say, verbose=verbose, deadline=deadline)
     return _keep(folder, _summary(folder, "batch-recommend/summary"))
+
+
+def store_of(workspace: Path, model_store: str) -> str:
+    """The model store of a run: the one given, else the workspace's. Steps run in other folders."""
+    return absolute(model_store) or str(workspace.absolute() / "models")
 
 
 def _keep(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
@@ -158,7 +174,7 @@ def _summary(folder: Path, artifact: str) -> dict[str, Any]:
     }
 
 
-def _training_result(folder: Path, model_store: Path) -> dict[str, Any]:
+def _training_result(folder: Path, model_store: str) -> dict[str, Any]:
     """Collect what the steps left behind; `bundle` is the deployed copy, if there is one."""
 
     def only(pattern: str) -> Path | None:
@@ -170,11 +186,11 @@ def _training_result(folder: Path, model_store: Path) -> dict[str, Any]:
         raise StepError(f"the run left no verdict in {folder}: see run.log there")
     measured, judged = json.loads(evaluation.read_text()), json.loads(verdict.read_text())
     deployment = only("deploy/deployment")
-    clean, bundle = (Path(measured["inputs"][name]) for name in ("clean", "bundle"))
+    clean = Path(measured["inputs"]["clean"])
+    bundle = str(measured["inputs"]["bundle"])
     if deployment is not None:
-        bundle = model_store / json.loads(deployment.read_text())["path"]
+        bundle = f"{model_store.rstrip('/')}/{json.loads(deployment.read_text())['path']}"
     paths = {
-        "bundle": bundle,
         "report": only("evaluate/report"),
         "data_report": clean.parent / "data_report",
         "clean": clean,
@@ -188,6 +204,8 @@ def _training_result(folder: Path, model_store: Path) -> dict[str, Any]:
         "champion": judged["champion"],
         "override": judged["override"],
         "reasons": [rule["reason"] for rule in judged["rules"] if not rule["passed"]],
+        "model_store": model_store,
+        "bundle": bundle,
         **{name: str(_with_suffix(path)) for name, path in paths.items() if path is not None},
     }
 

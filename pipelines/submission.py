@@ -1,13 +1,13 @@
 """Parameters of a run on a cluster, checked before the cluster is asked for anything."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
 from model.errors import InputError
+from pipelines.addresses import holds_secret
 from pipelines.sources import CONFIGURED
 from pipelines.volumes import is_mounted, volumes
 
@@ -22,8 +22,6 @@ ADDRESSES = ("interactions", "users", "items", "user_list", "model_store", "outp
 WRITTEN = ("model_store", "output")
 # Of a file where the program runs; `sqlite` and `file` may be below a mounted folder.
 LOCAL_SCHEMES = ("file", "local", "sqlite", "")
-# Whoever has an address with one of these has what it leads to (signed addresses, SAS).
-SECRETS = re.compile(r"(^|&)[\w-]*(password|signature|credential|token|sig|accesskeyid)=", re.I)
 THIS_MACHINE = ("localhost", "127.0.0.1", "::1", "0.0.0.0")  # noqa: S104 - refused, not bound
 
 
@@ -75,8 +73,11 @@ def parameters(
     sections = {"refresh_trends": REFRESH, "batch_recommend": BATCH}.get(pipeline, TRAINING)
     if options.interactions and pipeline != "refresh_trends":
         given["dataset"] = ""  # the pipeline's default is one
+    if version := given.get("version"):
+        _check_version("--version", version)
     if "deploy" in sections:
         _check_services(settings.to_json()["deploy"])
+        _check_warm_start(settings.to_json()["train"]["warm_start"])
     return {**given, **settings.to_arguments(sections)}
 
 
@@ -92,7 +93,7 @@ def check_address(option: str, address: str, *, written: bool) -> None:
     if address == CONFIGURED and option == "--interactions":
         return
     parts = urlsplit(address)
-    if _holds_secret(parts):
+    if holds_secret(address):
         raise InputError(
             f"{option}: an address with a password or a signature would be shown with the run; put "
             "it into the "
@@ -118,10 +119,6 @@ def check_address(option: str, address: str, *, written: bool) -> None:
         )
     elif written and scheme in ("http", "https"):
         raise InputError(f"{option} {address}: cannot be written to; give s3://…, gs://… or alike")
-
-
-def _holds_secret(parts: SplitResult) -> bool:
-    return bool(parts.password or SECRETS.search(parts.query))
 
 
 def _not_mounted(option: str, address: str, written: bool) -> InputError:
@@ -164,7 +161,7 @@ def _check_services(deploy: Mapping[str, Any]) -> None:
     }
     for setting, address in services.items():
         parts = urlsplit(address)
-        if _holds_secret(parts):
+        if holds_secret(address):
             raise InputError(
                 f"{setting}: an address with a password would be shown with the run; give one that "
                 "pods may ask without"
@@ -174,6 +171,27 @@ def _check_services(deploy: Mapping[str, Any]) -> None:
                 f"{setting}={address}: to a pod, {parts.hostname} is the pod itself; "
                 "give the service's name in the cluster"
             )
+
+
+def _check_version(what: str, version: str) -> None:
+    """What the store holds only the pods know; but a name of a version it has to be."""
+    from model.store import is_version
+
+    if not is_version(version) or version in ("champion", "previous"):
+        raise InputError(f"{what}: {version!r} is not the name of a version (`hrnn models list`)")
+
+
+def _check_warm_start(wanted: str) -> None:
+    if wanted in ("none", "champion"):
+        return
+    if "/" not in wanted:
+        _check_version("train.warm_start", wanted)
+    elif not is_mounted(wanted):
+        raise InputError(
+            f"train.warm_start={wanted}: the pods cannot read a folder of this machine; give a "
+            "version of the model store, or a bundle's folder on a volume (HRNN_VOLUMES names "
+            "what is mounted)"
+        )
 
 
 def option(name: str) -> str:

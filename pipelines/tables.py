@@ -49,7 +49,7 @@ def evaluation_table(result: Mapping[str, Any], stream: IO[str]) -> None:
     console(stream).print(table)
 
 
-def paths_table(result: Mapping[str, Any], workspace: Path, stream: IO[str]) -> None:
+def paths_table(result: Mapping[str, Any], stream: IO[str]) -> None:
     """Verdict, and where everything is."""
     rows = {
         "verdict": result["verdict"],
@@ -57,7 +57,7 @@ def paths_table(result: Mapping[str, Any], workspace: Path, stream: IO[str]) -> 
         "report": _short(result["report"]),
         "data report": _short(result["data_report"]),
         "model bundle": _short(result["bundle"]),
-        "model store": _short(str(workspace / "models")),
+        "model store": _short(result["model_store"]),
         "log": _short(result["log"]),
     }
     # Plain lines: a path must never be wrapped or cut.
@@ -67,6 +67,8 @@ def paths_table(result: Mapping[str, Any], workspace: Path, stream: IO[str]) -> 
 
 def _short(path: str) -> str:
     """Relative to the current folder where that is shorter to read."""
+    if "://" in path:
+        return path
     absolute = Path(path).absolute()
     here = Path.cwd()
     return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else str(absolute)

@@ -11,6 +11,7 @@ import json
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import islice
@@ -28,7 +29,7 @@ from model.errors import InputError, UnavailableError
 from model.query import Event, Query
 from model.recommender import Recommender
 from model.settings import SettingsBase
-from model.store import ModelStore
+from model.store import ModelStore, driver_options, files_at, said_in_one_sentence
 
 __all__ = ["BatchRecommendSettings", "run"]
 
@@ -122,7 +123,7 @@ def run(
         parts = total = 0
         everybody = _users(clean, recommender.max_history, wanted)
         while part := list(islice(everybody, config.users_per_part)):
-            name = f"part-{parts:05d}.parquet"
+            name = part_name(parts)
             parts, total = parts + 1, total + len(part)
             if target.has(batch, name):
                 continue
@@ -222,16 +223,23 @@ def _log_end(clean: Path) -> int:
 
 
 def _listed(users: str) -> list[str]:
+    def sentence(reason: str) -> str:
+        return f"list of users {users} cannot be read: {reason}"
+
     try:
-        if users.endswith(".parquet"):
-            with fsspec.open(users, "rb") as f:
-                return [
-                    str(u) for u in pq.read_table(f, columns=["user_id"])["user_id"].to_pylist()
-                ]
-        with fsspec.open(users, "rt", encoding="utf-8") as f:
-            found = [line.strip() for line in f if line.strip()]
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        raise InputError(f"list of users {users} cannot be read: {error}") from None
+        with said_in_one_sentence(sentence), fsspec.open(users, "rb", **driver_options(users)) as f:
+            if users.endswith(".parquet"):
+                column = pq.read_table(f, columns=["user_id"])["user_id"]
+                found = [str(user) for user in column.to_pylist()]
+            else:
+                lines = f.read().decode("utf-8").splitlines()
+                found = [line.strip() for line in lines if line.strip()]
+    except UnavailableError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise InputError(sentence("there is no such file")) from None
+        raise
+    except (ValueError, KeyError, ImportError, pa.ArrowException) as error:
+        raise InputError(sentence(str(error))) from None
     if not found:
         raise InputError(f"list of users {users} is empty")
     return found
@@ -245,22 +253,22 @@ def _digest(users: Iterable[str]) -> str:
 
 
 class Batches:
-    """A folder or an address below which every batch has a folder; all files appear whole."""
+    """A folder or an address below which every batch has a folder; all files appear whole.
+
+    Methods raise `UnavailableError` when it cannot be read or written.
+    """
 
     def __init__(self, address: str, work: Path) -> None:
         """Reach the address; nothing is written yet.
 
         Args:
             work: folder for files under way.
+
+        Raises:
+            InputError: it is of an unknown kind.
         """
         self.address, self._work = address, work
-        try:
-            self._fs, self._root = fsspec.url_to_fs(address)
-        except (ValueError, ImportError) as error:
-            raise InputError(f"output {address}: {error}") from None
-        self._local = "file" in (
-            self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,)
-        )
+        self._files = files_at(address, "output")
 
     def begin(self, plan: dict[str, Any], run_id: str) -> str:
         """Name of the batch: one of this plan that was begun, or a new one."""
@@ -273,27 +281,42 @@ class Batches:
         now = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
         # Ids of local runs begin with their time already.
         batch = run_id if _DATED.match(run_id) else "-".join(filter(None, [now, run_id]))
-        if self._call(self._fs.exists, f"{self._root}/{batch}"):
+        if self.has(batch, PLAN):
             raise InputError(f"output {self.address} has a batch {batch} already: run it again")
         self._put(f"{batch}/{PLAN}", plan)
         return batch
 
     def has(self, batch: str, name: str) -> bool:
-        return bool(self._call(self._fs.exists, f"{self._root}/{batch}/{name}"))
+        with self._errors():
+            return self._files.has(f"{batch}/{name}")
 
     def write(self, batch: str, name: str, rows: Iterable[pa.RecordBatch]) -> None:
         path = self._work / name
-        with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
+        with (
+            said_in_one_sentence(lambda reason: f"{path} cannot be written ({reason})"),
+            pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer,
+        ):
             for part in rows:
                 writer.write_batch(part)
-        self._move(path, f"{batch}/{name}")
+        with self._errors():
+            self._files.put(path, f"{batch}/{name}")
+        path.unlink()
 
     def finish(self, batch: str, record: dict[str, Any], keep: int) -> None:
         """Say that a batch is whole, make it the latest, remove what is older than `keep` batches.
 
         Names begin with their time. An old batch that was gone on with replaces no newer one, and
         one that is not whole may be under way: it stays for `ABANDONED`.
+
+        Raises:
+            UnavailableError: parts are gone; another run of the same plan makes them anew.
         """
+        names = [part_name(n) for n in range(record["parts"])]
+        if gone := [name for name in names if not self.has(batch, name)]:
+            raise UnavailableError(
+                f"output {self.address}/{batch} lacks {gone[0]} ({len(gone)} of {len(names)} "
+                "parts), which had been written: somebody removed it; run again to make it anew"
+            )
         self._put(f"{batch}/{DONE}", record)
         whole = sorted(self._with(DONE), reverse=True)
         if batch == whole[0]:
@@ -303,14 +326,13 @@ class Batches:
             for old in self._with(PLAN):
                 ended = old in whole or old < abandoned
                 if ended and old < whole[keep - 1] and old != batch:
-                    self._call(self._fs.rm, f"{self._root}/{old}", recursive=True)
+                    with self._errors():
+                        self._files.remove(old)
 
     def _check_latest(self) -> None:
         """Somebody else's file is not overwritten."""
-        if not self._call(self._fs.exists, f"{self._root}/{LATEST}"):
-            return
         found = self._read(LATEST)
-        if not isinstance(found, dict) or "batch" not in found:
+        if found is not None and (not isinstance(found, dict) or "batch" not in found):
             raise InputError(
                 f"{self.address}/{LATEST} is not of this program: give the batches an output of "
                 "their own"
@@ -318,36 +340,30 @@ class Batches:
 
     def _with(self, name: str) -> set[str]:
         """Batches that have this file."""
-        self._fs.invalidate_cache()
-        found = self._call(self._fs.glob, f"{self._root}/*/{name}")
-        batches = (str(path).split("/")[-2] for path in found)
+        with self._errors():
+            found = self._files.find(f"*/{name}")
+        batches = (path.split("/")[-2] for path in found)
         return {batch for batch in batches if _DATED.match(batch)}
 
     def _put(self, name: str, content: dict[str, Any]) -> None:
-        path = self._work / Path(name).name
-        path.write_text(json.dumps(content, indent=1) + "\n")
-        self._move(path, name)
-
-    def _move(self, path: Path, name: str) -> None:
-        target = f"{self._root}/{name}"
-        if not self._local:
-            self._call(self._fs.put_file, str(path), target)
-            return
-        # Perhaps another file system: copied beside its place first, then renamed.
-        folder, _, last = target.rpartition("/")
-        self._call(self._fs.makedirs, folder, exist_ok=True)
-        self._call(self._fs.put_file, str(path), f"{folder}/.{last}")
-        self._call(Path(f"{folder}/.{last}").replace, target)
+        with self._errors():
+            self._files.write(name, (json.dumps(content, indent=1) + "\n").encode())
 
     def _read(self, name: str) -> Any:
+        """The JSON in a file, None if it is not there."""
+        with self._errors():
+            found = self._files.read(name)
         try:
-            return json.loads(self._call(self._fs.cat_file, f"{self._root}/{name}"))
+            return None if found is None else json.loads(found[0])
         except ValueError as error:
             raise InputError(f"{self.address}/{name} cannot be read: {error}") from None
 
-    def _call(self, function: Any, *arguments: Any, **keywords: Any) -> Any:
-        try:
-            return function(*arguments, **keywords)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise UnavailableError(f"output {self.address} cannot be used ({reason})") from None
+    def _errors(self) -> AbstractContextManager[None]:
+        return said_in_one_sentence(
+            lambda reason: f"output {self.address} cannot be used ({reason})"
+        )
+
+
+def part_name(number: int) -> str:
+    """Of a batch's part, from 0."""
+    return f"part-{number:05d}.parquet"

@@ -1,11 +1,12 @@
 """Deploy: a bundle that passed the gate becomes the champion of the model store."""
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from components.deploy.kserve import (
     Canary,
@@ -15,11 +16,13 @@ from components.deploy.kserve import (
     canary_of,
 )
 from components.deploy.release import RELEASED, Releaser
-from components.deploy.watch import ReleaseSettings
+from components.deploy.watch import ReleaseSettings, web_address
 from model import bundle as bundles
 from model.errors import BundleError, InputError, UnavailableError
 from model.settings import SettingsBase
 from model.store import Champion, Lineage, ModelStore
+
+_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
 
 class DeploySettings(SettingsBase):
@@ -34,6 +37,18 @@ class DeploySettings(SettingsBase):
     # running service, watched after the promotion; the champion of before is put back if it fails.
     service_url: str = ""
     release: ReleaseSettings = ReleaseSettings()
+
+    @field_validator("service", "namespace")
+    @classmethod
+    def _is_name(cls, name: str) -> str:
+        if name and not _NAME.fullmatch(name):
+            raise ValueError("must be a name in Kubernetes: small letters, digits and -")
+        return name
+
+    @field_validator("service_url")
+    @classmethod
+    def _is_web_address(cls, address: str) -> str:
+        return web_address(address)
 
 
 def run(

@@ -1,6 +1,7 @@
 """Watching a candidate that serves: test requests, and what Prometheus knows of its own pods."""
 
 import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,17 @@ SEARCH_SECONDS = 0.1  # between test requests while none has met the candidate
 WINDOW_SECONDS = 120.0  # that Prometheus looks back, at most
 RELEASE_SECONDS = 7200  # of the step's pod: five waits of `ready_seconds` at most, and the watch
 SPARE_SECONDS = 600  # of them for all else
+
+
+def web_address(address: str) -> str:
+    """The address, "" for none.
+
+    Raises:
+        ValueError: it is none that can be asked over HTTP.
+    """
+    if address and not re.match(r"https?://[^/?#]", address):
+        raise ValueError("must be http://HOST… or https://HOST…")
+    return address
 
 
 class ReleaseSettings(SettingsBase):
@@ -52,6 +64,11 @@ class ReleaseSettings(SettingsBase):
                 f"{RELEASE_SECONDS} s, {SPARE_SECONDS} of which it needs for the rest"
             )
         return self
+
+    @field_validator("prometheus")
+    @classmethod
+    def _is_web_address(cls, address: str) -> str:
+        return web_address(address)
 
     @field_validator("error_query", "p99_query")
     @classmethod

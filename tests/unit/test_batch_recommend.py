@@ -16,6 +16,7 @@ from model.query import Event, Query
 from model.recommender import Recommender
 from model.store import Lineage, ModelStore
 from tests import synthetic
+from tests.servers import S3Server
 
 TRAIN = {"max_epochs": 1, "network": {"embedding": 4, "hidden": 4, "control": 2}}
 USERS = 30
@@ -105,41 +106,93 @@ def test_seen_items_are_left_out_when_asked(world, tmp_path):
         assert {r[1] for r in rows} == {f"i{j:03d}" for j in range(10)} - seen
 
 
+# Attempts in processes of their own, each killed before another change of the output.
 KILLED = """
-import os, sys
+import os, signal, sys
 from pathlib import Path
 from components.batch_recommend import steps
-clean, store, output, summary = sys.argv[1:]
-whole, written = steps.Batches.write, []
-def write(self, batch, name, rows):
-    if len(written) == 2:
-        os.kill(os.getpid(), 9)
-    written.append(name)
-    whole(self, batch, name, rows)
-steps.Batches.write = write
-settings = {"num_results": 3, "users_per_part": 7}
-steps.run(Path(clean), store, output, Path(summary), settings=settings)
+from model.store import _Folder
+
+def attempt(output, point):
+    changes = 0
+    def dies(wrapped):
+        def call(*arguments):
+            nonlocal changes
+            if changes == point:
+                os.kill(os.getpid(), signal.SIGKILL)
+            changes += 1
+            return wrapped(*arguments)
+        return call
+    for change in ("write", "put"):
+        setattr(_Folder, change, dies(getattr(_Folder, change)))
+    settings = {"num_results": 3, "users_per_part": 7}
+    steps.run(Path(clean), store, output, Path(output + "-summary"), settings=settings)
+
+clean, store, points, *outputs = sys.argv[1:]
+for point, output in zip(map(int, points.split(",")), outputs, strict=True):
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            attempt(output, point)
+            code = 0
+        finally:
+            os._exit(code)
+    print("code", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+CHANGES = ("plan", *(f"part {n}" for n in range(5)), "summary", "pointer")
 
 
-def _killed(world, output, summary):
+def _killed(world, points):
+    """Exit codes of attempts that are killed: {output: number of changes made before}."""
     clean, store, _ = world
-    arguments = (clean, store.uri, output, summary)
-    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False, timeout=240)
-    assert done.returncode == -9
+    arguments = (clean, store.uri, ",".join(map(str, points.values())), *points)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, *map(str, arguments)],
+        check=True,
+        timeout=240,
+        capture_output=True,
+        text=True,
+    )
+    lines = done.stdout.splitlines()
+    return [int(line.split()[1]) for line in lines if line.startswith("code ")]
 
 
-def test_a_batch_that_was_killed_goes_on_with_what_is_missing(world, tmp_path):
-    output = tmp_path / "out"
-    _killed(world, output, tmp_path / "s")
-    (batch,) = output.iterdir()  # and no pointer to it
-    parts = sorted(batch.glob("part-*"))
-    assert len(parts) == 2
-    assert not (batch / "_summary.json").exists()
-    before = [p.stat().st_mtime_ns for p in parts]
-    record = _run(world, tmp_path, run_id="another-run")
-    assert record["batch"] == batch.name
-    assert [p.stat().st_mtime_ns for p in parts] == before
+def test_a_batch_that_was_killed_before_any_change_goes_on_with_what_is_missing(world, tmp_path):
+    last = len(CHANGES)
+    points = {tmp_path / f"killed-{n}": n for n in (0, 1, 3, last - 2, last - 1, last)}
+    assert _killed(world, points) == [-9] * 5 + [0]
+    whole = _lists(tmp_path / f"killed-{len(CHANGES)}")
+    for output, made in list(points.items())[:-1]:
+        assert not (output / "latest.json").exists()  # nobody is led to a half one
+        parts = sorted(output.glob("*/part-*"))
+        assert len(parts) == min(max(made - 1, 0), 5)
+        assert len(list(output.glob("*/_summary.json"))) == (made == len(CHANGES) - 1)
+        before = [p.stat().st_mtime_ns for p in parts]
+        record = _run(world, tmp_path, output.name, run_id="another-run")
+        assert _lists(output) == whole
+        assert len(_lists(output)) == USERS
+        if 0 < made < len(CHANGES) - 1:  # gone on with
+            assert record["batch"] == next(iter(output.glob("*/_plan.json"))).parent.name
+            assert [p.stat().st_mtime_ns for p in parts] == before
+
+
+def test_a_part_that_vanished_is_missed_before_the_batch_is_said_to_be_whole(
+    world, tmp_path, monkeypatch
+):
+    write, output = steps.Batches.write, tmp_path / "out"
+
+    def write_and_lose(self, batch, name, rows):
+        write(self, batch, name, rows)
+        if name == steps.part_name(2):
+            (output / batch / steps.part_name(0)).unlink()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps.Batches, "write", write_and_lose)
+        with pytest.raises(UnavailableError, match=r"lacks part-00000\.parquet \(1 of 5 parts\)"):
+            _run(world, tmp_path)
+    assert not (output / "latest.json").exists()
+    _run(world, tmp_path)
     assert len(_lists(output)) == USERS
 
 
@@ -163,7 +216,7 @@ def test_every_run_of_a_schedule_has_a_folder_of_its_own(world, tmp_path):
 def test_while_a_batch_is_under_way_the_latest_is_the_one_before(world, tmp_path):
     output = tmp_path / "out"
     whole = _run(world, tmp_path)
-    _killed(world, output, tmp_path / "s")
+    assert _killed(world, {output: 3}) == [-9]
     assert _latest(output).name == whole["batch"]
 
 
@@ -240,3 +293,39 @@ def test_output_on_an_object_store(world, tmp_path):
     assert json.loads(fs.cat_file(f"{root}/latest.json"))["batch"] == record["batch"]
     assert len(fs.glob(f"{root}/*/part-*.parquet")) == 3
     assert record["output"] == f"{address}/{record['batch']}"
+
+
+def test_output_on_s3_has_the_stores_deadlines_and_says_what_is_wrong(world, tmp_path, monkeypatch):
+    import s3fs
+
+    clean, store, _ = world
+    server = S3Server("mails")
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+
+    def go(output, **more):
+        settings = {"users_per_part": 10, "keep": 1}
+        return steps.run(clean, store.uri, output, tmp_path / "s", settings=settings, **more)
+
+    try:
+        first = go("s3://mails/daily", run_id="a")
+        fs = s3fs.S3FileSystem()
+        fs.pipe("mails/list.txt", b"u1\nu2\n")
+        second = go("s3://mails/daily", run_id="b", users="s3://mails/list.txt")
+        assert (first["num_users"], second["num_users"]) == (USERS, 2)
+        assert json.loads(fs.cat_file("mails/daily/latest.json"))["batch"] == second["batch"]
+        fs.invalidate_cache()
+        assert [p.split("/")[-2] for p in fs.glob("mails/daily/*/_plan.json")] == [second["batch"]]
+        with pytest.raises(UnavailableError, match="output s3://none/daily cannot be used"):
+            go("s3://none/daily")
+        with pytest.raises(InputError, match=r"s3://mails/none\.txt cannot be read"):
+            go("s3://mails/daily", users="s3://mails/none.txt")
+        server.kill()
+        with pytest.raises(UnavailableError, match="output s3://mails/daily cannot be used"):
+            go("s3://mails/daily")
+        with pytest.raises(UnavailableError, match=r"list of users s3://mails/list\.txt cannot"):
+            go("s3://mails/daily", users="s3://mails/list.txt")
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()
+        server.close()

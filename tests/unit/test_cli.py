@@ -1,17 +1,24 @@
 """The command line: bad input is one clear sentence, an exit code, and never a traceback."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
-from model.errors import InputError
+from model.errors import InputError, UnavailableError
+from pipelines import cli
 from pipelines.cli import app, parse_time
-from pipelines.settings import BATCH, REFRESH, SECTIONS, TRAINING
+from pipelines.local_checks import check_training
+from pipelines.settings import BATCH, REFRESH, SECTIONS, TRAINING, load
+from tests.http_server import Handler, HttpServer
+from tests.unit.test_store import make_bundle
 
 
 def hrnn(*arguments, cwd=None):
@@ -26,11 +33,19 @@ def hrnn(*arguments, cwd=None):
 
 
 def refused(*arguments, code=2):
-    done = hrnn(*arguments)
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
-    return done.stderr
+    """What the entry point says; in this process, as imports take most of the time."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["hrnn", *map(str, arguments)]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as ended,
+    ):
+        cli.main()
+    assert ended.value.code == code, err.getvalue()
+    assert "Traceback" not in err.getvalue()
+    assert out.getvalue() == ""
+    return err.getvalue()
 
 
 def test_help_names_every_command_and_loads_nothing_heavy():
@@ -60,13 +75,67 @@ def test_help_names_every_command_and_loads_nothing_heavy():
         (["--set", "train.seed=many"], "train.seed"),
         (["--set", "train.network.hidden=[1"], "is not a value"),
         (["--settings", "none.yaml"], "--settings none.yaml: No such file"),
+        (["--set", "train.warm_start=20200101T000000Z-0"], "no version '20200101T000000Z-0'"),
+        (["--set", "train.warm_start=some/bundle"], "train.warm_start: 'some/bundle' is not"),
+        (["--set", "deploy.service=Hrnn_Meta"], "must be a name in Kubernetes"),
+        (["--set", "deploy.service=hrnn-meta"], "give --model-store an address"),
+        (["--set", "deploy.service_url=here:8080"], "must be http://HOST"),
+        (["--set", "deploy.service_url=http://u:PW@h"], "deploy.service_url: an address with a"),
+        (["--model-store", "nonsense://x"], "nonsense://x"),
+        (["--model-store", "s3://key:PW@bucket/x"], "--model-store: an address with a password"),
+        (["--interactions", "https://u:PW@host/log.csv"], "--interactions: an address with a"),
+        (["--interactions", "s3://b/l", "--items", "https://h/i?sig=PW"], "--items: an address"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_starts(arguments, message, tmp_path):
     stderr = refused("run", "--workspace", tmp_path / "ws", *arguments)
     assert message in stderr
+    assert "PW" not in stderr
     assert len(stderr.strip().splitlines()) == 1
     assert not (tmp_path / "ws").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "has no champion: deploy a model first"),
+        (["--version", "v9"], "no version 'v9'"),
+        (["--version", "../x"], "'../x' is not the name of a version"),
+        (["--output", "https://h/o?X-Amz-Signature=PW"], "--output: an address with a password"),
+        (["--user-list", "https://u:PW@h/list"], "--user-list: an address with a password"),
+    ],
+)
+def test_a_batch_that_cannot_be_made_is_refused_before_anything_starts(
+    arguments, message, tmp_path
+):
+    stderr = refused(
+        "batch-recommend", "--output", tmp_path / "o", "--workspace", tmp_path / "ws", *arguments
+    )
+    assert message in stderr
+    assert "PW" not in stderr
+    assert not (tmp_path / "ws").exists()
+
+
+def test_servers_that_a_release_needs_are_asked_before_anything_starts(tmp_path):
+    nobody = "http://127.0.0.1:9"
+    with pytest.raises(UnavailableError, match=r"deploy\.service_url=.*nobody answers there"):
+        check_training(load(None, [f"deploy.service_url={nobody}"]), str(tmp_path / "models"))
+    with HttpServer(Handler) as server:  # whatever it answers
+        asked = [f"deploy.service_url={server.address}"]
+        check_training(load(None, asked), str(tmp_path / "models"))
+        with pytest.raises(UnavailableError, match=r"deploy\.release\.prometheus=.*nobody"):
+            asked.append(f"deploy.release.prometheus={nobody}")
+            check_training(load(None, asked), str(tmp_path / "models"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UnavailableError, match="Not a directory"):
+        check_training(load(), str(tmp_path / "file"))
+
+
+def test_a_bundles_folder_to_start_from_is_found_by_steps_that_run_elsewhere(tmp_path, monkeypatch):
+    make_bundle(tmp_path / "older", "v1")
+    monkeypatch.chdir(tmp_path)
+    checked = check_training(load(None, ["train.warm_start=older"]), str(tmp_path / "models"))
+    assert checked.to_json()["train"]["warm_start"] == str(tmp_path / "older")
 
 
 GOOD_ROWS = "user_id,item_id,timestamp\n" + "\n".join(

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import http.client
+import io
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from model import bundle as bundles
 from model import store as stores
 from model.errors import BundleError, ConflictError, InputError, UnavailableError
 from model.store import Lineage, ModelStore
+from pipelines.tables import versions_table
 from tests.http_server import Handler, HttpServer
 
 
@@ -538,6 +540,30 @@ def test_a_broken_pointer_is_said_and_can_be_mended(store, bundle_of, content):
         store.champion()
     _delete(store, "champion.json")
     assert store.promote("v1").previous is None
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"metrics": 5}', '{"no_such": 1}'])
+def test_records_that_were_edited_by_hand_are_named_and_the_others_go_on(store, bundle_of, content):
+    for n in range(1, 5):
+        store.publish(bundle_of(f"v{n}", created=f"2026-01-0{n}T00:00:00+00:00"), Lineage())
+        store.record(f"v{n}", "run", "released")
+    store.promote("v4")
+    store._files.write("lineage/v3.json", content.encode())
+    store._files.write("releases/v3/run.json", content.encode())
+    store.record("v3", "run-2", "rolled_back")
+    found = {v.version: v for v in store.versions()}
+    assert list(found) == ["v4", "v3", "v2", "v1"]
+    assert found["v3"].lineage is None
+    assert "/lineage/v3.json is not a lineage record" in found["v3"].problem
+    assert [r.state for r in found["v3"].releases] == ["rolled_back", "unreadable"]
+    assert "/releases/v3/run.json is not a release record" in found["v3"].releases[1].reason
+    assert not any(found[v].problem for v in ("v1", "v2", "v4"))
+    assert store.version("v3").state == "rolled_back"
+    versions_table(store.versions(), io.StringIO())
+    with pytest.raises(UnavailableError, match=r"releases/v3/run\.json .*delete it"):
+        store.release("v3", "run")  # whether it may go on, that run has to know
+    assert store.retain(1) == ["v3", "v2", "v1"]
+    assert [v.version for v in store.versions()] == ["v4"]
 
 
 def test_a_deleted_champion_is_a_clear_error_and_the_rest_goes_on(store, bundle_of, tmp_path):
