@@ -57,7 +57,8 @@ from model.splits import (
 )
 from model.tables import Log
 from model.training import TrainSettings, fit
-from model.trends import ResolvedTrend, TrendSettings, TrendTable, choose_trend
+from model.trend_table import TrendTable
+from model.trends import ResolvedTrend, TrendSettings, choose_trend
 
 # What each ablation changes in the training settings.
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -22,27 +22,34 @@ from model.errors import BundleError, InputError
 from model.fields import FieldBags
 from model.hrnn import TrainedHRNN
 from model.inputs import InputEncodings
+from model.manifest import (
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST,
+    Manifest,
+    digest_of_file,
+    parse_manifest,
+    verify,
+)
 from model.network import HRNNMeta
 from model.schema import Schema
 from model.training import TrainSettings
 from model.transitions import Transitions
 from model.trends import ResolvedTrend, TrendSnapshot
 
-FORMAT = "hrnn-meta-bundle"
-FORMAT_VERSION = 4
-MANIFEST = "manifest.json"
+__all__ = [
+    "FORMAT",
+    "FORMAT_VERSION",
+    "MANIFEST",
+    "Bundle",
+    "Manifest",
+    "load",
+    "parse_manifest",
+    "save",
+    "verify",
+]
+
 TRANSITIONS = "transitions.safetensors"
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """Contents of `manifest.json`; `files` maps a file's name to its SHA-256."""
-
-    format: str
-    format_version: int
-    model_version: str
-    created: str
-    files: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -96,13 +103,13 @@ def save(
                 "trend": None if model.trend is None else asdict(model.trend),
             },
         )
-        files = {f.name: _digest(f) for f in sorted(work.iterdir())}
+        files = {f.name: digest_of_file(f) for f in sorted(work.iterdir())}
         created = datetime.now(UTC)
         digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:8]
         version = f"{created:%Y%m%dT%H%M%SZ}-{digest}"
         card = _model_card(version, model, catalogue, metrics)
         (work / "MODEL_CARD.md").write_text(card)
-        files["MODEL_CARD.md"] = _digest(work / "MODEL_CARD.md")
+        files["MODEL_CARD.md"] = digest_of_file(work / "MODEL_CARD.md")
         manifest = Manifest(FORMAT, FORMAT_VERSION, version, created.isoformat(), files)
         _write_json(work / MANIFEST, asdict(manifest))
         work.chmod(0o755)
@@ -112,53 +119,6 @@ def save(
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
-    return manifest
-
-
-def parse_manifest(content: bytes, where: str) -> Manifest:
-    """Read a manifest's text and check format, version and file names.
-
-    Raises:
-        BundleError: says which check failed; `where` is the bundle it is of.
-    """
-    try:
-        manifest = Manifest(**json.loads(content))
-    except (ValueError, TypeError) as error:
-        raise BundleError(f"{where}/{MANIFEST} is not a bundle manifest: {error}") from None
-    if manifest.format != FORMAT:
-        raise BundleError(f"{where} holds a {manifest.format!r}, not a {FORMAT}")
-    if manifest.format_version != FORMAT_VERSION:
-        raise BundleError(
-            f"{where} has bundle format {manifest.format_version}; this release reads "
-            f"{FORMAT_VERSION}: retrain, or serve it with the release that wrote it"
-        )
-    if not isinstance(manifest.files, dict):
-        raise BundleError(f"{where}/{MANIFEST}: 'files' is not an object")
-    for name in manifest.files:
-        if Path(name).name != name:
-            raise BundleError(f"{where}/{MANIFEST} names a file outside the bundle: {name!r}")
-    return manifest
-
-
-def verify(path: Path) -> Manifest:
-    """Check format, version, file list and every digest, reading no file's contents otherwise.
-
-    Raises:
-        BundleError: says which check failed.
-    """
-    try:
-        content = (path / MANIFEST).read_bytes()
-    except FileNotFoundError:
-        raise BundleError(f"{path} is not a model bundle: it has no {MANIFEST}") from None
-    manifest = parse_manifest(content, str(path))
-    for name, digest in manifest.files.items():
-        if not (path / name).is_file():
-            raise BundleError(f"{path} is incomplete: {name} is missing")
-        if _digest(path / name) != digest:
-            raise BundleError(f"{path / name} does not match its digest: corrupt or changed")
-    extra = {f.name for f in path.iterdir()} - manifest.files.keys() - {MANIFEST}
-    if extra:
-        raise BundleError(f"{path} holds files that its manifest does not list: {sorted(extra)}")
     return manifest
 
 
@@ -203,11 +163,6 @@ def load(path: Path) -> Bundle:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n")
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _model_card(

@@ -15,7 +15,8 @@ from model.inputs import InputEncodings, Positions
 from model.network import Encoded, HRNNMeta
 from model.sequences import Batch, Histories, bptt_batches
 from model.transitions import Transitions
-from model.trends import ResolvedTrend, TrendTable
+from model.trend_table import TrendTable
+from model.trends import ResolvedTrend
 
 
 @dataclass

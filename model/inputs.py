@@ -23,7 +23,7 @@ from model.repeats import SeenItems, next_same
 from model.schema import FieldKind, Schema
 from model.sequences import Histories
 from model.settings import SettingsBase
-from model.trends import TrendTable
+from model.trend_table import TrendTable
 from model.values import running_tastes
 
 MAX_DEVIATIONS = 1e4  # of a value; in a log of n events none is further than √n from the mean

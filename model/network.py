@@ -19,7 +19,7 @@ from model.rows import StepRows
 from model.sequences import Histories
 from model.settings import SettingsBase
 from model.transitions import TransitionPrior
-from model.trends import TrendTable
+from model.trend_table import TrendTable
 from model.values import ValueHead
 
 

@@ -21,7 +21,7 @@ from model.repeats import SeenItems
 from model.sampling import AliasSampler
 from model.sequences import Histories
 from model.transitions import Transitions
-from model.trends import TrendTable
+from model.trend_table import TrendTable
 
 
 @dataclass(frozen=True)

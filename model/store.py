@@ -37,7 +37,7 @@ import fsspec
 import fsspec.asyn
 from fsspec import AbstractFileSystem
 
-from model import bundle as bundles
+from model import manifest as manifests
 from model.errors import BundleError, ConflictError, InputError, UnavailableError
 
 CHAMPION, VERSIONS, LINEAGE, LOCK = "champion.json", "versions", "lineage", ".lock"
@@ -210,20 +210,20 @@ class ModelStore:
         if manifest is None:
             raise InputError(f"the model store {self.uri} holds no version {version!r}")
         if (own := self._files.local(f"{VERSIONS}/{version}")) is not None:
-            bundles.verify(own)
+            manifests.verify(own)
             return own
         target = folder / version
         if target.exists():
             try:
-                bundles.verify(target)
+                manifests.verify(target)
             except BundleError:
                 shutil.rmtree(target)  # a damaged copy; the store has the whole one
             else:
                 return target
         with self._errors("read"), _beside(target) as work:
-            for name in (*manifest.files, bundles.MANIFEST):
+            for name in (*manifest.files, manifests.MANIFEST):
                 self._files.download(f"{VERSIONS}/{version}/{name}", work / name)
-            bundles.verify(work)
+            manifests.verify(work)
             _rename(work, target)
         return target
 
@@ -238,7 +238,7 @@ class ModelStore:
         Raises:
             BundleError: the bundle, or the copy in the store, is damaged.
         """
-        manifest = bundles.verify(bundle)
+        manifest = manifests.verify(bundle)
         version = _checked(manifest.model_version)
         with self._errors("written"):
             if self._manifest(version) is None:
@@ -371,14 +371,14 @@ class ModelStore:
         for old in self.versions()[keep:]:
             place = f"{VERSIONS}/{old.version}"
             with self._errors("written", CHAMPION_STANDS), self._files.exclusive():
-                manifest = self._files.read(f"{place}/{bundles.MANIFEST}")
+                manifest = self._files.read(f"{place}/{manifests.MANIFEST}")
                 if manifest is None or self._in_use(old.version):
                     continue
                 # Whoever promotes it now on a store without a lock is seen at the second look,
                 # or sees that the manifest is gone and takes his change back.
-                self._files.remove_file(f"{place}/{bundles.MANIFEST}")
+                self._files.remove_file(f"{place}/{manifests.MANIFEST}")
                 if self._in_use(old.version):
-                    self._files.write(f"{place}/{bundles.MANIFEST}", manifest[0])
+                    self._files.write(f"{place}/{manifests.MANIFEST}", manifest[0])
                     continue
                 self._files.remove(place)
             removed.append(old.version)
@@ -572,15 +572,15 @@ class ModelStore:
             checking=champion.checking if champion and champion.version == version else None,
         )
 
-    def _manifest(self, version: str) -> bundles.Manifest | None:
+    def _manifest(self, version: str) -> manifests.Manifest | None:
         """The manifest of a version; None while it is not (completely) there."""
         with self._errors("read"):
-            stored = self._files.read(f"{VERSIONS}/{version}/{bundles.MANIFEST}")
+            stored = self._files.read(f"{VERSIONS}/{version}/{manifests.MANIFEST}")
         if stored is None:
             return None
-        return bundles.parse_manifest(stored[0], f"{self.uri}/{VERSIONS}/{version}")
+        return manifests.parse_manifest(stored[0], f"{self.uri}/{VERSIONS}/{version}")
 
-    def _check_digests(self, version: str, manifest: bundles.Manifest) -> None:
+    def _check_digests(self, version: str, manifest: manifests.Manifest) -> None:
         for name, digest in manifest.files.items():
             with self._errors("read"):
                 found = self._files.digest(f"{VERSIONS}/{version}/{name}")
@@ -661,7 +661,7 @@ class Files(Protocol):
     def list(self, path: str) -> list[str]: ...
     def size(self, path: str) -> int | None: ...  # of what is below; None: nothing (any more)
     def digest(self, path: str) -> str | None: ...
-    def upload(self, bundle: Path, manifest: bundles.Manifest, path: str) -> None: ...
+    def upload(self, bundle: Path, manifest: manifests.Manifest, path: str) -> None: ...
     def download(self, path: str, target: Path) -> None: ...
     def local(self, path: str) -> Path | None: ...
     def remove_file(self, path: str) -> None: ...
@@ -761,12 +761,12 @@ class _Folder:
         except FileNotFoundError:
             return None
 
-    def upload(self, bundle: Path, manifest: bundles.Manifest, path: str) -> None:
+    def upload(self, bundle: Path, manifest: manifests.Manifest, path: str) -> None:
         with _beside(self.root / path) as work:
-            for name in (*manifest.files, bundles.MANIFEST):
+            for name in (*manifest.files, manifests.MANIFEST):
                 shutil.copyfile(bundle / name, work / name)
                 _sync(work / name)
-            bundles.verify(work)
+            manifests.verify(work)
             with self.exclusive():
                 _rename(work, self.root / path)
         _sync((self.root / path).parent)
@@ -786,7 +786,9 @@ class _Folder:
 
     def clear_abandoned(self, path: str, seconds: float) -> None:
         begun = (self.root / path).glob(".*-incoming-*")
-        half = (f for f in (self.root / path).glob("[!.]*") if not (f / bundles.MANIFEST).exists())
+        half = (
+            f for f in (self.root / path).glob("[!.]*") if not (f / manifests.MANIFEST).exists()
+        )
         for work in (*begun, *half):  # uploads and removals that were killed
             with contextlib.suppress(FileNotFoundError):
                 if work.stat().st_mtime < time.time() - seconds:
@@ -895,9 +897,9 @@ class _Objects:
             return None
         return hasher.hexdigest()
 
-    def upload(self, bundle: Path, manifest: bundles.Manifest, path: str) -> None:
+    def upload(self, bundle: Path, manifest: manifests.Manifest, path: str) -> None:
         # The manifest last: without it the version does not exist.
-        for name in (*manifest.files, bundles.MANIFEST):
+        for name in (*manifest.files, manifests.MANIFEST):
             self.put(bundle / name, f"{path}/{name}")
 
     def download(self, path: str, target: Path) -> None:
@@ -978,10 +980,10 @@ def _rename(work: Path, target: Path) -> None:
     except OSError:
         if not target.exists():
             raise
-        if not (target / bundles.MANIFEST).exists():  # half of one that was being removed
+        if not (target / manifests.MANIFEST).exists():  # half of one that was being removed
             shutil.rmtree(target, ignore_errors=True)
             work.rename(target)
-        bundles.verify(target)
+        manifests.verify(target)
 
 
 def _sync(path: Path) -> None:

@@ -35,7 +35,8 @@ from model.sequences import Batch, Histories, bptt_batches
 from model.ties import stored_order_matters
 from model.train_settings import Softmax, TrainSettings
 from model.transitions import Transitions
-from model.trends import ResolvedTrend, TrendTable
+from model.trend_table import TrendTable
+from model.trends import ResolvedTrend
 from model.values import item_means, item_tastes
 from model.warm_start import Start, warm_start
 

@@ -7,8 +7,8 @@ import httpx
 
 from components.deploy.steps import DeploySettings, on_cluster
 from components.warm_start.steps import CHAMPION, NONE, resolve
-from model.bundle import MANIFEST
 from model.errors import InputError, UnavailableError
+from model.manifest import MANIFEST
 from model.store import ModelStore
 from model.training import TrainSettings
 from pipelines.addresses import check_unsigned

@@ -10,8 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
-from model.bundle import MANIFEST
 from model.errors import BundleError, HrnnError, UnavailableError
+from model.manifest import MANIFEST
 from model.store import ModelStore
 from serving import metrics
 

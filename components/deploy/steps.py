@@ -17,8 +17,8 @@ from components.deploy.kserve import (
 )
 from components.deploy.release import RELEASED, Releaser
 from components.deploy.watch import ReleaseSettings, web_address
-from model import bundle as bundles
 from model.errors import BundleError, InputError, UnavailableError
+from model.manifest import verify
 from model.settings import SettingsBase
 from model.store import Champion, Lineage, ModelStore
 
@@ -78,7 +78,7 @@ def run(
     judged, measured = (json.loads(path.read_text()) for path in (verdict, evaluation))
     if judged.get("deploy") is not True:
         raise InputError("the gate refused this model: it is not deployed")
-    manifest = bundles.verify(bundle)
+    manifest = verify(bundle)
     if judged["model_version"] != manifest.model_version:
         raise InputError(
             f"the verdict is about {judged['model_version']}, not {manifest.model_version}"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from components.evaluate.document import CONFIDENCES
 from model.bootstrap import UserSums, comparisons_of, identity, intervals_of
 from model.evaluation import Outcomes
 from model.metrics import case_metrics
@@ -31,8 +32,6 @@ class Measured:
     against: dict[str, dict[str, dict[str, dict[str, Any]]]]
 
 
-# One-sided confidences that the gate may ask for, and their counterparts.
-CONFIDENCES = (0.8, 0.9, 0.95, 0.975, 0.99, 0.995)
 QUANTILES = tuple(sorted({*CONFIDENCES, *(round(1 - c, 3) for c in CONFIDENCES)}))
 
 

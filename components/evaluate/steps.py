@@ -11,6 +11,7 @@ from pydantic import Field
 
 from components.digests import code_digest, tables_digest
 from components.evaluate.champion import load_champion
+from components.evaluate.document import FORMAT, FORMAT_VERSION
 from components.evaluate.measure import Measured, measure
 from components.evaluate.report import render
 from components.evaluate.request_time import request_time_effect
@@ -38,7 +39,6 @@ from model.tables import Log
 from model.trends import ResolvedTrend
 
 REFERENCE, CANDIDATE, CHAMPION = "popularity", "hrnn", "champion"
-FORMAT, FORMAT_VERSION = "hrnn-meta-evaluation", 2
 COMPARABLE = "comparable"  # read-out: the cases of "every" that the champion was not trained on
 CutOff = Annotated[int, Field(ge=1)]
 

@@ -6,7 +6,7 @@ from typing import Literal, Self
 import yaml
 from pydantic import Field, model_validator
 
-from components.evaluate.measure import CONFIDENCES
+from components.evaluate.document import CONFIDENCES
 from model.errors import InputError
 from model.settings import SettingsBase
 

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from components.evaluate.steps import FORMAT, FORMAT_VERSION
+from components.evaluate.document import FORMAT, FORMAT_VERSION
 from components.gate.rules import GateSettings, Relative, Rule
 
 __all__ = ["GateSettings", "judge", "run"]

@@ -7,6 +7,8 @@ because training is not done again for the same inputs.
 from pathlib import Path
 
 from model.errors import InputError
+from model.manifest import MANIFEST, parse_manifest
+from model.store import ModelStore
 
 __all__ = ["CHAMPION", "NONE", "resolve"]
 
@@ -27,12 +29,8 @@ def resolve(wanted: str, model_store: str) -> str:
     """
     if wanted == NONE:
         return ""
-    # Heavy, and most runs start at random.
-    from model import bundle as bundles
-    from model.store import ModelStore
-
-    if (manifest := Path(wanted) / bundles.MANIFEST).exists():
-        return bundles.parse_manifest(manifest.read_bytes(), wanted).model_version
+    if (manifest := Path(wanted) / MANIFEST).exists():
+        return parse_manifest(manifest.read_bytes(), wanted).model_version
     if not model_store:
         raise InputError(
             f"train.warm_start: {wanted!r} is no bundle's folder, and no model store is given"

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from model.baselines.base import NextItemBaseline, smoothed_popularity
 from model.sequences import Histories
-from model.trends import ResolvedTrend, TrendSettings, TrendTable, choose_trend
+from model.trend_table import TrendTable
+from model.trends import ResolvedTrend, TrendSettings, choose_trend
 
 
 class Popularity(NextItemBaseline):

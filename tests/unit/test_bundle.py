@@ -11,6 +11,7 @@ import pytest
 from components.train import steps
 from model import bundle as bundles
 from model.errors import BundleError, InputError
+from model.manifest import digest_of_file
 from model.query import Event, ItemFilter, Query
 from model.recommender import Recommender
 from tests import synthetic
@@ -132,7 +133,7 @@ def _edit_manifest(path, **changes):
 
 
 def _resign(path):
-    files = {f.name: bundles._digest(f) for f in path.iterdir() if f.name != "manifest.json"}
+    files = {f.name: digest_of_file(f) for f in path.iterdir() if f.name != "manifest.json"}
     _edit_manifest(path, files=files)
 
 

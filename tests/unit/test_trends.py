@@ -6,13 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.trend_table import TrendTable
 from model.trends import (
     DAY,
     HOUR,
     ResolvedTrend,
     TrendSettings,
     TrendSnapshot,
-    TrendTable,
     _prequential_log_likelihood,
     choose_trend,
     items_for_choice,
