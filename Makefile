@@ -3,6 +3,7 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(if $(shell com
 VENV := .venv
 STAMP := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
+TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo serve test check compile golden clean
@@ -35,8 +36,8 @@ demo: $(STAMP) ## the whole main job on MovieLens-100K, from log to recommendati
 serve: $(STAMP) ## serve the deployed model on port 8080 until Ctrl-C
 	@$(VENV)/bin/hrnn serve
 
-test: $(DEV) ## run the tests
-	$(VENV)/bin/python -m pytest
+test: $(DEV) ## run the tests, by file in two processes
+	$(VENV)/bin/python -m pytest --numprocesses=$(TEST_PROCESSES) --dist=loadfile
 
 check: $(DEV) ## style and types
 	$(VENV)/bin/ruff check .

@@ -8,6 +8,11 @@ import pytest
 from feature_repo.settings import FeatureStoreSettings
 from tests.servers import PostgresServer, RedisServer
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The processors belong to several test processes: threads that wait for each other at the end
+    # of every small operator would wait for the other process's work.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Read by Spark's JVM when the first test needs it.
 os.environ.setdefault("SPARK_CONF_DIR", str(Path(__file__).with_name("spark")))
 
