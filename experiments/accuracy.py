@@ -421,7 +421,8 @@ def main(arguments: list[str] | None = None) -> int:
         for part in reversed(key.split(".")):
             nested = {part: nested}
         overrides = merged(overrides, nested)
-    PROTOCOLS[options.protocol](options, Log.read(options.clean), overrides)
+    lists = TrainSettings.parse(overrides).feedback.lists
+    PROTOCOLS[options.protocol](options, Log.read(options.clean, shown=lists), overrides)
     return 0
 
 

@@ -26,12 +26,22 @@ class FeedbackSettings(SettingsBase):
     reward_from_value: tuple[FiniteFloat, FiniteFloat] | None = None
     weight_from_value: tuple[FiniteFloat, FiniteFloat] | None = None
 
+    # Weight of the softmax over the list an item was chosen from, beside the one over all items;
+    # 0: what was shown and not chosen is not read.
+    shown_weight: Weight = 0.3
+    shown_items: Annotated[int, Field(ge=1)] = 50  # of a list that are read, those shown first
+
     @field_validator("reward_from_value", "weight_from_value")
     @classmethod
     def _two_values(cls, ends: tuple[float, float] | None) -> tuple[float, float] | None:
         if ends is not None and ends[0] == ends[1]:
             raise ValueError("the values that mean 0 and 1 must differ")
         return ends
+
+    @property
+    def lists(self) -> int:
+        """How many of the items that were shown with an event's are read."""
+        return self.shown_items if self.shown_weight else 0
 
     @property
     def has_rewards(self) -> bool:

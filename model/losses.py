@@ -129,6 +129,27 @@ def sampled_one_against_all(
     return _mean(reward_N * click_N + (1.0 - reward_N) * any_item_N, weight_N)
 
 
+def shown_softmax(
+    phi_N: Tensor, phi_R: Tensor, place_R: Tensor, weight_N: Tensor | None = None
+) -> Tensor:
+    """Mean of −log p(a | h, list): the chosen item against what else was on the list (§3.3).
+
+    A page that is shown without an action should make its items "more negative than similar quality
+    alternatives"; `one_against_all` names no item at r = 0 and cannot. Here a softmax runs over
+    the list alone, so that what was passed over falls below what was chosen from beside it, and
+    items that were not shown feel nothing. 0 where there is no list.
+
+    Args:
+        phi_N: φ of the chosen items.
+        phi_R: φ of the items passed over, R in all.
+        place_R: int64, of which of the N positions each is.
+    """
+    top_N = phi_N.detach().scatter_reduce(0, place_R, phi_R.detach(), "amax")
+    beside_N = torch.zeros_like(phi_N).index_add(0, place_R, torch.exp(phi_R - top_N[place_R]))
+    loss_N = top_N - phi_N + torch.log(torch.exp(phi_N - top_N) + beside_N)
+    return _mean(loss_N, weight_N)
+
+
 def rating_regression(
     value_N: Tensor, predicted_N: Tensor, weight_N: Tensor | None = None
 ) -> Tensor:

@@ -7,19 +7,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from model.device import send
 from model.distributed import Processes
 from model.feedback import FeedbackSettings, event_rewards, event_weights
 from model.fused_loss import Targets, fused_loss
 from model.inputs import Positions
 from model.lifts import Lifts
-from model.losses import one_against_all, rating_regression, softmax_cross_entropy
+from model.losses import (
+    one_against_all,
+    rating_regression,
+    shown_softmax,
+    softmax_cross_entropy,
+)
 from model.network import Encoded, HRNNMeta
 from model.repeats import SeenItems
 from model.sampling import AliasSampler
 from model.sequences import Histories
+from model.shown import Shown
 from model.transitions import Transitions
 from model.trend_table import TrendTable
 
@@ -31,6 +40,7 @@ class EventTargets:
     weight: Tensor
     reward: Tensor | None  # None: every event has reward 1
     fold_U: Tensor  # int64, of each user: whose transition counts leave it out
+    shown: Shown | None = None  # what was on the lists beside the events' items
 
     @classmethod
     def of(cls, log: Histories, feedback: FeedbackSettings, fold_U: Tensor) -> "EventTargets":
@@ -41,7 +51,24 @@ class EventTargets:
                 event_rewards(feedback, log.num_events, log.event_type_E, log.value_E)
             )
         weight_E = event_weights(feedback, log.num_events, log.event_type_E, log.value_E)
-        return cls(torch.from_numpy(weight_E), reward, fold_U)
+        return cls(torch.from_numpy(weight_E), reward, fold_U, log.shown)
+
+    def passed_over(self, event_N: NDArray[np.int64], device: torch.device) -> "PassedOver | None":
+        """What was shown beside these events' items; None where nothing was."""
+        if self.shown is None:
+            return None
+        item_R, place_R = self.shown.of(event_N)
+        if not len(item_R):
+            return None
+        return PassedOver(send(item_R, device), send(place_R, device))
+
+
+@dataclass(frozen=True)
+class PassedOver:
+    """Items that were shown and not chosen at the positions of a batch: int64 `[R]` both."""
+
+    item_R: Tensor
+    place_R: Tensor  # of which of the N positions
 
 
 @dataclass(frozen=True)
@@ -71,6 +98,7 @@ class Objective:
     trend_table: TrendTable | None
     transitions: Transitions | None  # cross-fitted: F·M rows
     generator: torch.Generator
+    shown_weight: float = 0.0  # of the softmax over what was shown, beside the one over all items
     fields_alone: float = 0.0  # share of the steps with λ = 1
     dtype: torch.dtype = torch.float32  # of the products and the softmax over scores
 
@@ -112,11 +140,13 @@ class Objective:
         encoded: Encoded,
         draws: Draws,
         share: Shares,
+        passed_over: PassedOver | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The loss to descend, and its softmax part alone (the log of the training PPL).
 
         Args:
             draws: of `draw`.
+            passed_over: of the events' targets.
             share: what this process's part counts in the batch; the second value is the mean over
                 its own positions.
         """
@@ -127,12 +157,52 @@ class Objective:
         seen = None if self.network.repeats is None else encoded.seen
         softmax = self._dense if self.sampler is None else self._sampled
         ranking = softmax(encoded, draws, target_N, rows_NR, seen, period_N, reward_N, weight_N)
-        if self.network.values is None or not self.value_weight:
-            return ranking * share.ranking, ranking.detach()
-        predicted_N = self.network.predict_values(positions, event_N, encoded, target_N)
-        error = rating_regression(positions.value[event_N], predicted_N, weight_N)
-        loss = ranking * share.ranking + self.value_weight * error * share.values
+        loss = ranking * share.ranking
+        if passed_over is not None and self.shown_weight:
+            worth_N = weight_N if reward_N is None else weight_N * reward_N
+            shown = self._shown(encoded, draws, target_N, rows_NR, seen, passed_over, worth_N)
+            loss = loss + self.shown_weight * shown * share.ranking
+        if self.network.values is not None and self.value_weight:
+            predicted_N = self.network.predict_values(positions, event_N, encoded, target_N)
+            error = rating_regression(positions.value[event_N], predicted_N, weight_N)
+            loss = loss + self.value_weight * error * share.values
         return loss, ranking.detach()
+
+    def _shown(
+        self,
+        encoded: Encoded,
+        draws: Draws,
+        target_N: Tensor,
+        rows_NR: Tensor | None,
+        seen: SeenItems | None,
+        passed_over: PassedOver,
+        weight_N: Tensor,
+    ) -> Tensor:
+        """The softmax over lists. The trend stays out: it is how often an item is shown (§3.2), and
+        on a list all were."""
+        network = self.network
+        every_N = torch.arange(len(target_N), device=target_N.device)
+        place_P = torch.cat([every_N, passed_over.place_R])  # the targets, then the others
+        item_P = torch.cat([target_N, passed_over.item_R])
+        item_U, at_P = item_P.unique(return_inverse=True)
+        w_UD, b_U = network.items.outputs(draws.lambda_mix, item_U)
+        query_PD = encoded.query_ND.index_select(0, place_P)
+        phi_P = torch.linalg.vecdot(query_PD, w_UD.index_select(0, at_P)) + b_U[at_P]
+        if rows_NR is not None and network.prior is not None and self.transitions is not None:
+            prior = network.prior
+            _, lift_P = Lifts.sampled(
+                self.transitions,
+                rows_NR.index_select(0, place_P),
+                prior.alpha_R,
+                prior.inverse_p_M,
+                item_U[:0],
+                item_P,
+            )
+            phi_P = phi_P + prior.gamma * torch.log1p(prior.kappa * lift_P)
+        if seen is not None and network.repeats is not None:
+            phi_P = phi_P + network.repeats.pairs(seen, place_P, item_P, network.num_items)
+        phi_N, phi_R = phi_P.split([len(target_N), len(passed_over.item_R)])
+        return shown_softmax(phi_N, phi_R, passed_over.place_R, weight_N)
 
     def _transition_rows(
         self, positions: Positions, targets: EventTargets, event_N: Tensor

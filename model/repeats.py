@@ -136,6 +136,16 @@ class RepeatPrior(nn.Module):
         rho_S: NDArray[np.float32] = self.rho.detach().numpy()[bucket_S]
         return item_S, rho_S
 
+    def pairs(self, seen: SeenItems, place_R: Tensor, item_R: Tensor, num_items: int) -> Tensor:
+        """The bonus of some items, each at one of the positions: `[R]`."""
+        cell_Z, order_Z = seen.cells(num_items).sort()
+        if not len(cell_Z):
+            return self.rho.new_zeros(len(item_R))
+        cell_R = place_R * num_items + item_R
+        at_R = torch.searchsorted(cell_Z, cell_R).clamp_(max=len(cell_Z) - 1)
+        rho_R: Tensor = self.rho[seen.bucket_Z[order_Z[at_R]]]
+        return rho_R * (cell_Z[at_R] == cell_R)
+
     def at(self, seen: SeenItems, item_N: Tensor) -> Tensor:
         """The bonus of one item per position: `[N]`."""
         owner_Z = torch.repeat_interleave(seen.offset_N1.diff())

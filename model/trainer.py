@@ -5,7 +5,7 @@ Shapes: E events, N packed positions, M items, S segments, K numbers of state.
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -187,6 +187,7 @@ class Trainer:
         return Objective(
             network=network,
             value_weight=settings.value_weight,
+            shown_weight=settings.feedback.shown_weight,
             sampler=move(sampler, self.device),
             negatives=negatives,
             trend_table=move(self.trend_table, self.device),
@@ -250,13 +251,17 @@ class Trainer:
         draws = self.objective.draw()
         total = 0.0
         if len(batch.event_N):
+            passed_over = targets.passed_over(batch.event_N, self.device)
             if draws.negative_S is not None:
-                row_R = _rows_met(positions, event_N, draws.negative_S, self.network.num_items)
+                met = [positions.previous_item[event_N], positions.target[event_N]]
+                if passed_over is not None:
+                    met.append(passed_over.item_R)
+                row_R = _rows_met(met, draws.negative_S, self.network.num_items)
                 self.rows.open(self.tables, row_R)
             with precision(self.device, self.dtype):
                 encoded = encode_batch(self.network, positions, batch, state_SK)
                 loss, ranking = self.objective.loss(
-                    positions, targets, event_N, encoded, draws, share
+                    positions, targets, event_N, encoded, draws, share, passed_over
                 )
             loss.backward()
             self.rows.close()
@@ -354,11 +359,10 @@ class Trainer:
         )
 
 
-def _rows_met(positions: Positions, event_N: Tensor, negative_S: Tensor, none: int) -> Tensor:
-    """The items of a step, ascending: read, chosen or negatives; and `none`, where one is read."""
+def _rows_met(met: Sequence[Tensor], negative_S: Tensor, none: int) -> Tensor:
+    """The items of a step, ascending: met in its events or negatives; and `none`, where one is."""
     row_none = torch.full_like(negative_S[:1], none)
-    read_N, chosen_N = positions.previous_item[event_N], positions.target[event_N]
-    return torch.cat([read_N, chosen_N, negative_S, row_none]).unique()
+    return torch.cat([*met, negative_S, row_none]).unique()
 
 
 def _copy(network: HRNNMeta) -> HRNNMeta:

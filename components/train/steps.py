@@ -50,7 +50,7 @@ def run(
     """
     train_settings = TrainSettings.parse(settings, "train")
     trend_settings = TrendSettings.parse(trend, "trend")
-    log = Log.read(clean)
+    log = Log.read(clean, shown=train_settings.feedback.lists)
     schema, catalogue, histories = log.schema, log.catalogue, log.histories
     split = split_users(histories, train_settings.split)
     processes = Processes.current()

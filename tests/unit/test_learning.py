@@ -13,6 +13,7 @@ from model.evaluation import cold_item_metrics, evaluate, evaluate_values, outco
 from model.feedback import FeedbackSettings
 from model.network import NetworkSettings
 from model.schema import Schema
+from model.shown import Shown
 from model.splits import SplitSettings, split_cold_items, split_users
 from model.training import TrainSettings, fit
 from tests import synthetic
@@ -186,6 +187,38 @@ def test_an_unrewarded_item_is_pushed_down():
     assert probability["plain"][3] == pytest.approx(0.1, abs=0.02)
     others = [j for j in range(10) if j != 3]
     assert probability["rewarded"][3] < 0.6 * probability["rewarded"][others].mean()
+
+
+def test_what_is_shown_and_passed_over_falls_below_its_equals():
+    """Two items are chosen as often; one of them was on four times as many lists."""
+    rng = np.random.default_rng(0)
+    item = rng.integers(10, size=(300, 10))
+    log = synthetic.histories(item.tolist(), [list(range(0, 10_000, 1000))] * 300)
+    others_E4 = rng.permuted(np.tile(np.arange(10), (log.num_events, 1)), axis=1)[:, :4]
+    offered_E4 = (others_E4 != log.item_E[:, None]) & (
+        (others_E4 != 4) | (rng.random(others_E4.shape) < 0.25)
+    )
+    offset_E1 = np.concatenate([[0], offered_E4.sum(1).cumsum()])
+    lists = Shown(others_E4[offered_E4].astype(np.int32), offset_E1)
+    log = synthetic.replace(log, shown=lists)
+    phi = {}
+    for softmax in ("dense", "sampled"):
+        for weight in (0.0, 1.0):
+            feedback = FeedbackSettings(shown_weight=weight)
+            model, split = _fit(
+                log,
+                synthetic.catalogue(10),
+                max_epochs=5,
+                feedback=feedback,
+                softmax=softmax,
+                row_learning_rate=0.2,
+            )
+            scores = torch.cat([s for _, s in model.iter_scores(split.test, 1000)])
+            phi[softmax, weight] = scores.mean(0)
+    for softmax in ("dense", "sampled"):
+        lower = [float(phi[softmax, w][3] - phi[softmax, w][4]) for w in (0.0, 1.0)]
+        # The two losses balance at about 0.3, of which five epochs reach most.
+        assert lower[1] - lower[0] < -0.15, softmax
 
 
 def test_loss_weights_count_events_by_type():

@@ -15,6 +15,7 @@ from model.losses import (
     rating_regression,
     sampled_one_against_all,
     sampled_softmax,
+    shown_softmax,
     softmax_cross_entropy,
 )
 from model.sampling import AliasSampler
@@ -410,6 +411,34 @@ def test_sampled_rewards_do_not_drift():
 
 
 # Ratings.
+
+
+def test_shown_softmax_is_the_softmax_over_each_list():
+    generator = torch.Generator().manual_seed(0)
+    phi_NM = torch.randn(6, 9, generator=generator, dtype=torch.float64) * 30
+    target_N = torch.randint(9, (6,), generator=generator)
+    weight_N = torch.rand(6, generator=generator, dtype=torch.float64)
+    lists = [[j for j in range(9) if j % 3 == n % 3 and j != int(target_N[n])] for n in range(6)]
+    lists[4] = []  # nothing was shown beside it
+    place_R = torch.tensor([n for n, items in enumerate(lists) for _ in items])
+    item_R = torch.tensor([j for items in lists for j in items])
+    order = torch.randperm(len(place_R), generator=generator)  # in any order
+    place_R, item_R = place_R[order], item_R[order]
+
+    def listed(phi_NM: Tensor) -> Tensor:
+        return shown_softmax(_at(phi_NM, target_N), phi_NM[place_R, item_R], place_R, weight_N)
+
+    def by_list(phi_NM: Tensor) -> Tensor:
+        nll = [
+            -torch.log_softmax(phi_NM[n, [int(target_N[n]), *items]], dim=0)[0]
+            for n, items in enumerate(lists)
+        ]
+        return (weight_N * torch.stack(nll)).sum() / weight_N.sum()
+
+    torch.testing.assert_close(listed(phi_NM), by_list(phi_NM))
+    gradient = torch.func.grad(listed)(phi_NM)
+    torch.testing.assert_close(gradient, torch.func.grad(by_list)(phi_NM))
+    assert not gradient[4].any()
 
 
 def test_rating_regression_ignores_events_without_a_value():

@@ -48,6 +48,14 @@ def test_bonus_of_every_position():
     among = prior(seen.among(columns), len(columns)).detach()
     np.testing.assert_array_equal(among, got[:, columns])
     assert not prior(seen.among(columns[:0]), 1).any()
+    place_R = torch.from_numpy(rng.integers(len(event_N), size=200))
+    item_R = torch.from_numpy(rng.integers(M, size=200))
+    np.testing.assert_array_equal(
+        prior.pairs(seen, place_R, item_R, M).detach(), got[place_R, item_R]
+    )
+    first = positions.seen_items(torch.tensor([0]))
+    assert prior.pairs(first, place_R[:0], item_R[:0], M).tolist() == []
+    assert prior.pairs(first, torch.zeros(2, dtype=torch.int64), item_R[:2], M).tolist() == [0, 0]
     item_N = torch.from_numpy(rng.integers(M, size=len(wanted)))
     np.testing.assert_array_equal(prior.at(seen, item_N).detach(), got[np.arange(len(got)), item_N])
     part = prior(seen.rows(3, 11), M).detach()

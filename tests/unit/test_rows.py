@@ -14,6 +14,7 @@ from model.averaging import WeightAverage
 from model.network import NetworkSettings
 from model.rows import RowwiseAdagrad, StepRows, clip_gradients, lookup
 from model.schema import Schema
+from model.shown import Shown
 from model.train_settings import Softmax, TrainSettings
 from model.trainer import Trainer
 from model.training import fit
@@ -109,11 +110,17 @@ def test_rows_of_tables_of_different_lengths():
     assert torch.equal(rows.lookup(shorter, torch.tensor([5])), shorter[[5]])  # closed
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_sampled_step_touches_only_the_rows_it_reads(tied):
+@pytest.mark.parametrize(("tied", "listed"), [(True, False), (False, False), (True, True)])
+def test_a_sampled_step_touches_only_the_rows_it_reads(tied, listed):
     """Of every table with a row per item: weights, state and average, bit for bit."""
     num_items = 400
     log = synthetic.successor(40, 12, 20, seed=0)  # items 20 … 399 never occur
+    shown = np.empty(0, dtype=np.int64)
+    if listed:  # but for 50 of them, which are on lists
+        shown = np.arange(50, 50 + log.num_events) % 50 + 300
+        log = synthetic.replace(
+            log, shown=Shown(shown.astype(np.int32), np.arange(log.num_events + 1))
+        )
     network = NetworkSettings(embedding=8, hidden=8, control=4, tied=tied)
     chosen = TrainSettings(
         network=network, softmax=Softmax.SAMPLED, negatives=5, batch_events=64, bptt=8
@@ -132,7 +139,8 @@ def test_a_sampled_step_touches_only_the_rows_it_reads(tied):
 
     object.__setattr__(trainer.objective.sampler, "negatives", spy)
     trainer.epoch(trainer.start_epoch())
-    read = torch.cat([*drawn, torch.from_numpy(log.item_E), torch.tensor([num_items])]).unique()
+    met = [torch.from_numpy(log.item_E), torch.from_numpy(shown), torch.tensor([num_items])]
+    read = torch.cat([*drawn, *met]).unique()
     tables = {
         id(t): n for n, p in trainer.network.named_parameters() for t in trainer.tables if t is p
     }
