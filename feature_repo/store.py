@@ -281,6 +281,10 @@ class FeatureReader:
             if text := row[f"{USER_LIVE}__fields"]:
                 known = True
                 profile = session.with_fields(profile, json.loads(text))
+        if events.time_L.min(initial=0) < 0 or (
+            events.value_L is not None and np.isinf(events.value_L).any()
+        ):
+            raise ValueError("a time before 1970, or a value without bounds")
         newest = events.time_L[-1] if len(events) else 0
         if newest > self._newest:
             self._newest = int(newest)

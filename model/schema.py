@@ -7,6 +7,10 @@ from typing import Any
 
 from model.settings import SettingsBase
 
+# Characters of a user's, an item's or an event's id: what validate, the collector and requests
+# take. As UTF-8 it fits into an index of any database.
+MAX_ID = 512
+
 
 class FieldKind(StrEnum):
     """How a field's values are read by the model."""

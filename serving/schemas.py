@@ -22,6 +22,7 @@ from pydantic import (
 
 from model.errors import InputError
 from model.query import Event, FieldValue, History, ItemFilter, Query
+from model.schema import MAX_ID
 from serving.settings import ServeSettings
 from serving.wire import MAX_TIMESTAMP, Asked
 
@@ -62,7 +63,7 @@ def _task(value: Any) -> Any:
     return value
 
 
-Id = Annotated[str, StringConstraints(min_length=1, max_length=512)]
+Id = Annotated[str, StringConstraints(min_length=1, max_length=MAX_ID)]
 Timestamp = Annotated[FiniteFloat, AfterValidator(_timestamp)]
 Weight = Annotated[FiniteFloat, Field(ge=0, le=100)]
 Value = Annotated[Any, AfterValidator(_field_value)]
@@ -85,7 +86,7 @@ class HistoryEvent(Request):
 
     item_id: Id
     timestamp: Timestamp
-    event_type: Annotated[str, StringConstraints(max_length=512)] | None = None
+    event_type: Annotated[str, StringConstraints(max_length=MAX_ID)] | None = None
     value: FiniteFloat | None = None
 
 
@@ -140,7 +141,7 @@ class ScoreInstance(Request):
     score_items: list[Id] = []
     model_version: str | None = None  # the one that this search began with, if it began
     exploration_weight: Weight = 0.0
-    seed: Annotated[str, StringConstraints(max_length=512)] = ""  # of the exploration
+    seed: Annotated[str, StringConstraints(max_length=MAX_ID)] = ""  # of the exploration
 
     def to_asked(self) -> Asked:
         query = Query(

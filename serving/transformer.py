@@ -81,6 +81,8 @@ class Work:
         else:
             timestamp = instance.timestamp
             history = history.until(timestamp)
+        # A stored one may be longer than one that is sent.
+        history = history[-settings.max_history :]
         self._query = Query(
             history,
             timestamp,

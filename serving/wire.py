@@ -107,23 +107,22 @@ class Scored:
     trend: dict[str, Any] | None = None  # of task trend
 
 
-Text = Annotated[str, Meta(max_length=10_000)]
-Id = Annotated[str, Meta(min_length=1, max_length=512)]
-Kind = Annotated[str, Meta(max_length=512)]
-Values = dict[Id, str | int | float | list[Text] | None]
+# How long texts may be is decided where they come in (serving.schemas, the collector, validate).
+# Here also passes what the feature store holds since before, and one refusal would be everybody's.
+Values = dict[str, str | int | float | list[str] | None]
 
 
 class _Filter(msgspec.Struct, omit_defaults=True):
-    include: list[Id] | None = None
-    exclude: list[Id] = []
-    where: dict[Id, list[str]] = {}
+    include: list[str] | None = None
+    exclude: list[str] = []
+    where: dict[str, list[str]] = {}
 
 
 class _Ask(msgspec.Struct, omit_defaults=True, kw_only=True):
     task: Literal["score", "rate", "trend"] = "score"
-    item_ids: list[Id] = []
+    item_ids: list[str] = []
     times: bytes = b""  # float64 [L]
-    types: list[Kind | None] = []  # [L], or none
+    types: list[str | None] = []  # [L], or none
     values: bytes = b""  # float64 [L], or none
     timestamp: float
     user: Values = {}
@@ -131,17 +130,17 @@ class _Ask(msgspec.Struct, omit_defaults=True, kw_only=True):
     filter: _Filter | None = None
     exclude_seen: bool = False
     top_n: Annotated[int, Meta(ge=0)] = 0
-    items: list[Id] = []
-    part: tuple[Kind, Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=0)]] | None = None
+    items: list[str] = []
+    part: tuple[str, Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=0)]] | None = None
     model_version: str | None = None
     exploration_weight: Annotated[float, Meta(ge=0, le=100)] = 0.0
-    seed: Kind = ""
+    seed: str = ""
 
 
 class _Asks(msgspec.Struct):
     version: int
     asks: list[_Ask]
-    lists: dict[Kind, list[Id]] = {}
+    lists: dict[str, list[str]] = {}
 
 
 class _Answer(msgspec.Struct, omit_defaults=True, kw_only=True):

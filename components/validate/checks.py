@@ -14,7 +14,7 @@ import ibis.expr.types as ir
 
 from components.tables import LIST_DELIMITER
 from components.validate.timestamps import SECOND, Unit, as_number, microseconds
-from model.schema import FieldKind
+from model.schema import MAX_ID, FieldKind
 
 SEPARATOR = "\x1f"
 ROW, MICROS, REASON = "__row", "__micros", "__reason"
@@ -26,6 +26,7 @@ class Reason(StrEnum):
     MALFORMED_ROW = "malformed_row"  # a line that does not fit the header
     NULL_USER = "null_user"
     NULL_ITEM = "null_item"
+    LONG_ID = "long_id"  # of more than model.schema.MAX_ID characters
     BAD_TIMESTAMP = "bad_timestamp"
     NEGATIVE_TIMESTAMP = "negative_timestamp"
     FUTURE_TIMESTAMP = "future_timestamp"
@@ -53,6 +54,11 @@ def filled(column: ir.Value) -> ir.BooleanValue:
     if isinstance(column.type(), dt.String):
         return column.notnull() & (column.strip() != "")
     return column.notnull()
+
+
+def too_long(column: ir.Value) -> ir.BooleanValue:
+    """Whether an id has more characters than servers and the event log take."""
+    return column.cast("string").length() > MAX_ID
 
 
 def text(column: ir.Value) -> ir.StringValue:
@@ -124,9 +130,13 @@ def type_interactions(
         "item_id": raw.item_id,
         "timestamp": (micros / SECOND).floor().cast("int64"),
     }
+    long = too_long(raw.user_id) | too_long(raw.item_id)
+    if "event_id" in raw.columns:
+        long |= too_long(raw.event_id).fill_null(False)
     reasons = [
         (~filled(raw.user_id), Reason.NULL_USER),
         (~filled(raw.item_id), Reason.NULL_ITEM),
+        (long, Reason.LONG_ID),
         (micros.isnull(), Reason.BAD_TIMESTAMP),
         (micros < 0, Reason.NEGATIVE_TIMESTAMP),
         (micros > rules.latest * SECOND, Reason.FUTURE_TIMESTAMP),
@@ -187,6 +197,10 @@ def type_entities(
         )
     columns |= {name: typed(raw[name], kind) for name, kind in fields.items()}
     last = raw[ROW] == raw[ROW].max().over(ibis.window(group_by=raw[key]))
-    reasons = [(~filled(raw[key]), NULL_ID[key]), (~last, DUPLICATE_ID[key])]
+    reasons = [
+        (~filled(raw[key]), NULL_ID[key]),
+        (too_long(raw[key]), Reason.LONG_ID),
+        (~last, DUPLICATE_ID[key]),
+    ]
     columns |= {ROW: raw[ROW], REASON: first_reason(reasons)}
     return raw.select(**columns)

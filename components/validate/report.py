@@ -11,11 +11,13 @@ from components.tables import TABLES
 from components.validate.checks import Reason
 from components.validate.plots import draw_all, shorten
 from components.validate.statistics import spell_seconds
+from model.schema import MAX_ID
 
 EXPLAIN = {
     Reason.MALFORMED_ROW: "the line does not have the header's number of columns",
     Reason.NULL_USER: "no user id",
     Reason.NULL_ITEM: "no item id",
+    Reason.LONG_ID: f"an id of more than {MAX_ID} characters: servers take none",
     Reason.BAD_TIMESTAMP: "the timestamp is missing or not a time",
     Reason.NEGATIVE_TIMESTAMP: "before 1970",
     Reason.FUTURE_TIMESTAMP: "more than a day after now",

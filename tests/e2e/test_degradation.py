@@ -19,6 +19,7 @@ from feature_repo.settings import FeatureStoreSettings
 from model.errors import UnavailableError
 from model.query import Event, Query
 from model.recommender import Recommender
+from model.trends import snapshot_from_counts
 from serving.client import Client
 from serving.launcher import LocalServing
 from serving.settings import ServeSettings
@@ -26,6 +27,7 @@ from tests.e2e.processes import HISTORY, NOW, metric, random_bundle, until
 from tests.feature_store import fill
 from tests.servers import RedisServer
 
+MAX_HISTORY = 50  # events; the store keeps more
 PATIENCE = 5.0  # seconds for one answer whose deadlines add up to 1; machines under test are slow
 
 
@@ -118,6 +120,7 @@ class Chain:
             trend_stale_seconds=1.0,
             breaker_seconds=0.5,
             grace_seconds=3,
+            max_history=MAX_HISTORY,
         ).with_free_ports()
         self.predictor_wire = Wire(settings.predictor_grpc_port)
         settings = settings.model_copy(
@@ -201,6 +204,37 @@ def test_without_a_feature_store_the_models_own_trend_serves_until_there_is_one(
 
 def _query(history):
     return Query([Event(item, float(at)) for item, at in history], NOW)
+
+
+def test_what_is_stored_may_be_longer_than_what_is_sent(chain, client, healthy):
+    """Histories and ids: limits of requests are no limits of what a store holds since before."""
+    newest = [Event(f"i{k % 50:03}", float(NOW - 5000 + k)) for k in range(MAX_HISTORY)]
+    oldest = [Event(f"i{k:03}", float(NOW - 9000 + k)) for k in range(100, 220)]
+    strange = Event("x" * 600, NOW - 9500.0, "k" * 600)
+    trend = snapshot_from_counts(
+        [*chain.trend.item_ids, "y" * 5000],
+        [*range(len(chain.trend.item_ids)), 10**6],
+        num_items=501,
+        smoothing=1.0,
+        as_of=NOW + 1,
+        window_seconds=0,
+    )
+    histories = {"long": [*oldest, *newest], "strange": [strange, *newest[:5]]}
+    fill(chain.store, histories, trend)
+    try:
+        until(lambda: ask(client).trend_version == trend.version, 60)
+        for user, known in (("long", newest), ("strange", newest[:5])):
+            stored, sent = (
+                client.recommend(
+                    asked, history=history, timestamp=NOW, num_results=10, exclude_seen=True
+                )
+                for asked, history in ((user, None), ("new", known))
+            )
+            assert stored.degraded == () and stored.model_version is not None
+            assert ids(stored) == ids(sent)
+            assert stored.unknown_items == (user == "strange")
+    finally:
+        chain.fill()
 
 
 @contextmanager

@@ -57,6 +57,7 @@ def ingested(tmp_path_factory):
     ]
     broken = ["yesterday", "-5", "99999999999", "", "2020-13-45", "infinity", "1e400"]
     rows += [["u1", "i1", text, "", "", "", ""] for text in broken]
+    rows += [["u" * 513, "i1", "5", "", "", "", ""], ["é" * 512, "i1", "5", "", "", "", ""]]
     rows += [["", "i1", "5", "", "", "", ""], ["u1", " ", "5", "", "", "", ""]]
     rows += [["bot", f"i{k % 5}", str(1_600_000_000 + k), "", "", "", ""] for k in range(60)]
     write(
@@ -102,7 +103,7 @@ def test_the_same_rows_are_in_quarantine_for_the_same_reasons(ingested):
     assert reports["duckdb"]["rows"] == reports["spark"]["rows"]
     assert set(reports["spark"]["rows"]["interactions"]["reasons"]) == {
         *("null_user", "null_item", "bad_timestamp", "negative_timestamp", "future_timestamp"),
-        *("bad_value", "duplicate_event_id", "bot_user"),
+        *("bad_value", "duplicate_event_id", "bot_user", "long_id"),
     }
     for name in ("timestamps", "set_to_null", "coverage", "top_items", "warnings"):
         assert reports["duckdb"][name] == reports["spark"][name], name

@@ -17,7 +17,7 @@ from components.ingest.steps import run as ingest
 from components.validate.statistics import spell_seconds
 from components.validate.steps import run
 from model.errors import InputError
-from model.schema import Schema
+from model.schema import MAX_ID, Schema
 
 NOW = 1_700_000_000
 LENIENT = {"max_bad_share": 1.0, "min_users": 1, "min_items": 1, "min_events": 1, "now": NOW}
@@ -99,6 +99,27 @@ def test_every_reason(workspace):
     assert [r["event_value"] for r in workspace.good()] == [1.0, None]
     assert report["rows"]["interactions"]["reasons"]["bad_value"] == 2
     assert next(r for r in workspace.bad() if r["row"] == 7)["event_value"] == "cheap"
+
+
+def test_ids_longer_than_servers_take_are_quarantined(workspace):
+    """As many characters as the collector and requests take, in every table."""
+    longest, longer = "é" * MAX_ID, "é" * (MAX_ID + 1)
+    workspace.tables(
+        interactions={
+            "user_id": [longest, longer, "u", "u", None],
+            "item_id": [longest, "i", longer, "i", longer],
+            "timestamp": [1, 2, 3, 4, 5],
+            "event_id": [longest, None, "e", longer, None],
+        },
+        users={"user_id": [longest, longer, None]},
+        items={"item_id": [longer, longest]},
+    )
+    report = workspace.run()
+    assert workspace.reasons() == {2: "long_id", 3: "long_id", 4: "long_id", 5: "null_user"}
+    assert [r["item_id"] for r in workspace.good()] == [longest]
+    assert [r["user_id"] for r in workspace.good("users")] == [longest]
+    assert [r["item_id"] for r in workspace.good("items")] == [longest]
+    assert report["rows"]["items"]["reasons"] == {"long_id": 1}
 
 
 def test_first_of_a_duplicated_event_id_stays(workspace):
