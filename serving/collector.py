@@ -28,7 +28,7 @@ from feature_repo.event_log import (
     Outcome,
 )
 from model.errors import HrnnError, InputError, UnavailableError
-from model.schema import FieldKind, Schema
+from model.schema import MAX_ID, FieldKind, Schema
 from serving import collector_metrics as metrics
 from serving.appender import Appender, Work, Written
 from serving.collector_http import (
@@ -41,7 +41,6 @@ from serving.collector_http import (
     path_parameter,
 )
 from serving.collector_schemas import (
-    MAX_ID,
     Batch,
     DeleteAnswer,
     Event,

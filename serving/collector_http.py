@@ -18,9 +18,10 @@ from starlette.requests import ClientDisconnect
 
 from feature_repo.event_log import RefusedError, StorageFullError
 from model.errors import UnavailableError
+from model.schema import MAX_ID
 from serving import collector_metrics as metrics
 from serving.appender import QueueFullError
-from serving.collector_schemas import MAX_ID, Problem
+from serving.collector_schemas import Problem
 from serving.process import log_failure
 
 

@@ -149,17 +149,23 @@ class Search:
         weight: float = 1.0,
         first_ask: int | None = None,
         explored: bool = False,
+        one_round: bool = False,
     ) -> None:
         """
         Args:
             first_ask: N and T of the first round; None: deep enough for most requests.
             explored: answers hold bonuses, so the first item that does not come is to be known.
+            one_round: ask at once for all that may be needed: more than most searches need, but
+                the first answer ends it, whoever gives it.
         """
         self._k, self._trend, self._weight = k, trend, weight
         self._to_prove = k + explored
         length = len(trend.items)
         depth = top_n = first_ask or 0
-        if first_ask is None and length <= MAX_ASK:
+        self._one_round = one_round
+        if one_round:
+            depth, top_n = length, self._to_prove + (length if weight else 0)
+        elif first_ask is None and length <= MAX_ASK:
             depth, top_n = length, k + SPARE
         elif first_ask is None:
             depth = top_n = min(
@@ -239,6 +245,9 @@ class Search:
         if self.coefficient == 0:
             # The predictor orders by affinity and item id, which is then the final order.
             return len(answer.item_ids) >= self._to_prove
+        if self._one_round and len(self._item_ids) >= self._to_prove:
+            # All of the list, and as many others, whose order the floor leaves as it is.
+            return True
         assert self._known is not None  # noqa: S101 - told just now
         score_C = self._known.affinity_C + self._known.trend_C
         count = len(score_C) - int(np.isnan(score_C).sum())

@@ -97,14 +97,17 @@ class Work:
         else:
             self._items = []
             self._k = instance.num_results or settings.default_num_results
-        self._restart()
-
-    def _restart(self) -> None:
         self._search: Search | None = None
+        self._begin()
+
+    def _begin(self, one_round: bool = False) -> None:
         if self.instance.task == "recommend":
-            explored = self.instance.exploration_weight > 0
             self._search = Search(
-                self._k, self.trend, self.instance.trend_weight, explored=explored
+                self._k,
+                self.trend,
+                self.instance.trend_weight,
+                explored=self.instance.exploration_weight > 0,
+                one_round=one_round,
             )
 
     @property
@@ -134,9 +137,11 @@ class Work:
         """
         self.rounds += 1
         if self.version not in (None, scored.model_version):
-            # The predictor changed its model between two rounds: affinities do not mix.
+            # Affinities do not mix: the predictor changed its model between two rounds, or another
+            # replica answers that never held this one. As replicas may differ for as long as they
+            # like, the search begins again once, so that one answer ends it.
             self.version = None
-            self._restart()
+            self._begin(one_round=True)
             return
         self.version = scored.model_version
         self.unknown_items = scored.unknown_items + scored.unknown_asked

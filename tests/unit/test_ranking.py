@@ -93,6 +93,23 @@ def test_equals_brute_force(catalogue, k, weight, beta, first_ask):
     assert rounds <= math.ceil(math.log2(len(affinity) + 1)) + 2
 
 
+@given(
+    catalogue=catalogues(),
+    k=st.integers(1, 80),
+    weight=st.sampled_from([0.0, 0.3, 5.0]),
+    beta=st.sampled_from([-1.0, 0.0, 1.0]),
+)
+@settings(max_examples=300, deadline=None)
+def test_one_round_is_enough_when_all_is_asked_for_at_once(catalogue, k, weight, beta):
+    affinity, counts, allowed = catalogue
+    oracle = Oracle(affinity, beta, allowed)
+    trend = trend_of(counts, len(affinity) + 6)
+    search = Search(k, trend, weight, one_round=True)
+    search.tell(asyncio.run(oracle.ask(search.question)))
+    assert search.question is None
+    assert search.results() == oracle.brute_force(k, trend, weight)
+
+
 @example(weight=1.0)
 @given(weight=st.floats(0, 100))
 @settings(deadline=None, max_examples=50)

@@ -830,9 +830,38 @@ def test_a_model_change_between_rounds_starts_the_search_again(service, monkeypa
 
     service.predictors.score = changing
     (answer,) = service.predict({"timestamp": 5, "num_results": 3})
-    assert asked[:4] == [4, 8, 4, 8]
+    assert asked == [4, 8, 3 + len(SNAPSHOT.item_ids)]
     assert answer["model_version"] == "v2"
     assert answer["items"] == brute_force({"timestamp": 5}, 3)
+
+
+@pytest.mark.parametrize("extra", [{}, {"trend_weight": 0.0}, {"exploration_weight": 30.0}])
+@pytest.mark.parametrize("k", [1, 3, 140, 160, 400])
+def test_replicas_that_never_agree_end_a_search_with_one_answer(service, monkeypatch, k, extra):
+    """They hold different new items, and answer in turn."""
+    monkeypatch.setattr("serving.ranking.MIN_ASK", 1)
+    monkeypatch.setattr("serving.ranking.MAX_ASK", 1)  # several rounds
+    score = service.predictors.score
+    asked = []
+
+    async def in_turn(questions, timeout):
+        asked.append(len(questions))
+        answers = await score(questions, timeout)
+        return [replace(a, model_version=f"v+r{len(asked) % 2}") for a in answers]
+
+    ask = {"timestamp": 5, "num_results": k, **extra}
+    (expected,) = service.predict(ask)
+    service.predictors.score = in_turn
+    (answer,) = service.predict(ask)
+    assert len(asked) <= 3
+    assert answer["degraded"] == [] and answer["model_version"] == "v"
+    if "exploration_weight" not in extra:  # drawn by the answer's id
+        assert (
+            answer["items"]
+            == expected["items"]
+            == brute_force({"timestamp": 5}, k, extra.get("trend_weight", 1.0))
+        )
+    assert len(answer["items"]) == min(k, len(ITEMS))
 
 
 @pytest.mark.parametrize("first_ask", [1, 16_384])
