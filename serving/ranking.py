@@ -246,7 +246,8 @@ class Search:
             # The predictor orders by affinity and item id, which is then the final order.
             return len(answer.item_ids) >= self._to_prove
         if self._one_round and len(self._item_ids) >= self._to_prove:
-            # All of the list, and as many others, whose order the floor leaves as it is.
+            # All of the list, and as many others, whose order the floor leaves as it is (but for
+            # affinities so close that the sum makes them equal: then any of them may come).
             return True
         assert self._known is not None  # noqa: S101 - told just now
         score_C = self._known.affinity_C + self._known.trend_C

@@ -102,6 +102,8 @@ def test_equals_brute_force(catalogue, k, weight, beta, first_ask):
 @settings(max_examples=300, deadline=None)
 def test_one_round_is_enough_when_all_is_asked_for_at_once(catalogue, k, weight, beta):
     affinity, counts, allowed = catalogue
+    # Not so close together that only adding the floor makes them equal: see `_proved`.
+    affinity = {item: round(value, 3) for item, value in affinity.items()}
     oracle = Oracle(affinity, beta, allowed)
     trend = trend_of(counts, len(affinity) + 6)
     search = Search(k, trend, weight, one_round=True)
