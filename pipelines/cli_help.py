@@ -1,14 +1,15 @@
 """--help that ends with the sections of settings a command takes, from the settings themselves."""
 
-import click
+from typing import Any
+
 from typer.core import TyperCommand
 
 
 class WithSettings(TyperCommand):
     """A command with --set; its settings are imported only when its help is asked for."""
 
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Sections, a line each."""
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Sections, a line each. (Typer has a click of its own, whose types it does not export.)"""
         from pipelines.settings import BATCH, REFRESH, SECTIONS, TRAINING
         from pipelines.settings_text import summary
 

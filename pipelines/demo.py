@@ -91,7 +91,7 @@ def _ask(client: Client, events: EventClient, catalogue: Catalogue, history: lis
     seconds = time.monotonic() - sending
     more = client.recommend(USER, timestamp=now + 60, num_results=SHOWN, exclude_seen=True)
     new = client.recommend("nobody-yet", num_results=SHOWN, timestamp=now)
-    sequel = {n: v[catalogue.index[watched]] for n, v in catalogue.fields.items()}
+    sequel: dict[str, Any] = {n: v[catalogue.index[watched]] for n, v in catalogue.fields.items()}
     if catalogue.title_field is not None:
         sequel[catalogue.title_field] = SEQUEL.format(titles.get(watched, watched))
     putting = time.monotonic()
@@ -100,8 +100,8 @@ def _ask(client: Client, events: EventClient, catalogue: Catalogue, history: lis
     placing = time.monotonic() - putting
     out = console(sys.stdout)
     out.print(f"\nUser {USER} watched last:", markup=False)
-    for event in history[-3:]:
-        out.print(f"  {titles.get(event.item_id, event.item_id)}", markup=False)
+    for seen in history[-3:]:
+        out.print(f"  {titles.get(seen.item_id, seen.item_id)}", markup=False)
     out.print(
         f"\nPOST /events: user {USER} watches {titles.get(watched, watched)}"
         f" ({'stored' if sent.stored else 'known from an earlier demo'} and visible after"

@@ -266,7 +266,8 @@ class Endpoint:
 
     def schedules(self) -> list[Schedule]:
         """All schedules of the experiment's namespace."""
-        found, token = [], ""
+        found: list[Any] = []
+        token = ""
         with self._errors("asked for its schedules"):
             while True:
                 page = self._client.list_recurring_runs(

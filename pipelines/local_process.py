@@ -94,9 +94,9 @@ def run(
             _keep_error(folder, error)
             raise
         if code != 0:
-            error = reader.error(log)
-            _keep_error(folder, error)
-            raise error
+            failure = reader.error(log)
+            _keep_error(folder, failure)
+            raise failure
     shutil.rmtree(folder / "tmp", ignore_errors=True)  # kfp leaves one folder per step
     return folder
 

@@ -1,5 +1,7 @@
 """KFP wrapper of the batch of recommendations."""
 
+from typing import Any
+
 from kfp import dsl
 
 from components.image import IMAGE
@@ -15,7 +17,7 @@ def batch_recommend(
     run_id: str,
     job: str,
     code: str,
-    settings: dict,
+    settings: dict[str, Any],
     summary: dsl.Output[dsl.Artifact],
 ) -> None:
     """Recommend to all users, or to a list of them, into Parquet files."""

@@ -1,5 +1,7 @@
 """KFP wrapper of the deploy step."""
 
+from typing import Any
+
 from kfp import dsl
 
 from components.image import IMAGE
@@ -14,7 +16,7 @@ def deploy(
     run_id: str,
     job: str,
     code: str,
-    settings: dict,
+    settings: dict[str, Any],
     deployment: dsl.Output[dsl.Artifact],
 ) -> None:
     """Publish the bundle to the model store and make it the champion."""
@@ -24,8 +26,13 @@ def deploy(
     from components.digests import check_code
 
     check_code(code)
-    inputs = (Path(artifact.path) for artifact in (bundle, evaluation, verdict))
     record = steps.run(
-        *inputs, model_store, Path(deployment.path), settings=settings, run_id=run_id or job
+        Path(bundle.path),
+        Path(evaluation.path),
+        Path(verdict.path),
+        model_store,
+        Path(deployment.path),
+        settings=settings,
+        run_id=run_id or job,
     )
     deployment.metadata["version"] = record["version"]

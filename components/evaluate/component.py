@@ -1,5 +1,7 @@
 """KFP wrapper of the evaluate step."""
 
+from typing import Any
+
 from kfp import dsl
 
 from components.image import IMAGE
@@ -11,7 +13,7 @@ def evaluate(
     bundle: dsl.Input[dsl.Model],
     model_store: str,
     code: str,
-    settings: dict,
+    settings: dict[str, Any],
     evaluation: dsl.Output[dsl.Artifact],
     report: dsl.Output[dsl.HTML],
     metrics: dsl.Output[dsl.Metrics],

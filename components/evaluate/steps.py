@@ -193,7 +193,9 @@ def run(
         "frames": frames,
         "values": _values(hrnn, train, test, chosen),
         "calibration": calibration(
-            *(a[every_N] for a in (entropy_E, first_E, right_E)),
+            entropy_E[every_N],
+            first_E[every_N],
+            right_E[every_N],
             results[False][CANDIDATE].nll_E[every_N],
         ),
         "request_time": request_time_effect(loaded, test, chosen.k, chosen.seed),

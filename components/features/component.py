@@ -1,5 +1,7 @@
 """KFP wrapper of the features step."""
 
+from typing import Any
+
 from kfp import dsl
 
 from components.image import IMAGE
@@ -9,9 +11,9 @@ from components.image import IMAGE
 def features(
     clean: dsl.Input[dsl.Dataset],
     feature_store: str,
-    trend: dict,
+    trend: dict[str, Any],
     code: str,
-    settings: dict,
+    settings: dict[str, Any],
     features: dsl.Output[dsl.Artifact],
 ) -> None:
     """Write the feature sources, register them and fill the online store."""

@@ -1,5 +1,7 @@
 """KFP wrapper of the gate step."""
 
+from typing import Any
+
 from kfp import dsl
 
 from components.image import IMAGE
@@ -10,7 +12,7 @@ def gate(
     evaluation: dsl.Input[dsl.Artifact],
     override: str,
     code: str,
-    settings: dict,
+    settings: dict[str, Any],
     verdict: dsl.Output[dsl.Artifact],
     summary: dsl.Output[dsl.Markdown],
 ) -> bool:

@@ -93,7 +93,10 @@ def _apply(rule: Rule, evaluation: dict[str, Any]) -> dict[str, Any]:
     models = evaluation["models"]
     about_champion = rule.against == CHAMPION or any(
         path.startswith(f"{CHAMPION}.")
-        for path in (rule.metric, *(b.of for b in (rule.at_least, rule.at_most) if _relative(b)))
+        for path in (
+            rule.metric,
+            *(b.of for b in (rule.at_least, rule.at_most) if isinstance(b, Relative)),
+        )
     )
     if about_champion and evaluation["champion"] is None:
         return _outcome(rule.name, rule.metric, True, "there is no champion yet: not judged")
@@ -104,10 +107,6 @@ def _apply(rule: Rule, evaluation: dict[str, Any]) -> dict[str, Any]:
         reason = f"{cases:,} cases are fewer than {rule.min_cases:,}: not judged"
         return _outcome(rule.name, rule.metric, True, reason)
     return _compare(rule, models) if rule.against else _bound(rule, models)
-
-
-def _relative(bound: float | Relative | None) -> bool:
-    return isinstance(bound, Relative)
 
 
 def _bound(rule: Rule, models: dict[str, Any]) -> dict[str, Any]:

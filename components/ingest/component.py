@@ -1,5 +1,7 @@
 """KFP wrapper of the ingest step."""
 
+from typing import Any
+
 from kfp import dsl
 
 from components.image import IMAGE
@@ -14,7 +16,7 @@ def ingest(
     cache: str,
     code: str,
     source_digest: str,
-    settings: dict,
+    settings: dict[str, Any],
     tables: dsl.Output[dsl.Dataset],
 ) -> str:
     """Bring a named dataset or the user's files into canonical tables; returns their digest.

@@ -231,8 +231,8 @@ def _stream(connection: sa.Connection, table: str, path: Path) -> int:
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         result = connection.execution_options(yield_per=ROWS).execute(query)
         for part in result.partitions():
-            values = list(zip(*part, strict=True))
-            values[-1] = [None if v is None else json.dumps(v) for v in values[-1]]
+            *plain, objects = zip(*part, strict=True)
+            values = [*plain, [None if v is None else json.dumps(v) for v in objects]]
             arrays = [pa.array(v, t) for v, t in zip(values, schema.types, strict=True)]
             writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
             rows += len(part)

@@ -29,9 +29,11 @@ _WHEEL_SHA256 = {
     "ml-100k.user": "4f670007d9cfbeb9807e757209af1555b9bcc186bde25e767f67cb67c6dd5972",
 }
 _ZIP_LIMIT = 50_000_000  # bytes; the zip has 5 MB
-GENRES = ("unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime")
-GENRES += ("Documentary", "Drama", "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery")
-GENRES += ("Romance", "Sci-Fi", "Thriller", "War", "Western")
+GENRES = (
+    *("unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime"),
+    *("Documentary", "Drama", "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery"),
+    *("Romance", "Sci-Fi", "Thriller", "War", "Western"),
+)
 
 # "Land Before Time III (1995) (V)": the V marks a video release.
 _TITLE_YEAR = re.compile(r"^(?P<title>.*?)\s*\((?P<year>\d{4})\)(\s*\(V\))?\s*$")

@@ -1,5 +1,7 @@
 """KFP wrapper of the exit handler."""
 
+from typing import Any
+
 from kfp import dsl
 
 from components.image import IMAGE
@@ -12,7 +14,7 @@ def report_outcome(
     job: str,
     job_id: str,
     model_store: str,
-    deploy: dict,
+    deploy: dict[str, Any],
     status: dsl.PipelineTaskFinalStatus,
     outcome: dsl.Output[dsl.Artifact],
 ) -> None:
@@ -23,7 +25,6 @@ def report_outcome(
     """
     import os
     from pathlib import Path
-    from typing import Any
 
     from components.outcome import steps
 

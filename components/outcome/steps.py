@@ -49,7 +49,7 @@ def run(
     text = f"{pipeline} {run_id}: {state.lower()}"
     if not succeeded:
         text += f" at {step}: {error}" if error else f" at {step}"
-    record = {
+    record: dict[str, Any] = {
         "pipeline": pipeline,
         "run_id": run_id,
         "state": state,
@@ -60,7 +60,7 @@ def run(
     print(text, flush=True)
     outcome.parent.mkdir(parents=True, exist_ok=True)
     outcome.write_text(json.dumps(record, indent=1) + "\n")
-    warnings = []
+    warnings: list[str] = []
     if not succeeded and settle is not None:
         settled, warnings = _settled(settle)
         for line in settled:

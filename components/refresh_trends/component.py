@@ -1,5 +1,7 @@
 """KFP wrapper of the trends' refresh."""
 
+from typing import Any
+
 from kfp import dsl
 
 from components.image import IMAGE
@@ -10,7 +12,7 @@ def refresh_trends(
     interactions: str,
     feature_store: str,
     code: str,
-    settings: dict,
+    settings: dict[str, Any],
     trend: dsl.Output[dsl.Artifact],
 ) -> None:
     """Count the newest window of the log and put the snapshot in force."""

@@ -71,7 +71,7 @@ def run(
     pull(where)
     options = applied(where)[1]
     trend = options.trend
-    if trend.window_seconds is None:
+    if trend.window_seconds is None or trend.smoothing is None:
         raise InputError(
             f"the feature store in {where.path} does not say how trends are counted; run the"
             " pipeline (or its features step) first"

@@ -1,5 +1,7 @@
 """KFP wrapper of the train step."""
 
+from typing import Any
+
 from kfp import dsl
 
 from components.image import IMAGE
@@ -10,8 +12,8 @@ def train(
     clean: dsl.Input[dsl.Dataset],
     data_digest: str,
     code: str,
-    trend: dict,
-    settings: dict,
+    trend: dict[str, Any],
+    settings: dict[str, Any],
     checkpoints: str,
     model_store: str,
     start: str,

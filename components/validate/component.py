@@ -1,5 +1,7 @@
 """KFP wrapper of the validate step."""
 
+from typing import Any
+
 from kfp import dsl
 
 from components.image import IMAGE
@@ -10,7 +12,7 @@ def validate(
     tables: dsl.Input[dsl.Dataset],
     data_digest: str,
     code: str,
-    settings: dict,
+    settings: dict[str, Any],
     clean: dsl.Output[dsl.Dataset],
     quarantine: dsl.Output[dsl.Dataset],
     data_report: dsl.Output[dsl.HTML],

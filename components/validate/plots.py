@@ -10,7 +10,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
@@ -20,7 +20,7 @@ from model.trends import DAY, HOUR
 INK, MUTED, GRID = "#1f2933", "#64748b", "#e5e9ee"
 TEAL, TEAL_LIGHT, AMBER = "#0f766e", "#99d5cf", "#c2570c"
 
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "path",  # looks the same on every machine
     "svg.hashsalt": "data-report",
     "font.size": 9.5,
@@ -40,6 +40,7 @@ _STYLE = {
     "grid.color": GRID,
     "legend.frameon": False,
 }
+_SPANS: list[tuple[float, str]]
 _SPANS = [(1, "1 s"), (10, "10 s"), (60, "1 min"), (600, "10 min"), (HOUR, "1 h"), (DAY, "1 day")]
 _SPANS += [(7 * DAY, "1 week"), (30 * DAY, "30 days"), (365 * DAY, "1 year")]
 
@@ -120,7 +121,8 @@ def _nearest(seconds: float) -> str:
 def _events_over_time(axes: Axes, values: Mapping[str, Any]) -> None:
     width = values["bin_seconds"]
     edges = [*values["start"], values["start"][-1] + width]
-    times = [datetime.fromtimestamp(t, UTC) for t in edges]
+    axes.xaxis_date(UTC)
+    times = date2num([datetime.fromtimestamp(t, UTC) for t in edges])
     axes.stairs(values["events"], times, fill=True, color=TEAL_LIGHT, label="events")
     axes.stairs(values["events"], times, color=TEAL, linewidth=1.2)
     axes.stairs(values["users"], times, color=AMBER, linewidth=1.2, label="active users")

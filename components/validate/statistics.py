@@ -168,7 +168,7 @@ def _shift(backend: BaseBackend, events: ir.Table, totals: dict[str, Any]) -> di
     if not windows and span >= 2 * MAX_LAG:
         windows = [span // (2 * MAX_LAG)]
     uniform = math.log(totals["items"])
-    curves = []
+    curves: list[dict[str, Any]] = []
     for window in windows:
         loss = _staleness(backend, events, totals, window)
         if loss:

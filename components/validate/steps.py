@@ -311,7 +311,7 @@ class _Validation:
 
     def _warnings(self, log: Mapping[str, Any]) -> list[str]:
         """Things that are not errors but that a person should know."""
-        warnings = []
+        warnings: list[str] = []
         if not log["events"]:
             return warnings
         if log["last"] < EARLIEST_PLAUSIBLE:
