@@ -78,7 +78,7 @@ def run(
     )
     if start is None:  # the same for all processes, whatever is promoted meanwhile
         start = processes.once(lambda: resolve(train_settings.warm_start, model_store))
-    say(told(train_settings.warm_start, start))
+        say(told(train_settings.warm_start, start))
     if checkpoints is not None:
         data = histories.item_E, histories.timestamp_E, list(catalogue.item_ids)
         checkpoints = checkpoints / digest_of(settings, trend, start, *data)[:16]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from feature_repo.store import FeatureReader, FeatureStoreSettings
 from model import bundle as bundles
 from model.store import ModelStore
 from pipelines.cli import app
@@ -38,10 +39,15 @@ def log(tmp_path_factory):
     return write_log(path, synthetic.successor(60, 8, ITEMS, seed=0))
 
 
-def _start(workspace, log, **environment):
-    assignments = [p for k, v in SMALL.items() for p in ("--set", f"{k}={v}")]
+def _command(workspace, log, *command, settings=SMALL):
+    assignments = [p for k, v in settings.items() for p in ("--set", f"{k}={v}")]
+    told = ("--json", "--workspace", workspace, "--interactions", log, *assignments)
+    return [*HRNN_RUN[:-1], *(command or ("run",)), *map(str, told)]
+
+
+def _start(workspace, log, *command, settings=SMALL, **environment):
     return subprocess.Popen(
-        [*HRNN_RUN, "--json", "--workspace", workspace, "--interactions", log, *assignments],
+        _command(workspace, log, *command, settings=settings),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -114,20 +120,23 @@ def killed(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("step", STEPS)
-def test_a_run_killed_in_the_middle_of_a_step_leaves_nothing_half_deployed(killed, log, step):
-    workspace, stands = killed / "workspace", killed / f"stands-at-{step}"
+def _kill(killed, stand, log, *command, settings=SMALL):
+    """Start a command and kill it when it is about to write the file `stand`."""
+    workspace = killed / "workspace"
+    stands = killed / f"stands-at-{stand.replace('/', '-')}"
     process = _start(
         workspace,
         log,
+        *command,
+        settings=settings,
         PYTHONPATH=str(killed / "site"),
-        HRNN_TEST_STAND=KILLED_AT[step],
+        HRNN_TEST_STAND=stand,
         HRNN_TEST_STANDS=str(stands),
     )
     seen = []
     reading = threading.Thread(target=lambda: seen.extend(process.stderr), daemon=True)
     reading.start()
-    _wait_until(lambda: stands.exists() or process.poll() is not None, f"{step} was not reached")
+    _wait_until(lambda: stands.exists() or process.poll() is not None, f"{stand} was not reached")
     assert stands.exists(), "".join(seen)
     process.kill()
     process.wait()
@@ -135,9 +144,15 @@ def test_a_run_killed_in_the_middle_of_a_step_leaves_nothing_half_deployed(kille
     process.stdout.close()
     process.stderr.close()
     # Nobody is left who could go on writing while the next run begins.
-    _wait_until(lambda: not _marked(workspace), f"processes outlived the run killed at {step}")
+    _wait_until(lambda: not _marked(workspace), f"processes outlived the run killed at {stand}")
     # The kernel frees the run's lock a moment after its processes have lost their environment.
     _wait_until(lambda: _status(workspace).exit_code == 130, "a run that is gone still runs")
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_run_killed_in_the_middle_of_a_step_leaves_nothing_half_deployed(killed, log, step):
+    workspace = killed / "workspace"
+    _kill(killed, KILLED_AT[step], log)
     assert f": cancelled at {step}" in _status(workspace).stderr
     champion = ModelStore(str(workspace / "models")).champion()
     if step == "deploy":
@@ -146,10 +161,26 @@ def test_a_run_killed_in_the_middle_of_a_step_leaves_nothing_half_deployed(kille
         assert champion is None
 
 
-def test_run_again_it_finishes_and_has_deployed_once(killed, log):
+@pytest.fixture(scope="module")
+def nobody_answers():
+    with socket.socket() as unused, pytest.MonkeyPatch.context() as patch:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+        patch.setenv("HRNN_NOTIFY_URL", f"http://127.0.0.1:{port}/TOKEN")
+        yield "warning: HRNN_NOTIFY_URL was not told of this outcome: no connection"
+
+
+@pytest.fixture(scope="module")
+def finished(killed, log, nobody_answers):
+    """The workspace of the killed runs after one that was not, and what that said."""
     workspace = killed / "workspace"
     done = hrnn_run(workspace, "--interactions", log, settings=SMALL)
     assert done.returncode == 0, done.stderr
+    return workspace, done
+
+
+def test_run_again_it_finishes_and_has_deployed_once(finished):
+    workspace, done = finished
     assert json.loads(done.stdout)["verdict"] == "deployed"
     store = ModelStore(str(workspace / "models"))
     champion = store.champion()
@@ -164,13 +195,47 @@ def test_run_again_it_finishes_and_has_deployed_once(killed, log):
     assert done.stderr.count("done before, not again") == 3, done.stderr  # ingest, validate, train
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, log):
-    """A workspace with one finished run, for tests that copy its store and its cache."""
-    workspace = tmp_path_factory.mktemp("finished")
-    done = hrnn_run(workspace, "--interactions", log, settings=SMALL)
+def test_a_batch_that_was_killed_is_gone_on_with(finished, killed, log):
+    output = killed / "lists"
+    columns = {n: v for n, v in SMALL.items() if n.startswith("ingest.")}
+    command = ("batch-recommend", "--output", str(output))
+    _kill(killed, "/_summary.json", log, *command, settings=columns)
+    (batch,) = output.iterdir()  # begun, and nobody is led to it
+    parts = [p.stat().st_mtime_ns for p in batch.glob("part-*")]
+    assert parts
+    done = subprocess.run(
+        _command(finished[0], log, *command, settings=columns),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
-    return workspace
+    assert json.loads((output / "latest.json").read_text())["batch"] == batch.name
+    assert json.loads(done.stdout)["batch"] == batch.name
+    assert [p.stat().st_mtime_ns for p in batch.glob("part-*")] == parts
+
+
+def test_a_refresh_that_was_killed_is_done_again(finished, killed):
+    """Before it puts the new trend in force: the old one is, whole."""
+    workspace, done = finished
+    clean = Path(json.loads(done.stdout)["clean"])
+    store = FeatureStoreSettings(root=str(workspace / "features"))
+    before = FeatureReader(store).trend()
+    later = before.as_of + 1
+    settings = {"refresh_trends.as_of": str(later)}
+    _kill(killed, f"refresh-{later}.parquet", clean, "refresh-trends", settings=settings)
+    assert FeatureReader(store).trend() == before
+    again = subprocess.run(
+        _command(workspace, clean, "refresh-trends", settings=settings),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+    assert again.returncode == 0, again.stderr
+    assert FeatureReader(store).trend().as_of == later
+    assert json.loads(again.stdout)["in_force"]
 
 
 def _error(done):
@@ -189,6 +254,7 @@ def _log_of(message):
 
 
 def test_two_runs_at_once_one_works_and_the_other_is_told(finished, log):
+    finished, _ = finished
     process = _start(finished, log)
     first = process.stderr.readline()
     try:
@@ -202,18 +268,8 @@ def test_two_runs_at_once_one_works_and_the_other_is_told(finished, log):
     assert f"run {run} is under way in this workspace" in _error(done)
 
 
-@pytest.fixture
-def nobody_answers(monkeypatch):
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-        monkeypatch.setenv("HRNN_NOTIFY_URL", f"http://127.0.0.1:{port}/TOKEN")
-        yield "warning: HRNN_NOTIFY_URL was not told of this outcome: no connection"
-
-
-def test_a_web_hook_that_fails_does_not_change_the_outcome(finished, log, nobody_answers):
-    done = hrnn_run(finished, "--interactions", log, settings=SMALL)
-    assert done.returncode == 0, done.stderr
+def test_a_web_hook_that_fails_does_not_change_the_outcome(finished, nobody_answers):
+    _, done = finished
     assert json.loads(done.stdout)["verdict"] == "deployed"
     assert nobody_answers in done.stderr
     assert done.stderr.index(": succeeded") < done.stderr.index(nobody_answers)
@@ -231,6 +287,7 @@ def test_a_web_hook_that_fails_does_not_hide_the_error(tmp_path, nobody_answers)
 
 
 def test_a_champion_that_was_deleted_is_said_and_left(finished, log):
+    finished, _ = finished
     store = ModelStore(str(finished / "models"))
     champion = store.champion()
     place = finished / "models" / champion.path
@@ -251,6 +308,7 @@ def test_a_champion_that_was_deleted_is_said_and_left(finished, log):
 
 
 def test_a_store_that_cannot_be_used_is_said(finished, log):
+    finished, _ = finished
     (finished / "models").rename(finished / "kept")
     (finished / "models").write_text("")
     try:

@@ -58,6 +58,7 @@ def test_a_second_run_is_swapped_in_at_a_running_server_and_a_worse_one_refused(
     assert client.recommend("u7").model_version == first.version
     released = {
         "train.seed": 7,
+        "train.max_epochs": 3,
         "deploy.service_url": serving.url,
         "deploy.release": json.dumps(RELEASE),
     }
