@@ -1,8 +1,10 @@
 """The batch equals the model asked one by one, whatever its parts, and goes on where it stopped."""
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from datetime import UTC, datetime
 
 import pyarrow as pa
@@ -85,6 +87,30 @@ def test_the_size_of_parts_changes_nothing(world, tmp_path, size):
     assert list(a) == list(b)
     for user in a:
         assert [r[2] for r in a[user]] == pytest.approx([r[2] for r in b[user]], abs=1e-4)
+
+
+def test_memory_holds_one_part(world, tmp_path, monkeypatch):
+    """However many users the log has, those of one part are held, and the one being read."""
+    alive, most = weakref.WeakSet(), []
+
+    class Counted(steps._User):
+        __hash__ = object.__hash__
+
+        def __post_init__(self):
+            alive.add(self)
+
+    whole = steps.Batches.write
+
+    def write(self, batch, name, rows):
+        gc.collect()
+        most.append(len(alive))
+        return whole(self, batch, name, rows)
+
+    monkeypatch.setattr(steps, "_User", Counted)
+    monkeypatch.setattr(steps.Batches, "write", write)
+    _run(world, tmp_path, settings={"users_per_part": 5})
+    assert len(most) == USERS / 5
+    assert max(most) <= 5 + 1
 
 
 def test_a_list_of_users_with_a_new_one(world, tmp_path):

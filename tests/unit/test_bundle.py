@@ -54,6 +54,21 @@ def test_load_gives_back_the_same_scores(trained, recommender):
     assert again.item_titles["i003"] == "Item 3"
 
 
+def test_the_model_card_says_what_the_model_is(trained, recommender):
+    card = (trained / "MODEL_CARD.md").read_text()
+    model = bundles.load(trained).model
+    parameters = sum(p.numel() for p in model.network.parameters())
+    metrics = json.loads((trained / "metrics.json").read_text())["training"]
+    lines = [line[2:-2].split(" | ", 1) for line in card.splitlines() if line.startswith("| ")]
+    rows = dict(line for line in lines if len(line) == 2)
+    assert rows["Version"] == recommender.version
+    assert rows["Items"] == "20"
+    assert rows["Parameters"] == f"{parameters:,}"
+    assert rows["User fields"] == ", ".join(f.name for f in model.encodings.user_fields)
+    assert rows["Training events"] == str(metrics["events"])
+    assert rows["Training valid_ppl"] == str(metrics["valid_ppl"])
+
+
 def test_batch_equals_single(recommender):
     queries = [_query(), _query("i001"), _query("i003", "i007", "i001"), _query("i002", "i009")]
     single = np.concatenate([recommender.affinities([q]) for q in queries])

@@ -51,8 +51,10 @@ def test_training_asks_for_a_gpu_and_tolerates_its_node(tmp_path):
     assert with_gpu == ["exec-train"]
     options = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     assert options["exec-train"]["tolerations"][0]["key"] == "nvidia.com/gpu"
-    for name in ("exec-features", "exec-deploy"):
-        assert options[name]["configMapAsEnv"]
+    for name in ("exec-features", "exec-warm-start", "exec-deploy", "exec-report-outcome"):
+        assert options[name]["configMapAsEnv"] and options[name]["pvcMount"], name
+        secrets = {v["envVar"] for m in options[name]["secretAsEnv"] for v in m["keyToEnv"]}
+        assert {"AWS_SECRET_ACCESS_KEY", "HRNN_REDIS_URL", "HRNN_NOTIFY_URL"} <= secrets
     assert options["exec-train"]["nodeSelector"]["labels"] == {"nvidia.com/gpu.present": "true"}
     (shm,) = options["exec-train"]["emptyDirMounts"]
     assert (shm["mountPath"], shm["medium"]) == ("/dev/shm", "Memory")  # noqa: S108
