@@ -15,6 +15,7 @@ import pytest
 from model.errors import InputError
 from model.query import Event
 from model.store import ModelStore
+from pipelines import demo
 from serving.event_client import EventClient
 from tests import synthetic
 from tests.planted import FAST, HRNN_RUN, ITEMS, hrnn_run, interruptible, write_log
@@ -183,6 +184,22 @@ def test_everybody_gets_a_list(deployed, tmp_path):
     assert "[3/3 batch-recommend]" in done.stderr
     rows = pq.read_table(said["output"]).to_pylist()
     assert len({row["user_id"] for row in rows}) == said["num_users"] == 300
+
+
+def test_the_demo_ends_with_the_reports_path(deployed, tmp_path, monkeypatch, capsys):
+    """The demo of a finished run: its servers, its questions, what it prints last."""
+    workspace, result, _, _ = deployed
+    for part in ("models", "features"):
+        shutil.copytree(workspace / part, tmp_path / part)
+    monkeypatch.setattr(demo.local_runner, "run", lambda *_, **__: result)
+    monkeypatch.setattr(demo, "USER", "u7")
+    demo.main(tmp_path, lambda _: None)
+    out = capsys.readouterr().out
+    assert "User u7 watched last:" in out
+    assert "PUT /items" in out and "not recommended in time" not in out
+    assert "Recommendations over HTTP" in out
+    assert out.rstrip("\n").splitlines()[-1].endswith(f": {result['report']}")
+    assert Path(result["report"]).is_file()
 
 
 def test_ctrl_c_stops_everything(tmp_path):

@@ -609,6 +609,18 @@ def test_killed_before_any_change_the_runs_end_takes_it_back_and_promotes_nothin
     assert states == {None, "given_up"} | last
 
 
+def test_a_run_that_was_given_up_may_go_on_all_the_same(knative, store):
+    """As Kubeflow's `retry` of a whole run does, after its exit handler."""
+    store.record("v2", "run-1", "trying")
+    assert _settled(knative, store).done == ["the release of v2 was given up"]
+    _begun(knative, "another", LATER)
+    with pytest.raises(NotOursError):
+        _release(knative, store)
+    assert len(_settled(knative, store, "another").done) == 1
+    _release(knative, store)
+    assert store.release("v2", "run-1").state == "released"
+
+
 def test_what_belongs_to_others_is_not_settled(cluster, store):
     store.promote("v2", checking="another")
     _begun(cluster, "another", LATER)
