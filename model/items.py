@@ -12,12 +12,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from model.field_bias import FieldBias
 from model.fields import FieldBags, FieldEmbedding, FieldEncoding
 from model.rows import StepRows, lookup
 
 
 class FieldTower(nn.Module):
-    """Field-aware MLP: an embedding per field, then the mix → `[R, D]`, and a bias `[R]`."""
+    """Field-aware MLP: an embedding per field, then the mix → `[R, D]`."""
 
     def __init__(
         self, encodings: Sequence[FieldEncoding], size: int, hidden: int, dropout: float
@@ -25,17 +26,16 @@ class FieldTower(nn.Module):
         super().__init__()
         self.embedding = FieldEmbedding(encodings, hidden // 4)
         self.mix = nn.Sequential(
-            nn.Dropout(dropout),
+            nn.Dropout(0.5 * dropout),
             nn.Linear(self.embedding.output_size, hidden),
             nn.GELU(),
             nn.Dropout(dropout),
         )
         self.vector = nn.Linear(hidden, size)
-        self.bias = nn.Linear(hidden, 1)
 
-    def forward(self, bags: FieldBags) -> tuple[Tensor, Tensor]:
-        z_RH = self.mix(self.embedding(bags))
-        return self.vector(z_RH), self.bias(z_RH)[:, 0]
+    def forward(self, bags: FieldBags) -> Tensor:
+        w_RD: Tensor = self.vector(self.mix(self.embedding(bags)))
+        return w_RD
 
 
 class Items(nn.Module):
@@ -73,9 +73,11 @@ class Items(nn.Module):
         self.lambda_M: Tensor
         self.register_buffer("lambda_M", torch.ones(num_items))
         self.output_tower: FieldTower | None = None
+        self.field_bias: FieldBias | None = None
         self.input_tower: FieldTower | None = None
         if encodings:
             self.output_tower = FieldTower(encodings, size, 2 * size, dropout)
+            self.field_bias = FieldBias(encodings)
             self.input_tower = FieldTower(encodings, size, 2 * size, dropout)
         self._folded_inputs: Tensor | None = None
 
@@ -96,16 +98,16 @@ class Items(nn.Module):
         Args:
             known_M: bool, the items with interactions.
         """
-        if self.output_tower is None or not bool(known_M.any()):
+        if self.output_tower is None or self.field_bias is None or not bool(known_M.any()):
             return
         known_M = known_M.to(self.bias.device)
         training, tower = self.training, self.output_tower
         self.eval()
         with torch.no_grad():
-            field_w_MD, field_b_M = tower(self.bags)
+            field_w_MD, field_b_M = tower(self.bags), self.field_bias(self.bags)
             id_w_MD = self.output_embedding.weight[: self.num_items]
             tower.vector.bias.add_((id_w_MD - field_w_MD)[known_M].mean(dim=0))
-            tower.bias.bias.add_((self.bias - field_b_M)[known_M].mean())
+            self.field_bias.intercept.add_((self.bias - field_b_M)[known_M].mean())
         self.train(training)
 
     def fold(self) -> None:
@@ -130,7 +132,7 @@ class Items(nn.Module):
             return e_ND
         row_R, row_N = item_N.unique(return_inverse=True)
         known_R = row_R < self.num_items
-        fields_RD, _ = self.input_tower(self.bags.rows(row_R.clamp(max=self.num_items - 1)))
+        fields_RD = self.input_tower(self.bags.rows(row_R.clamp(max=self.num_items - 1)))
         return e_ND + (fields_RD * known_R[:, None])[row_N]
 
     def _lookup(self, table: Tensor, index_N: Tensor) -> Tensor:
@@ -150,10 +152,10 @@ class Items(nn.Module):
         if rows_R is not None:
             w_RD = self._lookup(self.output_embedding.weight, rows_R)
             b_R = self._lookup(self.bias, rows_R)
-        if self.output_tower is None:
+        if self.output_tower is None or self.field_bias is None:
             return w_RD, b_R
         bags = self.bags if rows_R is None else self.bags.rows(rows_R)
-        field_w_RD, field_b_R = self.output_tower(bags)
+        field_w_RD, field_b_R = self.output_tower(bags), self.field_bias(bags)
         if lambda_mix is None:
             lambda_mix = self.lambda_M if rows_R is None else self.lambda_M[rows_R]
         mix = torch.as_tensor(lambda_mix, dtype=w_RD.dtype)

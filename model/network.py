@@ -32,7 +32,8 @@ class NetworkSettings(SettingsBase):
     control: int = 16  # size of the time-delta embedding
     user_embedding: int = 8  # size per user field
     context_embedding: int = 8  # size per request-context field
-    dropout: float = 0.4  # on item inputs, on the state before the query, in the item towers
+    dropout: float = 0.4  # on item inputs, on the state before the query
+    fields_dropout: float = 0.6  # in what is made of item fields; half of it where they are read
     user_dropout: float = 0.2
     item_ids: bool = True  # the previous item's own embedding as input, beside its fields
     time_input: bool = True
@@ -83,7 +84,7 @@ class HRNNMeta(nn.Module):
             size,
             encodings.item_fields if settings.item_fields else (),
             item_bags,
-            settings.dropout,
+            settings.fields_dropout,
             tied=settings.tied,
             read_ids=settings.item_ids,
         )

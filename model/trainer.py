@@ -162,6 +162,9 @@ class Trainer:
         if self.trend_table is None:
             # Start at the popularity model: learning begins with what is left.
             network.items.bias.data = p_M.log()
+            if network.items.field_bias is not None:
+                known_M = torch.from_numpy(self.count_M > 0)
+                network.items.field_bias.start_at(network.items.bags, p_M.log(), known_M)
         self.fold_U = self.rng.permutation(len(self.train)) % FOLDS
         transitions = None
         if network.prior is not None:

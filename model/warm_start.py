@@ -104,13 +104,13 @@ def _copy_rows(table: Tensor, before: Tensor, position_M: Tensor, num_old: int) 
 def _place_new_items(network: HRNNMeta, row_R: Tensor) -> None:
     """Ids of new items start as what their fields say (eq. 2: λ makes no difference yet)."""
     items = network.items
-    if items.output_tower is None or not len(row_R):
+    if items.output_tower is None or items.field_bias is None or not len(row_R):
         return
     training = network.training
     network.eval()
-    w_RD, b_R = items.output_tower(items.bags.rows(row_R))
-    items.output_embedding.weight[row_R] = w_RD
-    items.bias[row_R] = b_R
+    bags = items.bags.rows(row_R)
+    items.output_embedding.weight[row_R] = items.output_tower(bags)
+    items.bias[row_R] = items.field_bias(bags)
     network.train(training)
 
 
@@ -142,6 +142,7 @@ def _token_tables(network: HRNNMeta) -> dict[tuple[str, str], tuple[str, FieldEn
     encodings, found = network.encodings, {}
     sections: Mapping[str, tuple[nn.Module | None, Sequence[FieldEncoding]]] = {
         "items.output_tower.embedding": (network.items.output_tower, encodings.item_fields),
+        "items.field_bias.embedding": (network.items.field_bias, encodings.item_fields),
         "items.input_tower.embedding": (network.items.input_tower, encodings.item_fields),
         "profile.embedding": (network.profile, encodings.item_fields),
         "user": (network.user, encodings.user_fields),

@@ -271,7 +271,7 @@ def test_ids_and_fields_stand_in_the_same_place():
     scores = {mix: items.outputs(mix) for mix in (0.0, 0.5, 1.0)}
     with torch.no_grad():
         items.output_tower.vector.bias += torch.randn(16)
-        items.output_tower.bias.bias += 3.0
+        items.field_bias.intercept += 3.0
     items.align(known)
     query = torch.randn(7, 16)
     for mix, (w, b) in scores.items():
