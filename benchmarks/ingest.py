@@ -1,6 +1,9 @@
 """Peak memory and time of ingest, validate and features on a generated log of any size.
 
     python -m benchmarks.ingest --events 100_000_000 --folder /var/tmp
+    python -m benchmarks.ingest --events 100_000_000 --folder /var/tmp --steps features
+
+Without validate among the steps, features gets a log written as validate would leave it.
 
 The log: Zipf-popular items, users with geometrically many events, in order of time, two context
 columns. Every step runs in a process of its own, whose peak memory is what the kernel says of it;
@@ -20,15 +23,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from model.schema import Schema
+
 START = 1_600_000_000
 MIB = 2**20
 
 
-def write_log(path: Path, events: int, users: int, items: int, days: int) -> None:
-    """A Parquet file as a collector would have written it, a row group at a time."""
+def write_log(
+    path: Path, events: int, users: int, items: int, days: int, as_clean: bool = False
+) -> None:
+    """A Parquet file as a collector would have written it, a row group at a time.
+
+    Args:
+        as_clean: in the order in which validate leaves it.
+    """
     import duckdb
 
-    with duckdb.connect() as connection:
+    order = "ORDER BY user_id, timestamp" if as_clean else ""
+    with duckdb.connect(config={"temp_directory": str(path.parent)}) as connection:
         connection.execute("SET memory_limit = '1GB'")
         # Hashes instead of random(): the same log every time. u, v in [0, 1).
         connection.execute(
@@ -45,6 +57,7 @@ def write_log(path: Path, events: int, users: int, items: int, days: int) -> Non
                              hash(i + {events}) / 18446744073709551616.0 AS v,
                              hash(i + {2 * events}) / 18446744073709551616.0 AS w
                       FROM range({events}) AS t(i))
+                {order}
             ) TO '{path}' (FORMAT parquet, COMPRESSION zstd)
             """  # noqa: S608 - our own numbers
         )
@@ -129,8 +142,15 @@ def main(arguments: list[str] | None = None) -> int:
     users = options.users or max(100, options.events // 100)
     with tempfile.TemporaryDirectory(prefix="hrnn-ingest-", dir=options.folder) as name:
         folder = Path(name)
-        write_log(folder / "log.parquet", options.events, users, options.items, options.days)
-        size = (folder / "log.parquet").stat().st_size
+        sizes = (options.events, users, options.items, options.days)
+        path = folder / "log.parquet"
+        if "validate" not in options.steps:
+            (folder / "clean").mkdir()
+            path = folder / "clean" / "interactions.parquet"
+            schema = Schema.parse({"context": {"device": "categorical"}})
+            (folder / "clean" / "schema.json").write_text(schema.model_dump_json())
+        write_log(path, *sizes, as_clean=path.parent != folder)
+        size = path.stat().st_size
         print(f"{options.events:,} events of {users:,} users, {size / MIB:,.0f} MiB of Parquet")
         print("| step | seconds | events/s | peak MiB |\n|---|---|---|---|")
         rows = []
