@@ -22,6 +22,9 @@ from serving.wire import AnswerError, Asked, Scored
 MOST_TOGETHER = 64  # questions in one call, unless one request asks more
 # While the predictor works on one, the next is on its way.
 CALLS_AT_ONCE = 2
+# Calls that carry their lists after a predictor did not hold one. Replicas answer in turn: were it
+# the next call alone, it might always be another replica that gets them.
+CALLS_WITH_LISTS = 8
 
 
 class PredictorError(UnavailableError):
@@ -53,6 +56,7 @@ class PredictorClient:
         self._breaker = Breaker("predictor", settings.breaker_failures, settings.breaker_seconds)
         self._channel: Any = None
         self._call: Any = None
+        self._with_lists = 0  # calls to come that carry their lists
         self._calls: Batcher[_Call, list[Scored | InputError]] = Batcher(
             self._ask_all,
             most=min(MOST_TOGETHER, settings.max_instances),
@@ -152,7 +156,10 @@ class PredictorClient:
         Args:
             deadline: in monotonic seconds.
         """
-        message, broken, sent = wire.write_asks(asked), False, False
+        lists = {one.part.of.name: one.part.of for one in asked if one.part is not None}
+        sent = bool(lists) and self._with_lists > 0
+        self._with_lists -= sent
+        message, broken = wire.write_asks(asked, list(lists.values()) if sent else ()), False
         while True:
             timeout = deadline - time.monotonic()
             if timeout <= 0:
@@ -165,8 +172,8 @@ class PredictorClient:
                 if sent:
                     raise AnswerError("does not know a list that was sent")
                 # Once more, with all lists: another predictor may answer this time.
-                lists = {one.part.of.name: one.part.of for one in asked if one.part is not None}
                 message, sent = wire.write_asks(asked, list(lists.values())), True
+                self._with_lists = CALLS_WITH_LISTS
                 continue
             except grpc.RpcError as error:
                 code = error.code()

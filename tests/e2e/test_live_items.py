@@ -2,7 +2,9 @@
 
 import threading
 from contextlib import closing
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from feature_repo.settings import FeatureStoreSettings
@@ -11,10 +13,11 @@ from model.recommender import Recommender
 from serving.client import Client
 from serving.event_client import EventClient
 from serving.launcher import LocalServing
-from serving.settings import COLLECTOR, PREDICTOR, ServeSettings
-from tests.e2e.processes import NOW, random_bundle, until
+from serving.settings import COLLECTOR, PREDICTOR, TRANSFORMER, ServeSettings
+from tests.e2e.processes import NOW, metric, random_bundle, until
 from tests.feature_store import fill
 
+REPLICA = ServeSettings().with_free_ports()  # a second predictor's ports
 ODD = {"parity": frozenset({"odd"})}
 
 
@@ -29,6 +32,10 @@ def serving(bundle_dir, tmp_path_factory):
     features = FeatureStoreSettings(root=str(folder / "features"))
     fill(features, {}, Recommender.load(bundle_dir).trend)
     settings = ServeSettings(event_log=f"sqlite:///{folder}/events.db").with_free_ports()
+    # Both replicas of the last test; calls go in turn to those that are up.
+    ports = settings.predictor_grpc_port, REPLICA.predictor_grpc_port
+    addresses = ",".join(f"127.0.0.1:{port}" for port in ports)
+    settings = settings.model_copy(update={"predictor_host": f"ipv4:{addresses}"})
     with LocalServing(bundle_dir, features, settings, folder / "logs") as serving:
         yield serving
 
@@ -127,3 +134,43 @@ def test_it_stays_when_the_collector_is_away_and_comes_back_with_the_predictor(
     serving.wait_ready(COLLECTOR, 120)
     collector.put_item("after that", {"parity": "odd"})
     until(lambda: found(client, "after that"))
+
+
+class Second(LocalServing):
+    """Another predictor of the same model, which knows of no new items."""
+
+    roles = (PREDICTOR,)
+
+
+def test_replicas_with_other_items_end_a_search_of_several_rounds(
+    client, collector, serving, bundle_dir, tmp_path
+):
+    recommender = Recommender.load(bundle_dir)
+    collector.put_item("of one replica alone", {"parity": "odd"})
+    until(lambda: found(client, "of one replica alone"))
+    # So many items that the model lacks trend most that the first round's list is a small part.
+    base = recommender.trend
+    strangers = tuple(f"stranger {n}" for n in range(20_000))
+    log_q = np.concatenate([np.full(len(strangers), base.log_q[0] + 500.0), base.log_q])
+    trend = replace(base, item_ids=strangers + base.item_ids, log_q=log_q)
+    features = FeatureStoreSettings(root=serving.settings.feature_root)
+    expected = [
+        item.item_id for item in recommender.recommend([Query([], NOW)], 12, trend=trend)[0]
+    ]
+    with Second(bundle_dir, features, REPLICA, tmp_path):
+        fill(features, {}, trend)
+        until(lambda: client.recommend(timestamp=NOW, num_results=5).trend_version == trend.version)
+
+        def restarted():
+            """Searches that took more rounds than one replica alone needs."""
+            answer = client.recommend(timestamp=NOW, num_results=12)
+            assert answer.degraded == ()
+            trained = [i.item_id for i in answer.items if i.item_id in recommender.item_ids]
+            assert trained == expected[: len(trained)] and len(trained) >= 5
+            count, least = (
+                metric(serving, TRANSFORMER, f"hrnn_threshold_rounds_{name}", **labels)
+                for name, labels in (("count", {}), ("bucket", {"le": "2.0"}))
+            )
+            return count - least
+
+        until(lambda: restarted() >= 3)

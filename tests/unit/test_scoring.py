@@ -10,7 +10,7 @@ import pytest
 from model.errors import InputError
 from model.query import Event, Query
 from serving.kserve_api import pb, pb_grpc
-from serving.scoring import PredictorClient, PredictorError
+from serving.scoring import CALLS_WITH_LISTS, PredictorClient, PredictorError
 from serving.settings import ServeSettings
 from serving.wire import (
     ANSWERS,
@@ -132,16 +132,45 @@ def test_a_list_is_sent_once_and_again_to_one_that_does_not_hold_it():
     async def run():
         async with running() as (servicer, client):
             part = Part(LIST, 0, 0)
-            for calls in (2, 3):
+            for calls in range(2, CALLS_WITH_LISTS + 4):
                 await client.score([asked("a", part)], 30.0)
                 assert len(servicer.calls) == calls
             servicer.lists.clear()  # another predictor
             await client.score([asked("a", part)], 30.0)
-            assert len(servicer.calls) == 5
+            assert len(servicer.calls) == calls + 2
             servicer.forgetful = True
             servicer.lists.clear()
             with pytest.raises(PredictorError, match="invalid_answer"):
                 await client.score([asked("a", part)], 30.0)
+
+    asyncio.run(run())
+
+
+def test_replicas_that_answer_in_turn_all_get_the_lists():
+    """Of each pair of calls the second went to the other replica, which held the list already."""
+
+    async def run():
+        servers = [grpc.aio.server() for _ in range(3)]
+        servicers = [Server() for _ in servers]
+        ports = []
+        for server, servicer in zip(servers, servicers, strict=True):
+            pb_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
+            ports.append(server.add_insecure_port("127.0.0.1:0"))
+            await server.start()
+        addresses = ",".join(f"127.0.0.1:{port}" for port in ports)
+        client = PredictorClient(ServeSettings(predictor_host=f"ipv4:{addresses}"))
+        await client.open()
+        part = Part(LIST, 0, 0)
+        try:
+            for _ in range(200):
+                await client.score([asked("a", part)], 30.0)
+                if all(servicer.lists for servicer in servicers):
+                    break
+            assert all(servicer.lists for servicer in servicers)
+        finally:
+            await client.close()
+            for server in servers:
+                await server.stop(0)
 
     asyncio.run(run())
 
