@@ -149,7 +149,8 @@ def main(arguments: list[str] | None = None) -> int:
             path = folder / "clean" / "interactions.parquet"
             schema = Schema.parse({"context": {"device": "categorical"}})
             (folder / "clean" / "schema.json").write_text(schema.model_dump_json())
-        write_log(path, *sizes, as_clean=path.parent != folder)
+        # Not in this process: its peak would be that of every process it starts.
+        measured(write_log, path, *sizes, path.parent != folder)
         size = path.stat().st_size
         print(f"{options.events:,} events of {users:,} users, {size / MIB:,.0f} MiB of Parquet")
         print("| step | seconds | events/s | peak MiB |\n|---|---|---|---|")
