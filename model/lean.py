@@ -37,6 +37,7 @@ from model.query import Event, History, Query
 Float32 = NDArray[np.float32]
 
 LOCKSTEP = 4  # histories from which one step for all is faster than each by itself
+PADDING = 8  # columns beside the weights: the bias, and zeros
 LOOK_BACK = 8  # events that may have come since a state was kept
 
 
@@ -79,7 +80,7 @@ class LeanGRU:
         )
         # σ(x) = (1 + tanh(x/2)) / 2; r ⊙ g = tanh(·) ⊙ g/2 + g/2 with g = W_n h + b_n.
         half_G = np.full(3 * hidden, 0.5, dtype=np.float32)
-        self._weight_GH = np.ascontiguousarray(weight_GH * half_G[:, None])
+        scaled_GH = weight_GH * half_G[:, None]
         self._bias_h_n_H = bias_h_G[2 * hidden :] * np.float32(0.5)
         half_G[2 * hidden :] = 1.0
         weight_IG = np.ascontiguousarray((weight_GI * half_G[:, None]).T)
@@ -104,7 +105,11 @@ class LeanGRU:
         names = () if event_type is None else event_type.vocabulary
         self._type_token: dict[str | None, int] = {n: t for t, n in enumerate(names, start=1)}
         self._begin_H = network.encoder.begin_state.detach().numpy()
-        self._weight_HG = np.ascontiguousarray(self._weight_GH.T)
+        self._weight_HG = np.ascontiguousarray(scaled_GH.T)
+        # With a column for the bias, and as many as keep rows aligned.
+        self._weight_GP = np.zeros((3 * hidden, hidden + PADDING), dtype=np.float32)
+        self._weight_GP[:, :hidden] = scaled_GH
+        self._weight_GP[2 * hidden :, hidden] = self._bias_h_n_H
         self._query_HD = network.query.weight.detach().T.contiguous()
         self._query_D = network.query.bias.detach().numpy()
         self._profile: FoldedProfile | None = None
@@ -245,29 +250,32 @@ class LeanGRU:
     def _steps(self, gate_KG: Float32, h_H: Float32) -> Float32:
         """Run the recurrence over some positions; `h_H` is left as it is."""
         hidden = self._hidden
-        h_H = h_H.copy()
+        state = np.zeros(hidden + PADDING, dtype=np.float32)
+        state[:hidden], state[hidden] = h_H, 1.0  # the 1 adds the bias
+        h_H = state[:hidden]
         recurrent_G = np.empty(3 * hidden, dtype=np.float32)
-        recurrent_rz, g_H = recurrent_G[: 2 * hidden], recurrent_G[2 * hidden :]
-        rz = np.empty(2 * hidden, dtype=np.float32)
+        rz, g_H = recurrent_G[: 2 * hidden], recurrent_G[2 * hidden :]
         r_H, z_H = rz[:hidden], rz[hidden:]
         n_H = np.empty(hidden, dtype=np.float32)
-        half = np.float32(0.5)
+        # As arrays: a scalar operand costs a conversion each time.
+        one, half = np.ones(2 * hidden, dtype=np.float32), np.full(hidden, 0.5, dtype=np.float32)
+        weight_GP = self._weight_GP
+        dot, add, subtract, multiply, tanh = np.dot, np.add, np.subtract, np.multiply, np.tanh
+        # A call costs as much as its arithmetic: as few as can be, `out` given by position.
         for gate_rz, gate_n in zip(gate_KG[:, : 2 * hidden], gate_KG[:, 2 * hidden :], strict=True):
-            np.dot(self._weight_GH, h_H, out=recurrent_G)
-            np.add(gate_rz, recurrent_rz, out=rz)
-            np.tanh(rz, out=rz)
-            np.add(g_H, self._bias_h_n_H, out=g_H)
-            np.multiply(r_H, g_H, out=n_H)
-            np.add(n_H, g_H, out=n_H)
-            np.add(n_H, gate_n, out=n_H)
-            np.tanh(n_H, out=n_H)
+            dot(weight_GP, state, recurrent_G)
+            add(rz, gate_rz, rz)
+            tanh(rz, rz)
+            add(rz, one, rz)
+            multiply(r_H, g_H, n_H)
+            add(n_H, gate_n, n_H)
+            tanh(n_H, n_H)
             # h' = n + z ⊙ (h − n) with z = (1 + tanh) / 2
-            np.subtract(h_H, n_H, out=h_H)
-            np.multiply(h_H, half, out=h_H)
-            np.multiply(z_H, h_H, out=z_H)
-            np.add(h_H, z_H, out=h_H)
-            np.add(h_H, n_H, out=h_H)
-        return h_H
+            multiply(z_H, half, z_H)
+            subtract(h_H, n_H, h_H)
+            multiply(h_H, z_H, h_H)
+            add(h_H, n_H, h_H)
+        return h_H.copy()
 
     def _states_before_last(
         self,

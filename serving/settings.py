@@ -65,7 +65,7 @@ class ServeSettings(SettingsBase):
     breaker_failures: PositiveInt = 5  # in a row, until a dependency is not asked any more
     breaker_seconds: PositiveFloat = 1.0  # until one request tries it again
     exploration_log: bool = True  # a line for every answer that explores
-    max_in_flight: PositiveInt = 32  # requests of one process at a time; the rest get 503
+    max_in_flight: PositiveInt = 24  # requests of one process at a time; the rest get 503
     body_deadline_seconds: PositiveFloat = 10.0  # for the body of a request to arrive
     grace_seconds: NonNegativeFloat = 10.0  # for requests in flight at SIGTERM
 
