@@ -92,7 +92,6 @@ def check_address(option: str, address: str, *, written: bool) -> None:
     """
     if address == CONFIGURED and option == "--interactions":
         return
-    parts = urlsplit(address)
     if holds_secret(address):
         raise InputError(
             f"{option}: an address with a password or a signature would be shown with the run; put "
@@ -104,6 +103,7 @@ def check_address(option: str, address: str, *, written: bool) -> None:
                 "out here"
             )
         )
+    parts = urlsplit(address)
     scheme = parts.scheme if "://" in address else ""
     if scheme in LOCAL_SCHEMES:
         path = parts.path if scheme else address
@@ -160,12 +160,12 @@ def _check_services(deploy: Mapping[str, Any]) -> None:
         "deploy.release.prometheus": deploy["release"]["prometheus"],
     }
     for setting, address in services.items():
-        parts = urlsplit(address)
         if holds_secret(address):
             raise InputError(
                 f"{setting}: an address with a password would be shown with the run; give one that "
                 "pods may ask without"
             )
+        parts = urlsplit(address)
         if parts.hostname in THIS_MACHINE:
             raise InputError(
                 f"{setting}={address}: to a pod, {parts.hostname} is the pod itself; "
