@@ -56,6 +56,11 @@ def variable(container, name):
     return next((e.get("value") for e in container.get("env", []) if e["name"] == name), None)
 
 
+def candidate(container):
+    """Whether it is pinned to one version."""
+    return "/versions/" in (variable(container, "HRNN_MODEL_DIR") or "")
+
+
 class Knative:
     """The Knative service of the predictor."""
 
@@ -206,7 +211,11 @@ class Cluster:
         stated = body.get("metadata", {}).pop("resourceVersion", None)
         if stated not in (None, now["metadata"]["resourceVersion"]):
             return 409, {"message": "the object has been modified"}
-        return self._write(name, merge(now, body))
+        return self.merged(name, body)
+
+    def merged(self, name, body):
+        """Write a change of what is there."""
+        return self._write(name, merge(self.objects[name], body))
 
     def _write(self, name, body):
         told = copy.deepcopy({k: v for k, v in body.items() if k != "status"})
@@ -244,7 +253,7 @@ class Cluster:
                 self._standard(name, thing)
 
     def _healthy(self, container):
-        if variable(container, "HRNN_CANARY"):
+        if candidate(container):
             return "pods" not in self.broken
         return self.served is not None  # a predictor without a model does not start
 
@@ -320,10 +329,7 @@ class Cluster:
     def _expose(self):
         containers = {r["name"]: r["container"] for r in self.knative.revisions}
         share = sum(
-            t["percent"]
-            for t in self.knative.traffic
-            if variable(containers[t["revisionName"]], "HRNN_CANARY")
-            or (variable(containers[t["revisionName"]], "HRNN_MODEL_DIR") or "").endswith("v2")
+            t["percent"] for t in self.knative.traffic if candidate(containers[t["revisionName"]])
         )
         self.exposed = max(self.exposed, share)
 
@@ -375,7 +381,7 @@ class Cluster:
             whose = "canary"
         elif selected and selected[2]:
             revisions = {r["name"]: r["container"] for r in self.knative.revisions}
-            pinned = variable(revisions[selected[2]], "HRNN_CANARY")
+            pinned = candidate(revisions[selected[2]])
             whose = "canary" if pinned and 'role="predictor"' in query else "all"
         value = self.figures.get((whose, which), 0.0)
         result = [] if value is None else [{"metric": {}, "value": [0, str(value)]}]

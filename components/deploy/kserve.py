@@ -3,6 +3,8 @@
 Stable predictors follow the model store's champion; a canary's predictor is pinned to one bundle.
 All that is known of a canary is on the cluster, in its mark (whose it is, until when, what was
 there before): a run that was killed in between is put right by the next one, which ends the canary.
+The mark goes with the last trace of the canary; what carries none is somebody else's and is left
+alone: a revision that an operator pins, a service that only has the canary's name.
 
 Knative mode: the predictor's `canaryTrafficPercent` gives the new revision its share of the live
 traffic; the transformer reaches both revisions through the predictor's route. The mark is a
@@ -34,6 +36,7 @@ MODE = "serving.kserve.io/deploymentMode"
 MODEL_DIR, PREDICTOR_HOST = "HRNN_MODEL_DIR", "HRNN_PREDICTOR_HOST"
 MARK_VARIABLE = "HRNN_CANARY"  # of the predictor's container; the mark in Knative mode
 MARK_ANNOTATION = "hrnn-meta/canary"  # of the second InferenceService, in Standard mode
+ENDING = "ending"  # phase of a mark: the predictor is its own again, the share still there
 CALL_SECONDS = 30
 PASS_ON_SECONDS = 30.0  # KServe takes up a change within a second or two
 Json = dict[str, Any]
@@ -51,6 +54,7 @@ class Mark:
     version: str
     until: float  # Unix seconds: a run that has not ended it by then is dead
     before: Json | None = None  # the variable that the canary replaced
+    phase: str = ""  # or `ENDING`
 
     @classmethod
     def read(cls, text: str | None) -> "Mark | None":
@@ -140,7 +144,7 @@ class InferenceServices:
         """Args: api: a `kubernetes.client.CustomObjectsApi`; None: the cluster this runs in.
 
         Raises:
-            UnavailableError: this is no pod, and there is no kubeconfig.
+            InputError: this is no pod, and there is no kubeconfig.
         """
         from kubernetes import client, config
 
@@ -153,7 +157,7 @@ class InferenceServices:
                 except config.ConfigException:
                     config.load_kube_config()
             except config.ConfigException as error:
-                raise UnavailableError(f"no cluster to deploy to: {error}") from None
+                raise InputError(f"no cluster to deploy to: {error}") from None
             api = client.CustomObjectsApi()
         self.namespace, self._api = namespace, api
 
@@ -263,6 +267,7 @@ class KnativeCanary:
         self._services, self._stable, self._percent = services, stable, percent
         self._name = stable.name
         self._withdrawn_at: float | None = None
+        self._ended_here = False  # whether its own revision is made once more, without the mark
 
     def mark(self) -> Mark | None:
         return _mark_of(self._services.existing(self._name))
@@ -293,6 +298,7 @@ class KnativeCanary:
             return _predictor(canaryTrafficPercent=self._percent, containers=containers)
 
         self._services.edit(self._name, change)
+        self._withdrawn_at, self._ended_here = None, False
 
     def problem(self) -> str:
         service = self._services.existing(self._name)
@@ -318,15 +324,19 @@ class KnativeCanary:
 
     def end(self, run_id: str, *, force: bool = False) -> str:
         service = self._services.existing(self._name)
-        predictor = service["spec"]["predictor"]
-        mark, percent = _mark_of(service), predictor.get("canaryTrafficPercent")
-        if mark is None and percent != 0:
-            return ""
-        if mark is not None:
-            if not force:
-                mark.check(run_id, self._name)
+        mark, percent = _mark_of(service), service["spec"]["predictor"].get("canaryTrafficPercent")
+        if mark is None:  # a share without a mark is an operator's, also one of 0
+            if not self._ended_here:
+                return ""
+            # Until then a next canary would have nothing to fall back on.
+            knative = self._knative()
+            waiting = _not_passed_on(knative, None, None) or _not_configured(knative)
+            return waiting or _not_ready(service)
+        if not force:
+            mark.check(run_id, self._name)
+        if mark.phase != ENDING:
             if percent != 0:
-                self._services.edit(self._name, lambda _: _predictor(canaryTrafficPercent=0))
+                self._edit(mark, lambda _: _predictor(canaryTrafficPercent=0))
             if self._withdrawn_at is None:
                 self._withdrawn_at = time.monotonic()
             # Until KServe has taken up the canary, its absence would prove nothing later on. A
@@ -334,15 +344,32 @@ class KnativeCanary:
             waiting = _not_passed_on(self._knative(), mark, 0)
             if waiting and time.monotonic() < self._withdrawn_at + PASS_ON_SECONDS:
                 return waiting
-            self._services.edit(self._name, _restored)
+            self._edit(mark, _restored)
             return "the predictor's own revision is being made again"
         # The newest revision that is ready gets all of the traffic once the field is gone: it
-        # must be the service's own.
+        # must be the service's own. Until the one without the mark is ready, that one serves.
         knative = self._knative()
-        if waiting := _not_passed_on(knative, None, None) or _not_configured(knative):
+        if waiting := _not_passed_on(knative, mark, None) or _not_configured(knative):
             return waiting
-        self._services.edit(self._name, lambda _: _predictor(canaryTrafficPercent=None))
-        return ""
+        self._edit(mark, _unmarked)
+        self._ended_here = True
+        return "the predictor's own revision is being made without the mark"
+
+    def _edit(self, mark: Mark, change: Callable[[Json], Json]) -> None:
+        """Change what still carries this mark.
+
+        Raises:
+            UnavailableError: it does not any more; to be looked at anew.
+        """
+
+        def checked(service: Json) -> Json:
+            if _mark_of(service) != mark:
+                raise UnavailableError(
+                    f"somebody else changed the canary on {self._name} at the same moment"
+                )
+            return change(service)
+
+        self._services.edit(self._name, checked)
 
     def _knative(self) -> Json:
         return self._services.knative(f"{self._name}-predictor") or {}
@@ -360,6 +387,12 @@ class StandardCanary:
 
     def begin(self, model_dir: str, mark: Mark) -> None:
         service = self._services.existing(self._stable.name)
+        there = self._services.get(self._name)
+        if there is not None and _mark_of(there) is None:
+            raise InputError(
+                f"there is an InferenceService {self._name} that is not ours: a canary needs that "
+                "name, remove it first"
+            )
         spec = copy.deepcopy(service["spec"])
         for part in ("predictor", "transformer"):
             if part in spec:
@@ -411,7 +444,9 @@ class StandardCanary:
         if service is None:
             return ""
         mark = _mark_of(service)
-        if mark is not None and not force:
+        if mark is None:
+            return ""  # it has the canary's name and is somebody else's
+        if not force:
             mark.check(run_id, self._stable.name)
         if "deletionTimestamp" not in service["metadata"]:
             self._services.delete(self._name)
@@ -498,11 +533,21 @@ def _predictor(**fields: Any) -> Json:
 
 
 def _restored(service: Json) -> Json:
-    """The predictor as it was before it was pinned."""
-    predictor = service["spec"]["predictor"]
+    """The predictor as it was before it was pinned, but for the mark, which says so."""
     mark = _mark_of(service)
-    unpinned = {"containers": _with(predictor, MODEL_DIR, mark.before if mark else None)}
-    return _predictor(containers=_with(unpinned, MARK_VARIABLE, None))
+    assert mark is not None  # noqa: S101 - for the type checker; `_edit` has seen it
+    containers = _with(service["spec"]["predictor"], MODEL_DIR, mark.before)
+    ending = {"name": MARK_VARIABLE, "value": replace(mark, phase=ENDING).write()}
+    return _predictor(containers=_with({"containers": containers}, MARK_VARIABLE, ending))
+
+
+def _unmarked(service: Json) -> Json:
+    """Without the mark and without the share that goes with it; another share is not ours."""
+    predictor = service["spec"]["predictor"]
+    containers = _with(predictor, MARK_VARIABLE, None)
+    if predictor.get("canaryTrafficPercent") != 0:
+        return _predictor(containers=containers)
+    return _predictor(containers=containers, canaryTrafficPercent=None)
 
 
 def _entry(part: Json, name: str) -> Json | None:

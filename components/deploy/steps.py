@@ -141,7 +141,8 @@ def on_cluster(chosen: DeploySettings) -> tuple[StableService, Canary] | None:
     """The service of the cluster and its canary; None where releases are not tried on one.
 
     Raises:
-        InputError, UnavailableError: there is no such service, or the cluster does not answer.
+        InputError: there is no such service, or no cluster is configured here.
+        UnavailableError: the cluster does not answer.
     """
     if not chosen.service:
         return None

@@ -370,6 +370,83 @@ def test_somebody_elses_share_of_the_traffic_is_not_touched(knative, store):
     assert _spec(knative) == before
 
 
+def test_a_revision_that_an_operator_pins_stays_pinned(knative, store):
+    """`canaryTrafficPercent: 0` without a mark: a bad revision that is to get no traffic."""
+    services = InferenceServices("hrnn", knative.api())
+
+    def pin(service):
+        containers = copy.deepcopy(service["spec"]["predictor"]["containers"])
+        containers[0]["env"].append({"name": "HRNN_MODEL_DIR", "value": "/bad/versions/v7"})
+        return {"spec": {"predictor": {"canaryTrafficPercent": 0, "containers": containers}}}
+
+    services.edit("hrnn-meta", pin)
+    for _ in range(20):
+        knative.step()
+    before = _spec(knative)
+    store.record("v2", "run-1", "trying")
+    settled = _settled(knative, store)
+    assert (settled.done, settled.problems) == (["the release of v2 was given up"], [])
+    assert _releaser(knative, store).canary.end("", force=True) == ""  # as `canary --end` does
+    with pytest.raises(InputError, match="canaryTrafficPercent 0, which is not ours"):
+        _release(knative, store)
+    for _ in range(20):
+        knative.step()
+    assert _spec(knative) == before
+    assert knative.exposed == 0
+
+
+def test_a_share_that_an_operator_sets_while_a_canary_ends_stays(knative, store):
+    before = _spec(knative)
+    canary = _begun(knative, "run-1", LATER)
+    while canary.end("run-1") != "the predictor's own revision is being made again":
+        pass
+    services = InferenceServices("hrnn", knative.api())
+    services.edit("hrnn-meta", lambda _: {"spec": {"predictor": {"canaryTrafficPercent": 70}}})
+    for _ in range(40):
+        canary.end("run-1")
+    assert canary.mark() is None
+    assert _spec(knative).pop("predictor") == before["predictor"] | {"canaryTrafficPercent": 70}
+
+
+def test_a_canary_that_is_changed_at_the_same_moment_is_looked_at_anew(knative, store):
+    """The operator's own pin comes between the look and the change."""
+    canary = _begun(knative, "run-1", LATER)
+    theirs = {"spec": {"predictor": {"canaryTrafficPercent": 0, **_spec(knative)["predictor"]}}}
+    theirs["spec"]["predictor"]["containers"][0]["env"] = []
+    looks = []
+
+    def pins(verb, name):
+        looks.append(verb)
+        if looks == ["get", "get"]:
+            knative.watchers.clear()
+            assert knative.merged("hrnn-meta", copy.deepcopy(theirs))[0] == 200
+
+    knative.watchers.append(pins)
+    with pytest.raises(UnavailableError, match="somebody else changed the canary"):
+        canary.end("run-1")
+    pinned = _spec(knative)
+    assert canary.end("run-1") == ""
+    assert _spec(knative) == pinned
+
+
+def test_a_service_that_only_has_the_canarys_name_is_not_deleted(store):
+    cluster = Cluster(store, "Standard")
+    try:
+        services = InferenceServices("hrnn", cluster.api())
+        other = copy.deepcopy(services.existing("hrnn-meta"))
+        other["metadata"] = {"name": "hrnn-meta-canary", "namespace": "hrnn"}
+        services.create(other | {"status": {}})
+        store.record("v2", "run-1", "trying")
+        settled = _settled(cluster, store)
+        assert (settled.done, settled.problems) == (["the release of v2 was given up"], [])
+        assert _releaser(cluster, store).canary.end("", force=True) == ""
+        with pytest.raises(InputError, match="hrnn-meta-canary that is not ours"):
+            _release(cluster, store)
+        assert "deletionTimestamp" not in cluster.objects["hrnn-meta-canary"]["metadata"]
+    finally:
+        cluster.close()
+
+
 def test_a_standard_canary_has_a_transformer_of_its_own(store):
     cluster = Cluster(store, "Standard")
     try:
