@@ -30,6 +30,21 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+def _wait_for_the_step() -> None:
+    """SIGTERM goes to the whole process group: its step ends in its way, and none is begun after.
+
+    Were this process gone first, the step could not even print while it takes things back.
+    """
+    stopped = threading.Event()
+
+    def begin(event: str, _: tuple[Any, ...]) -> None:
+        if event == "subprocess.Popen" and stopped.is_set():
+            raise RuntimeError("stopped by SIGTERM")
+
+    signal.signal(signal.SIGTERM, lambda *_: stopped.set())  # steps do not inherit a function
+    sys.addaudithook(begin)
+
+
 def for_this_machine(spec: Any, *, source_known: bool) -> None:
     """Adapt a pipeline's specification (in place): the DAG stays as it is.
 
@@ -52,6 +67,7 @@ def main() -> int:
     folder of the cache's entries, null for none.
     """
     _end_with_parent()
+    _wait_for_the_step()
     spec = json.loads(Path(sys.argv[1]).read_text())
     # Accelerators, retries' waits and the like have no meaning on a laptop; kfp warns of each.
     warnings.simplefilter("ignore")

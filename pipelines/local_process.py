@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from components.deploy import release
 from model.errors import HrnnError, InputError, UnavailableError
 from pipelines.run_log import ANSI, LogReader
 
 DEADLINE_SECONDS = 24 * 3600.0
+STOP_SECONDS = release.STOP_SECONDS + 5.0  # for a step to take back what it has begun
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,9 @@ def _run_child(
 ) -> int:
     """Run the child to its end; whatever happens here, its whole process group is gone after.
 
+    Before it is killed it is told (SIGTERM) and has `STOP_SECONDS`, in which a deploy step ends its
+    canary. A second signal to this process cuts them short.
+
     The child sees the end of its input when this process dies, and ends too; it holds the
     workspace's lock until then.
     """
@@ -152,21 +157,25 @@ def _run_child(
 
     def stop_late() -> None:
         late.set()
-        _kill(child)
+        _tell(child)
 
-    timer = threading.Timer(deadline, stop_late)
-    timer.daemon = True
-    timer.start()
-    try:
-        with _terminate_as_interrupt(), log.open("w") as f:
-            for line in child.stdout:
-                f.write(ANSI.sub("", line))
-                f.flush()
-                reader.read(line)
-        code = child.wait()
-    finally:
-        timer.cancel()
-        _kill(child)
+    timers = [threading.Timer(deadline, stop_late)]
+    timers.append(threading.Timer(deadline + STOP_SECONDS, _kill, [child]))
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
+    with _terminate_as_interrupt():
+        try:
+            with log.open("w") as f:
+                for line in child.stdout:
+                    f.write(ANSI.sub("", line))
+                    f.flush()
+                    reader.read(line)
+            code = child.wait()
+        finally:
+            for timer in timers:
+                timer.cancel()
+            _end(child, child.stdout, log)
     if late.is_set():
         raise UnavailableError(f"the run was stopped after {deadline:.0f} s (full log: {log})")
     return code
@@ -182,6 +191,33 @@ def _environment(folder: Path) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "PYTHONWARNINGS": "ignore",
     }
+
+
+def _end(child: "subprocess.Popen[str]", output: IO[str], log: Path) -> None:
+    """Tell the child to end, and kill what has not."""
+    timer = threading.Timer(STOP_SECONDS, _kill, [child])
+    timer.daemon = True
+    try:
+        if child.poll() is None:
+            timer.start()
+            _tell(child)
+            with contextlib.ExitStack() as stack:
+                f = None
+                with contextlib.suppress(OSError):
+                    f = stack.enter_context(log.open("a"))
+                for line in output:  # to its end: who waits for a reader takes nothing back
+                    with contextlib.suppress(OSError):  # a full disk, say
+                        if f is not None:
+                            f.write(ANSI.sub("", line))
+                            f.flush()
+    finally:
+        timer.cancel()
+        _kill(child)
+
+
+def _tell(child: "subprocess.Popen[str]") -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGTERM)
 
 
 def _kill(child: "subprocess.Popen[str]") -> None:
