@@ -82,6 +82,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "no-averaging": {"averaging_epochs": 0.0},
     "no-tie-shuffling": {"shuffle_ties": False},
+    "no-lists": {"feedback": {"shown_weight": 0.0}},
+    "lists-1": {"feedback": {"shown_weight": 1.0}},
     "no-values": {"network": {"ratings": False}},
     "values": {"value_weight": 10.0},
     "values-no-feedback": {"value_weight": 10.0, "network": {"feedback": False}},
@@ -190,7 +192,34 @@ def ranking(task: Task, model: NextItemModel) -> tuple[Row, dict[str, NDArray[np
         row |= _figure(prefix + "ndcg@10", ndcg_N, task.test)
         row[prefix + "coverage@10"] = result.coverage[10]
         per_case[prefix + "nll"] = nll_N
-    return row, per_case
+    return row | on_lists(task, model), per_case
+
+
+def on_lists(task: Task, model: NextItemModel) -> Row:
+    """The chosen item among what was shown with it: AUC and MRR of the cases that have a list."""
+    histories, shown = task.test.histories, task.test.histories.shown
+    if shown is None:
+        return {}
+    case_N = task.test.event_N[
+        shown.offset_E1[task.test.event_N + 1] > shown.offset_E1[task.test.event_N]
+    ]
+    if not len(case_N):
+        return {}
+    better_N, length_N = np.zeros(len(case_N)), np.zeros(len(case_N))
+    for event_B, score_BM in model.iter_scores(histories, 256):
+        for row in np.flatnonzero(np.isin(event_B, case_N)):
+            event = int(event_B[row])
+            others = score_BM[row, torch.from_numpy(shown.of(np.array([event]))[0])]
+            chosen = score_BM[row, histories.item_E[event]]
+            n = np.searchsorted(case_N, event)
+            better_N[n] = float((others > chosen).sum() + 0.5 * (others == chosen).sum())
+            length_N[n] = len(others)
+    cases = Cases(histories, case_N)
+    return {
+        "lists": len(case_N),
+        **_figure("list_auc", 1.0 - better_N / length_N, cases),
+        **_figure("list_mrr", 1.0 / (1.0 + better_N), cases),
+    }
 
 
 def _figure(

@@ -16,7 +16,14 @@ import numpy as np
 
 Row = dict[str, Any]
 COLUMNS = {
-    "user": ["ppl", "ndcg@10", "seen_removed_ppl", "seen_removed_ndcg@10", "coverage@10"],
+    "user": [
+        "ppl",
+        "ndcg@10",
+        "seen_removed_ppl",
+        "seen_removed_ndcg@10",
+        "coverage@10",
+        "list_auc",
+    ],
     "loo": ["ppl", "seen_removed_ppl", "seen_removed_hit@10", "seen_removed_ndcg@10"],
     "cold": ["mrr", "precision@5", "precision@25", "ndcg@5", "ndcg@25"],
     "values": ["rmse"],

@@ -44,7 +44,7 @@ MANY_EXCLUDED = 4096  # beyond, exclusions become a mask
 SHORT = 64  # numbers of a row; two such are multiplied as one
 MIN_ROWS = 32  # of an int8 product
 MEASURED_ROWS = 131_072  # of the table, to choose the method by time
-WORTH_MEASURING = 2**22  # numbers in the table; below, float32 stays in cache
+WORTH_MEASURING = 2**21  # numbers in the table; below, either is quick
 
 _NONE: Int64 = np.empty(0, dtype=np.int64)
 

@@ -1,6 +1,7 @@
 """The pipelines on this machine: their parameters from a workspace, their results from a run."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -92,11 +93,13 @@ def refresh_trends(
     """
     # An address may hold a password, and a pipeline's parameters are written to its log.
     in_database = "://" in interactions
+    named = os.environ.get("HRNN_FEATURE_ROOT")
     job = Job(
         "refresh_trends",
         {
             "interactions": "" if in_database else absolute(interactions),
-            "feature_store": str(workspace.absolute() / "features"),
+            # Empty: the store that the environment names, which servers elsewhere read.
+            "feature_store": "" if named else str(workspace.absolute() / "features"),
             **settings.to_arguments(REFRESH),
         },
         settings.to_json(),

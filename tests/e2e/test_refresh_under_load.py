@@ -1,6 +1,8 @@
 """Trends refreshed while both real servers answer: nothing fails, no answer mixes two versions."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -165,3 +167,26 @@ def test_the_command_refreshes_from_the_event_log_and_keeps_its_address_to_itsel
     assert load.failures == []
     for path in (workspace / "runs" / result["run_id"]).rglob("*"):
         assert path.is_dir() or "secret-name" not in path.read_text(), path
+
+
+def test_the_command_refreshes_the_store_that_the_environment_names(
+    serving, workspace, log_end, tmp_path
+):
+    url = f"sqlite:///{tmp_path}/events.db"
+    log = EventLog.open(url, create=True)
+    with log.write() as transaction:
+        transaction.append([NewEvent("later", "u1", "item 5", log_end + 20_000)])
+    log.close()
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", "refresh-trends", "--workspace", tmp_path / "own"],
+        env=os.environ | {"HRNN_FEATURE_ROOT": str(workspace / "features"), "HRNN_EVENT_LOG": url},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    [version] = re.findall(r"trend (\S+) is in force", done.stderr)
+    with Load(serving.predict_url) as load:
+        load.wait_for(version)
+    assert load.failures == []

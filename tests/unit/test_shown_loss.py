@@ -37,7 +37,9 @@ def test_scores_on_lists_are_those_of_the_whole_catalogue(softmax, with_trend):
     catalogue = synthetic.catalogue(M)
     catalogue.fields["genre"] = [f"g{j % 4}" for j in range(M)]
     settings = TrainSettings(
-        network=NetworkSettings(embedding=8, hidden=8, control=4, dropout=0.0, user_dropout=0.0),
+        network=NetworkSettings(
+            embedding=8, hidden=8, control=4, dropout=0.0, fields_dropout=0.0, user_dropout=0.0
+        ),
         softmax=softmax,
         negatives=5,
         batch_events=40,
