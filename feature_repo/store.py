@@ -61,7 +61,7 @@ from feature_repo.settings import FeatureStoreSettings, redis_connection
 from feature_repo.sources import APPLIED
 from model.errors import UnavailableError
 from model.query import Event, FieldValue, History
-from model.schema import FieldKind, Schema, fits
+from model.schema import MAX_TIMESTAMP, FieldKind, Schema, fits
 from model.trends import TrendSnapshot
 
 if TYPE_CHECKING:
@@ -281,10 +281,12 @@ class FeatureReader:
             if text := row[f"{USER_LIVE}__fields"]:
                 known = True
                 profile = session.with_fields(profile, json.loads(text))
-        if events.time_L.min(initial=0) < 0 or (
-            events.value_L is not None and np.isinf(events.value_L).any()
+        if (
+            events.time_L.min(initial=0) < 0
+            or events.time_L.max(initial=0) > MAX_TIMESTAMP
+            or (events.value_L is not None and np.isinf(events.value_L).any())
         ):
-            raise ValueError("a time before 1970, or a value without bounds")
+            raise ValueError("a time before 1970 or after 9999, or a value without bounds")
         newest = events.time_L[-1] if len(events) else 0
         if newest > self._newest:
             self._newest = int(newest)

@@ -51,14 +51,9 @@ class Lifts:
     ) -> tuple[Self, Tensor]:
         """Columns are the negatives (ascending); and the lift of each position's target `[N]`."""
         place_NR, owner_F, item_F, value_F, rows = _read(transitions, row_NR)
-        # Rows and the items in them ascend, so one search finds the targets' entries.
         key_F = owner_F * transitions.num_items + item_F
         wanted_NR = place_NR * transitions.num_items + target_N[:, None]
-        lift_N = torch.zeros(len(target_N), device=row_NR.device)
-        if len(key_F):
-            at_NR = torch.searchsorted(key_F, wanted_NR).clamp_(max=len(key_F) - 1)
-            found_NR = key_F[at_NR] == wanted_NR
-            lift_N = (value_F[at_NR] * found_NR) @ alpha_R * inverse_p_M[target_N]
+        lift_N = _found(key_F, value_F, wanted_NR) @ alpha_R * inverse_p_M[target_N]
         column_F = torch.searchsorted(negative_S, item_F).clamp_(max=max(len(negative_S) - 1, 0))
         kept_F = torch.zeros_like(item_F, dtype=torch.bool)
         if len(negative_S):
@@ -66,6 +61,21 @@ class Lifts:
         value_F = value_F[kept_F] * inverse_p_M[item_F[kept_F]]
         wide = _widen(owner_F[kept_F], column_F[kept_F], value_F, rows)
         return cls(place_NR, *wide, alpha_R), lift_N
+
+    @staticmethod
+    def pairs(
+        transitions: Transitions,
+        row_NR: Tensor,
+        alpha_R: Tensor,
+        inverse_p_M: Tensor,
+        place_P: Tensor,
+        item_P: Tensor,
+    ) -> Tensor:
+        """The lifts of some items, each at one of the positions: `[P]`."""
+        place_NR, owner_F, item_F, value_F, _ = _read(transitions, row_NR)
+        key_F = owner_F * transitions.num_items + item_F
+        wanted_PR = place_NR.index_select(0, place_P) * transitions.num_items + item_P[:, None]
+        return _found(key_F, value_F, wanted_PR) @ alpha_R * inverse_p_M[item_P]
 
     def cells(self, part: slice, stride: int) -> tuple[Tensor, Tensor, Tensor]:
         """Cells of the chunk's scores `[C, stride]` counted through, `[Z]`.
@@ -100,6 +110,15 @@ def _read(transitions: Transitions, row_NR: Tensor) -> tuple[Tensor, Tensor, Ten
     item_F = transitions.item_Z.index_select(0, entry_F)
     value_F = transitions.probability_Z.index_select(0, entry_F)
     return place.view(row_NR.shape), owner_F, item_F, value_F, len(row_U)
+
+
+def _found(key_F: Tensor, value_F: Tensor, wanted: Tensor) -> Tensor:
+    """The values at some keys, 0 where there is none. Rows and the items in them ascend, so one
+    search finds them."""
+    if not len(key_F):
+        return value_F.new_zeros(wanted.shape)
+    at = torch.searchsorted(key_F, wanted).clamp_(max=len(key_F) - 1)
+    return value_F[at] * (key_F[at] == wanted)
 
 
 def _widen(owner_F: Tensor, column_F: Tensor, value_F: Tensor, rows: int) -> tuple[Tensor, Tensor]:

@@ -77,6 +77,7 @@ class Shares:
 
     ranking: Tensor | float = 1.0
     values: Tensor | float = 1.0
+    lists: Tensor | float = 1.0
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,10 @@ class Objective:
             return Shares()
         weight_N = targets.weight[event_N]
         known_N = ~positions.value[event_N].isnan()
-        own = torch.stack([weight_N.sum(), (weight_N * known_N).sum()])
+        chosen = (weight_N if targets.reward is None else weight_N * targets.reward[event_N]).sum()
+        own = torch.stack([weight_N.sum(), (weight_N * known_N).sum(), chosen])
         share = own / processes.sum(own).clamp(min=torch.finfo(own.dtype).tiny)
-        return Shares(share[0], share[1])
+        return Shares(share[0], share[1], share[2])
 
     @cached_property
     def log_count_M(self) -> Tensor:
@@ -161,7 +163,7 @@ class Objective:
         if passed_over is not None and self.shown_weight:
             worth_N = weight_N if reward_N is None else weight_N * reward_N
             shown = self._shown(encoded, draws, target_N, rows_NR, seen, passed_over, worth_N)
-            loss = loss + self.shown_weight * shown * share.ranking
+            loss = loss + self.shown_weight * shown * share.lists
         if self.network.values is not None and self.value_weight:
             predicted_N = self.network.predict_values(positions, event_N, encoded, target_N)
             error = rating_regression(positions.value[event_N], predicted_N, weight_N)
@@ -190,13 +192,8 @@ class Objective:
         phi_P = torch.linalg.vecdot(query_PD, w_UD.index_select(0, at_P)) + b_U[at_P]
         if rows_NR is not None and network.prior is not None and self.transitions is not None:
             prior = network.prior
-            _, lift_P = Lifts.sampled(
-                self.transitions,
-                rows_NR.index_select(0, place_P),
-                prior.alpha_R,
-                prior.inverse_p_M,
-                item_U[:0],
-                item_P,
+            lift_P = Lifts.pairs(
+                self.transitions, rows_NR, prior.alpha_R, prior.inverse_p_M, place_P, item_P
             )
             phi_P = phi_P + prior.gamma * torch.log1p(prior.kappa * lift_P)
         if seen is not None and network.repeats is not None:

@@ -10,6 +10,8 @@ from model.settings import SettingsBase
 # Characters of a user's, an item's or an event's id: what validate, the collector and requests
 # take. As UTF-8 it fits into an index of any database.
 MAX_ID = 512
+# Unix seconds of 9999-12-31; milliseconds of any recent year are above.
+MAX_TIMESTAMP = 253_402_300_799
 
 
 class FieldKind(StrEnum):

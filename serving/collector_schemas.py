@@ -18,9 +18,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from feature_repo.event_log import NewEvent
-from model.schema import MAX_ID, FieldKind, fits
+from model.schema import MAX_ID, MAX_TIMESTAMP, FieldKind, fits
 from serving.schemas import Fields, Request, explain
-from serving.wire import MAX_TIMESTAMP
 
 MAX_IMPRESSION = 1000  # items
 

@@ -22,9 +22,9 @@ from pydantic import (
 
 from model.errors import InputError
 from model.query import Event, FieldValue, History, ItemFilter, Query
-from model.schema import MAX_ID
+from model.schema import MAX_ID, MAX_TIMESTAMP
 from serving.settings import ServeSettings
-from serving.wire import MAX_TIMESTAMP, Asked
+from serving.wire import Asked
 
 TASKS = ("recommend", "rank", "rate")
 MAX_FIELDS = 100

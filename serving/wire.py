@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from model.errors import InputError
 from model.query import History, ItemFilter, Query
+from model.schema import MAX_TIMESTAMP
 
 ASKS, ANSWERS = "asks", "answers"  # names of the tensors
 VERSION = 1
-MAX_TIMESTAMP = 253_402_300_799  # 9999-12-31; milliseconds of any recent year are above
 
 Array = NDArray[np.float32] | NDArray[np.float64]
 

@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from model import bundle
 from model.distributed import Processes
+from model.feedback import FeedbackSettings
 from model.network import NetworkSettings
 from model.sequences import bptt_batches
+from model.shown import Shown
 from model.train_settings import Softmax, TrainSettings
 from model.training import fit
 from model.trends import ResolvedTrend
@@ -24,13 +26,22 @@ from tests import synthetic
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 # Dropout draws other numbers in every process; without it the arithmetic is the same.
-NETWORK = NetworkSettings(embedding=8, hidden=8, control=4, dropout=0.0, user_dropout=0.0)
+NETWORK = NetworkSettings(
+    embedding=8, hidden=8, control=4, dropout=0.0, fields_dropout=0.0, user_dropout=0.0
+)
 
 
 def _train(softmax: Softmax, checkpoints: Path | None = None):
-    """Values of which some are missing, so that the parts of a batch weigh differently."""
+    """Some values are missing, rewards differ, and some events have lists: parts of a batch weigh
+    differently."""
     log = synthetic.feedback_decides(25, 12, 8, seed=0)
     log.value_E[::7] = np.nan
+    listed_E = np.arange(log.num_events) % 3 > 0
+    lists = Shown(
+        ((log.item_E + 1) % 8)[listed_E].astype(np.int32), np.concatenate([[0], listed_E.cumsum()])
+    )
+    kind = np.where(log.user_E % 2 == 0, "view", "buy").astype(object)
+    log = synthetic.replace(log, shown=lists, event_type_E=kind)
     settings = TrainSettings(
         network=NETWORK,
         softmax=softmax,
@@ -39,6 +50,7 @@ def _train(softmax: Softmax, checkpoints: Path | None = None):
         bptt=5,
         max_epochs=2,
         checkpoint_minutes=0.0,
+        feedback=FeedbackSettings(rewards={"view": 0.2}, shown_weight=1.0),
     )
     return fit(
         log.subset(np.arange(19)),

@@ -127,6 +127,13 @@ def of_unequal_columns(settings, user_id):
     write_rows(open_store(settings), USER_HISTORY, [(user_id, row, AS_OF)])
 
 
+def of_milliseconds(settings, user_id):
+    """A time that no request may have: asked for with it, the predictor would refuse."""
+    at = [1_700_000_000_000]
+    row = protos({"item_ids": ["a"], "timestamps": at, "event_types": [], "event_values": []})
+    write_rows(open_store(settings), USER_HISTORY, [(user_id, row, AS_OF)])
+
+
 def of_noise(settings, user_id):
     """Bytes that are no message of Feast's where the history's are."""
     store, noise = open_store(settings), b"\xff\xfe"
@@ -153,7 +160,7 @@ def of_another_type(settings, user_id):
         connection.set(key, "not a hash")
 
 
-@pytest.mark.parametrize("spoil", [of_unequal_columns, of_noise])
+@pytest.mark.parametrize("spoil", [of_unequal_columns, of_milliseconds, of_noise])
 def test_a_row_that_cannot_be_read_is_that_users_alone(store, spoil):
     reader = FeatureReader(store)
     before = reader.users(["u1", "u2", "nobody"])
