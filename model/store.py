@@ -702,9 +702,12 @@ class _Folder:
         target = self.root / path
         target.parent.mkdir(parents=True, exist_ok=True)
         # Perhaps from another file system: copied beside its place first, then renamed.
-        beside = target.with_name(f".{target.name}-{os.getpid()}")
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
+        beside = Path(name)
         try:
+            os.close(descriptor)
             shutil.copyfile(source, beside)
+            beside.chmod(0o644)
             _sync(beside)
             beside.replace(target)
         except BaseException:

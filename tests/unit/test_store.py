@@ -763,3 +763,21 @@ def test_a_lock_whose_holder_died_is_free(tmp_path, bundle_of):
     holder.kill()
     holder.wait()
     assert deploy(store, bundle_of("v2")).version == "v2"
+
+
+def test_two_pods_whose_processes_have_the_same_number_put_one_file(tmp_path, monkeypatch):
+    """In a pod everybody's number is 1; the second begins and ends while the first copies."""
+    files, sync = stores.files_at(str(tmp_path / "out"), "output"), stores._sync
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name * 1000)
+
+    def meanwhile(path):
+        monkeypatch.setattr(stores, "_sync", sync)
+        files.put(tmp_path / "b", "part")
+        sync(path)
+
+    monkeypatch.setattr(stores, "_sync", meanwhile)
+    files.put(tmp_path / "a", "part")
+    assert (tmp_path / "out" / "part").read_text() == "a" * 1000
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["part"]
+    assert (tmp_path / "out" / "part").stat().st_mode & 0o777 == 0o644
