@@ -48,7 +48,10 @@ class SettingsBase(BaseModel):
                         f"{key}: no such setting (known: {', '.join(cls.model_fields)})"
                     )
                 else:
-                    problems.append(f"{key}: {e['msg']} (got {e.get('input')!r})")
+                    given = repr(e.get("input"))
+                    # An address may hold a password, the more so when it is not understood.
+                    got = "" if "@" in given or "://" in given else f" (got {given})"
+                    problems.append(f"{key}: {e['msg']}{got}")
             raise InputError("; ".join(problems)) from None
 
 

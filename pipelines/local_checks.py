@@ -16,6 +16,7 @@ from pipelines.settings import Settings
 from pipelines.sources import Source
 
 CONNECT_SECONDS = 5.0
+OF_THIS_MACHINE = ("file", "local", "memory")  # schemes of what no pod reaches
 
 
 def check_source(source: Source, **others: str) -> None:
@@ -55,7 +56,8 @@ def check_training(settings: Settings, model_store: str) -> Settings:
         }
     )
     if deploy.service:
-        if "://" not in model_store:
+        scheme, named, _ = model_store.partition("://")
+        if not named or scheme.rpartition("::")[2] in OF_THIS_MACHINE:
             raise InputError(
                 f"deploy.service={deploy.service}: its pods cannot read {model_store}: give "
                 "--model-store an address that both they and this machine reach (s3://…)"
