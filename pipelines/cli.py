@@ -311,6 +311,7 @@ def recommend(
     explore: Annotated[float, typer.Option(help="Weight of the exploration bonus.")] = 0.0,
     url: Annotated[str, typer.Option(help="The running service.")] = "http://127.0.0.1:8080",
     workspace: Workspace = Path("workspace"),
+    model_store: ModelStoreOption = "",
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
 ) -> None:
     """Ask a running service (`hrnn serve`) for recommendations, rankings or predicted ratings."""
@@ -342,7 +343,7 @@ def recommend(
         return
     from pipelines.tables import recommendation_table
 
-    recommendation_table(prediction, _titles(workspace), sys.stdout)
+    recommendation_table(prediction, _titles(workspace, model_store), sys.stdout)
 
 
 _RELATIVE = re.compile(r"\+(\d+(?:\.\d+)?)([smhdw])")
@@ -368,12 +369,12 @@ def parse_time(text: str, now: float) -> float:
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
-def _titles(workspace: Path) -> dict[str, str]:
+def _titles(workspace: Path, model_store: str) -> dict[str, str]:
     """Titles of the deployed model's items; none when the service's model is not here."""
     from pipelines.serving import champion_catalogue
 
     try:
-        return champion_catalogue(workspace).titles
+        return champion_catalogue(workspace, model_store).titles
     except HrnnError:
         return {}
 

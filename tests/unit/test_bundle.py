@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from components.train import steps
 from model import bundle as bundles
@@ -14,7 +15,11 @@ from model.errors import BundleError, InputError
 from model.manifest import digest_of_file
 from model.query import Event, ItemFilter, Query
 from model.recommender import Recommender
+from model.store import ModelStore
+from pipelines.cli import app
 from tests import synthetic
+from tests.http_server import Handler, HttpServer
+from tests.unit.test_store import deploy
 
 TRAIN = {
     "max_epochs": 2,
@@ -247,3 +252,28 @@ def test_a_model_without_its_transition_counts_is_not_saved(trained, tmp_path):
             metrics={},
         )
     assert not (tmp_path / "bundle").exists()
+
+
+class _Answers(Handler):
+    """A service's answer, whatever is asked."""
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        item = {"item_id": "i003", "score": 1.0, "affinity": 1.0, "trend": 0.0, "exploration": 0.0}
+        names = {"recommendation_id": "r", "model_version": "v", "trend_version": None}
+        body = json.dumps({"predictions": [{**names, "degraded": [], "items": [item]}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def test_titles_are_those_of_the_model_store_that_is_named(trained, tmp_path):
+    deploy(ModelStore(str(tmp_path / "models")), trained)
+    with HttpServer(_Answers) as server:
+        asked = ["recommend", "--url", server.address, "--workspace", str(tmp_path / "none")]
+        without = CliRunner().invoke(app, asked)
+        named = CliRunner().invoke(app, [*asked, "--model-store", str(tmp_path / "models")])
+    assert (without.exit_code, named.exit_code) == (0, 0), named.output
+    assert "i003" in without.output and "Item 3" not in without.output
+    assert "Item 3" in named.output
