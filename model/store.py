@@ -91,6 +91,15 @@ class Champion:
     checking: str | None = None  # the run that has yet to see the service answer with it
 
     @property
+    def since(self) -> datetime | None:
+        """`changed_at`, UTC where it names no zone; None where somebody edited it."""
+        try:
+            when = datetime.fromisoformat(self.changed_at)
+        except (ValueError, TypeError):
+            return None
+        return when if when.tzinfo else when.replace(tzinfo=UTC)
+
+    @property
     def history(self) -> tuple[str, ...]:
         """Champions of before, newest first; none that was rolled back."""
         return () if self.previous is None else (self.previous, *self.earlier)

@@ -142,7 +142,9 @@ def settle(
         str, typer.Option(help="Its InferenceService, where releases are tried as canaries.")
     ] = "",
     namespace: Annotated[str, typer.Option(help="Of that.")] = "hrnn",
-    timeout: Annotated[float, typer.Option(help="Seconds for a canary to be gone.", min=1)] = 900.0,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds within which it has to be done.", min=1)
+    ] = 900.0,
 ) -> None:
     """Take back what a run that is over left half done; nothing is promoted.
 

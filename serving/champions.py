@@ -6,13 +6,12 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 from model.errors import BundleError, HrnnError, UnavailableError
 from model.manifest import MANIFEST
-from model.store import ModelStore
+from model.store import Champion, ModelStore
 from serving import metrics
 
 log = logging.getLogger("hrnn.serving")
@@ -115,11 +114,12 @@ class Champions(Generic[M]):
     def _champion(self, store: ModelStore) -> str:
         champion = store.champion()
         if champion is None:
+            metrics.CHAMPION_UNCHECKED.set(0)  # a first one may have been rolled back
             raise BundleError(
                 f"{self._where} holds no model: neither {MANIFEST} (a bundle) nor champion.json "
                 "(a model store); train one with `hrnn run`"
             )
-        metrics.CHAMPION_UNCHECKED.set(_since(champion.changed_at) if champion.checking else 0)
+        metrics.CHAMPION_UNCHECKED.set(_since(champion) if champion.checking else 0)
         return champion.version
 
     def _load_version(self, version: str, store: ModelStore) -> M:
@@ -139,9 +139,6 @@ class Champions(Generic[M]):
         return model
 
 
-def _since(changed_at: str) -> float:
+def _since(champion: Champion) -> float:
     """Unix seconds; long ago where somebody edited it."""
-    try:
-        return datetime.fromisoformat(changed_at).timestamp()
-    except ValueError:
-        return 1.0
+    return champion.since.timestamp() if champion.since else 1.0

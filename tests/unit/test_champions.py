@@ -106,9 +106,27 @@ def test_a_champion_that_was_not_checked_yet_is_shown_since_when(bundles, tmp_pa
     pointer.write_text(pointer.read_text().replace(champion.changed_at, "yesterday"))
     assert following.next(version) is None
     assert since()[0].samples[0].value == 1.0
+    naive = champion.changed_at.removesuffix("+00:00")
+    for edited, seen in ((json.dumps(naive), promoted), ("null", 1.0)):
+        record = json.loads(pointer.read_text()) | {"changed_at": json.loads(edited)}
+        pointer.write_text(json.dumps(record))
+        assert following.next(version) is None
+        assert since()[0].samples[0].value == seen
     store.confirm(version)
     assert following.next(version) is None
     assert since()[0].samples[0].value == 0.0
+
+
+def test_a_first_champion_that_is_rolled_back_is_no_longer_unchecked(bundles, tmp_path):
+    store = ModelStore(str(tmp_path))
+    version = store.publish(bundles[0], Lineage())
+    store.promote(version, checking="run-1")
+    following = Champions(str(tmp_path), load)
+    following.first()
+    assert metrics.CHAMPION_UNCHECKED.collect()[0].samples[0].value > 0
+    assert store.rollback(replaces=version) is None
+    assert following.next(version) is None
+    assert metrics.CHAMPION_UNCHECKED.collect()[0].samples[0].value == 0.0
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from kubernetes import client
@@ -726,6 +727,79 @@ def test_a_cluster_that_does_not_answer_keeps_the_champion_of_before_from_nothin
     assert _settled(cluster, store).problems == []
     assert store.release("v2", "run-1").state == "given_up"
     _alone(cluster)
+
+
+def test_a_rollback_that_fails_is_not_recorded_as_a_release(cluster, store):
+    """The bundle of before is damaged: the version stays unchecked, and is told as that."""
+    store.record("v2", "run-1", "trying")
+    _begun(cluster, "run-1", LATER)
+    store.promote("v2", checking="run-1")
+    damaged = next(Path(store.uri, "versions", "v1").glob("*.npy"), None)
+    damaged = damaged or next(
+        f for f in Path(store.uri, "versions", "v1").iterdir() if f.name != "manifest.json"
+    )
+    content = damaged.read_bytes()
+    damaged.write_bytes(b"garbage")
+    settled = _settled(cluster, store)
+    assert len(settled.problems) == 1
+    assert settled.done == ["the canary of v9 was taken away"]
+    assert store.champion().checking == "run-1"
+    assert store.release("v2", "run-1").state == "trying"
+    damaged.write_bytes(content)
+    assert _settled(cluster, store).problems == []
+    assert (store.champion().version, store.release("v2", "run-1").state) == ("v1", "given_up")
+
+
+def test_what_another_run_checks_by_now_is_given_up_and_not_released(cluster, store):
+    store.record("v2", "run-1", "trying")
+    store.promote("v2", checking="run-2")
+    assert _settled(cluster, store).done == ["the release of v2 was given up"]
+    assert store.champion().checking == "run-2"
+
+
+@pytest.mark.parametrize("hiccups", range(1, 5))
+def test_store_and_cluster_that_answer_again_are_asked_again(cluster, store, hiccups):
+    """Every call of either may fail for a while, also the first."""
+    store.record("v2", "run-1", "trying")
+    _begun(cluster, "run-1", LATER)
+    store.promote("v2", checking="run-1")
+    made = _releaser(cluster, store).canary
+    clock, pointer = Clock(), Path(store.uri, "champion.json")
+    content = pointer.read_bytes()
+
+    def mended(seconds):
+        clock.sleep(seconds)
+        if clock.now >= hiccups:
+            cluster.broken = set()
+            if pointer.read_bytes() == b"{":
+                pointer.write_bytes(content)
+
+    def canary():
+        if clock.now < hiccups / 2:
+            raise UnavailableError("no answer")
+        return made
+
+    cluster.store = ModelStore(str(Path(store.uri).with_name("other")))  # the stand-in reads it too
+    cluster.broken = {"api"}
+    pointer.write_bytes(b"{")
+    settled = settle(store, "run-1", canary, seconds=60, sleep=mended, clock=clock)
+    cluster.store = store
+    assert settled.problems == []
+    assert len(settled.done) == 3
+    assert (store.champion().version, store.release("v2", "run-1").state) == ("v1", "given_up")
+    _alone(cluster)
+
+
+def test_a_record_that_cannot_be_read_keeps_no_other_from_being_settled(cluster, store):
+    for version in ("v0", "v1", "v2"):
+        store.record(version, "run-1", "trying")
+    store.promote("v2")
+    Path(store.uri, "releases", "v1", "run-1.json").write_text("{")
+    settled = _settled(cluster, store)
+    assert len(settled.problems) == 1
+    assert "v1/run-1.json is not a release record" in settled.problems[0]
+    assert store.release("v0", "run-1").state == "given_up"
+    assert store.release("v2", "run-1").state == "released"
 
 
 def test_the_pod_that_settles_lives_long_enough():
