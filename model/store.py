@@ -278,7 +278,8 @@ class ModelStore:
             replaces: the champion that the caller means to replace (None: there is none yet);
                 left out: whichever it is.
             checking: the run that has yet to see the service answer with it, and then calls
-                `confirm` or `rollback`; left out: the version is taken to be good.
+                `confirm` or `rollback`; left out: the version is taken to be good. It takes over
+                a check that another run began.
 
         Raises:
             InputError: the store does not hold the version.
@@ -289,9 +290,11 @@ class ModelStore:
 
         def change(now: Champion | None) -> Champion:
             if now is not None and now.version == version:
-                if checking is not None or now.checking is None:
+                if now.checking is None or checking == now.checking:
                     return now
-                return replace(now, checking=None, reason=reason)
+                if checking is None:
+                    return replace(now, checking=None, reason=reason)
+                return self._taken_over(now, checking)
             if replaces != "" and replaces != (now.version if now else None):
                 raise ConflictError(
                     f"the champion of {self.uri} is {now.version if now else 'gone'}, not "
@@ -302,6 +305,27 @@ class ModelStore:
             history = [*good, *(now.history if now else ())]
             before = [v for v in history if v != version]
             return self._pointer(version, before, reason, checking)
+
+        champion = self._change_champion(change)
+        assert champion is not None  # noqa: S101 - `change` never gives None
+        return champion
+
+    def take_over(self, version: str, checking: str) -> Champion:
+        """Go on with the check of a champion in this run. Repeating it changes nothing.
+
+        Returns the champion; one whose check has ended meanwhile stays as it is.
+
+        Raises:
+            ConflictError: another version is the champion by now.
+        """
+
+        def change(now: Champion | None) -> Champion:
+            if now is None or now.version != version:
+                raise ConflictError(
+                    f"{now.version if now else 'nothing'} became the champion of {self.uri} while "
+                    f"the check of {version} was to go on; nothing was changed"
+                )
+            return now if now.checking in (None, checking) else self._taken_over(now, checking)
 
         champion = self._change_champion(change)
         assert champion is not None  # noqa: S101 - `change` never gives None
@@ -443,6 +467,10 @@ class ModelStore:
 
     def _moment(self) -> str:
         return self._now().isoformat(timespec="seconds")
+
+    def _taken_over(self, now: Champion, checking: str) -> Champion:
+        # Its time begins anew: `changed_at` says whether the run that checks must be over.
+        return replace(now, checking=checking, changed_at=self._moment())
 
     def _pointer(
         self, version: str, before: Sequence[str], reason: str, checking: str | None

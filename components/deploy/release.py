@@ -84,17 +84,18 @@ class Releaser:
         if told is not None and told.state == RELEASED:
             print(f"{self.version} was released by this run at {told.at}")
             return
-        champion = self.store.champion()
+        champion, checking = self.store.champion(), self.run_id or "unnamed"
         if champion is None or champion.version != self.version:
             tried = self.canary is not None and champion is not None
             if tried:
                 assert self.canary is not None  # noqa: S101 - for the type checker
                 self._try(self.canary, model_dir)
-            self.store.promote(
-                self.version, replaces=replaces, reason="deploy", checking=self.run_id or "unnamed"
-            )
+            self.store.promote(self.version, replaces=replaces, reason="deploy", checking=checking)
             print(f"champion is {self.version}, to be checked", flush=True)
-        elif champion.checking is not None:
+        elif (
+            champion.checking is not None
+            and self.store.take_over(self.version, checking).checking is not None
+        ):  # also one that another run, which trained the same version, did not come to end
             print(f"{self.version} is the champion, and its check goes on", flush=True)
             tried = False
         else:

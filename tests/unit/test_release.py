@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from components.deploy.kserve import (
     canary_of,
 )
 from components.deploy.release import Releaser
-from components.deploy.settle import settle
+from components.deploy.settle import overdue, settle
 from components.deploy.watch import ReleaseSettings
 from components.outcome.steps import SETTLE_SECONDS, TOLD_SECONDS
 from model.errors import ConflictError, InputError, RolledBackError, UnavailableError
@@ -748,6 +749,38 @@ def test_a_rollback_that_fails_is_not_recorded_as_a_release(cluster, store):
     damaged.write_bytes(content)
     assert _settled(cluster, store).problems == []
     assert (store.champion().version, store.release("v2", "run-1").state) == ("v1", "given_up")
+
+
+def test_a_check_that_a_dead_run_left_is_marked_with_the_run_that_takes_it_over(cluster, store):
+    """The same version, of another run: the training was cached."""
+    long_ago = datetime(2020, 1, 1, tzinfo=UTC)
+    before = ModelStore(store.uri, clock=lambda: long_ago).promote("v2", checking="dead")
+    assert overdue(before, datetime.now(UTC))
+    seen = []
+
+    def look(verb, name):
+        seen.append(store.champion())
+
+    cluster.watchers.append(look)
+    _release(cluster, store)
+    cluster.watchers.clear()
+    under = [c for c in seen if c.checking == "run-1"]
+    assert under
+    assert not overdue(under[0], datetime.now(UTC))
+    champion = store.champion()
+    assert (champion.version, champion.previous, champion.checking) == ("v2", "v1", None)
+
+
+def test_a_check_is_taken_over_only_while_it_lasts(store):
+    store.promote("v2", checking="a")
+    assert store.promote("v2", checking="b").checking == "b"
+    assert store.take_over("v2", "c").checking == "c"
+    assert store.take_over("v2", "c") == store.champion()
+    store.confirm("v2")
+    assert store.take_over("v2", "d").checking is None
+    assert store.promote("v2", checking="d").checking is None
+    with pytest.raises(ConflictError, match="v2 became the champion"):
+        store.take_over("v1", "d")
 
 
 def test_what_another_run_checks_by_now_is_given_up_and_not_released(cluster, store):
