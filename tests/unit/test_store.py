@@ -189,8 +189,10 @@ def test_a_champion_under_check_is_confirmed_or_goes_without_a_trace(store, bund
     tried = deploy(store, bundle_of("v2"), replaces="v1", reason="deploy", checking="run-2")
     assert (tried.version, tried.previous, tried.checking) == ("v2", "v1", "run-2")
     assert {v.version: v.state for v in store.versions()} == {"v2": "checking", "v1": ""}
-    # The same step again, by the same run or another: still to be checked.
-    assert deploy(store, bundle_of("v2"), replaces="v1", checking="run-3") == tried
+    # The same step again: still to be checked, by another run under its own mark.
+    assert deploy(store, bundle_of("v2"), replaces="v1", checking="run-2") == tried
+    taken = deploy(store, bundle_of("v2"), replaces="v1", checking="run-3")
+    assert (taken.version, taken.previous, taken.checking) == ("v2", "v1", "run-3")
     assert store.rollback(replaces="v2").history == ()
     assert store.champion().version == "v1"
     deploy(store, bundle_of("v2"), replaces="v1", checking="run-4")
