@@ -28,7 +28,6 @@ from model.manifest import (
     MANIFEST,
     Manifest,
     digest_of_file,
-    parse_manifest,
     verify,
 )
 from model.network import HRNNMeta
@@ -36,18 +35,6 @@ from model.schema import Schema
 from model.training import TrainSettings
 from model.transitions import Transitions
 from model.trends import ResolvedTrend, TrendSnapshot
-
-__all__ = [
-    "FORMAT",
-    "FORMAT_VERSION",
-    "MANIFEST",
-    "Bundle",
-    "Manifest",
-    "load",
-    "parse_manifest",
-    "save",
-    "verify",
-]
 
 TRANSITIONS = "transitions.safetensors"
 

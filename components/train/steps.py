@@ -13,6 +13,7 @@ from model import bundle as bundles
 from model.checkpoint import digest_of
 from model.distributed import Processes
 from model.errors import InputError
+from model.manifest import MANIFEST, Manifest
 from model.splits import split_users
 from model.store import ModelStore
 from model.tables import Log
@@ -32,7 +33,7 @@ def run(
     checkpoints: Path | None = None,
     model_store: str = "",
     start: str | None = None,
-) -> bundles.Manifest:
+) -> Manifest:
     """Train on the training users of `clean` and write a bundle.
 
     In a process group (`components.train.job`) all train together; rank 0 prints and writes.
@@ -122,7 +123,7 @@ def run(
         "curve": model.curve,
     }
 
-    def save() -> bundles.Manifest:
+    def save() -> Manifest:
         return bundles.save(
             bundle,
             model=model,
@@ -147,7 +148,7 @@ def _older(wanted: str, start: str, model_store: str) -> Iterator[bundles.Bundle
         yield None
         return
     folder = Path(wanted)
-    if not (folder / bundles.MANIFEST).exists():
+    if not (folder / MANIFEST).exists():
         with tempfile.TemporaryDirectory() as work:
             yield bundles.load(ModelStore(model_store).fetch(start, Path(work)))
         return

@@ -10,8 +10,6 @@ from model.errors import InputError
 from model.manifest import MANIFEST, parse_manifest
 from model.store import ModelStore
 
-__all__ = ["CHAMPION", "NONE", "resolve"]
-
 NONE, CHAMPION = "none", "champion"
 
 

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from feature_repo.store import FeatureReader, FeatureStoreSettings
-from model import bundle as bundles
+from model import manifest as manifests
 from model.store import ModelStore
 from pipelines.cli import app
 from pipelines.local_runner import STEPS
@@ -156,7 +156,7 @@ def test_a_run_killed_in_the_middle_of_a_step_leaves_nothing_half_deployed(kille
     assert f": cancelled at {step}" in _status(workspace).stderr
     champion = ModelStore(str(workspace / "models")).champion()
     if step == "deploy":
-        assert bundles.verify(workspace / "models" / champion.path)
+        assert manifests.verify(workspace / "models" / champion.path)
     else:
         assert champion is None
 

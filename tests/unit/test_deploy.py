@@ -8,7 +8,7 @@ import pytest
 
 from components.deploy import steps
 from components.train import steps as train
-from model import bundle as bundles
+from model import manifest as manifests
 from model import store as stores
 from model.errors import BundleError, ConflictError, InputError, UnavailableError
 from model.store import ModelStore
@@ -68,7 +68,7 @@ def test_the_champion_is_the_bundle_and_remembers_the_one_before(candidates, tmp
     assert _champion(tmp_path).version == second["version"]
     assert second["previous"] == first["version"]
     for record in (first, second):
-        assert bundles.verify(store / record["path"]).model_version == record["version"]
+        assert manifests.verify(store / record["path"]).model_version == record["version"]
 
 
 def test_deploying_twice_changes_nothing(candidates, tmp_path):
@@ -141,7 +141,7 @@ def test_of_two_runs_at_once_one_deploys_and_the_other_is_told(candidates, tmp_p
         deployed = [v for v in pool.map(attempt, candidates) if v]
     champion = _champion(tmp_path)
     assert deployed == [champion.version]
-    bundles.verify(tmp_path / "store" / champion.path)
+    manifests.verify(tmp_path / "store" / champion.path)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from model import bundle as bundles
 from model import retrieval
 from model.encoders import EncoderKind
 from model.errors import BundleError, InputError
-from model.manifest import digest_of_file
+from model.manifest import MANIFEST, digest_of_file
 from model.query import Event, ItemFilter, Query
 from model.recommender import Recommender
 from model.schema import Schema
@@ -584,11 +584,9 @@ def test_scores_with_trend_equal_those_of_the_evaluation(recommender, clean):
 
 
 def _resign(path):
-    manifest = json.loads((path / bundles.MANIFEST).read_text())
-    manifest["files"] = {
-        f.name: digest_of_file(f) for f in path.iterdir() if f.name != bundles.MANIFEST
-    }
-    (path / bundles.MANIFEST).write_text(json.dumps(manifest))
+    manifest = json.loads((path / MANIFEST).read_text())
+    manifest["files"] = {f.name: digest_of_file(f) for f in path.iterdir() if f.name != MANIFEST}
+    (path / MANIFEST).write_text(json.dumps(manifest))
 
 
 def _truncate(file):

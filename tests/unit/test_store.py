@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 from moto.server import ThreadedMotoServer
 
-from model import bundle as bundles
+from model import manifest as manifests
 from model import store as stores
 from model.errors import BundleError, ConflictError, InputError, UnavailableError
 from model.store import Lineage, ModelStore
@@ -36,10 +36,10 @@ def make_bundle(folder: Path, version: str, created="2026-01-01T00:00:00+00:00",
     (folder / "weights.safetensors").write_bytes(version.encode() * size)
     (folder / "metrics.json").write_text("{}")
     files = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir()}
-    manifest = bundles.Manifest(
-        bundles.FORMAT, bundles.FORMAT_VERSION, version, created, dict(sorted(files.items()))
+    manifest = manifests.Manifest(
+        manifests.FORMAT, manifests.FORMAT_VERSION, version, created, dict(sorted(files.items()))
     )
-    (folder / bundles.MANIFEST).write_text(json.dumps(asdict(manifest)))
+    (folder / manifests.MANIFEST).write_text(json.dumps(asdict(manifest)))
     return folder
 
 
@@ -323,11 +323,11 @@ def test_fetch_gives_a_verified_local_bundle(store, bundle_of, tmp_path):
     store.publish(bundle_of("v1"), Lineage())
     cache = tmp_path / "cache"
     path = store.fetch("v1", cache)
-    assert bundles.verify(path).model_version == "v1"
+    assert manifests.verify(path).model_version == "v1"
     assert store.fetch("v1", cache) == path
     if path.is_relative_to(cache):  # a copy; a damaged one is fetched anew
         (path / "weights.safetensors").write_bytes(b"x")
-        assert bundles.verify(store.fetch("v1", cache)).model_version == "v1"
+        assert manifests.verify(store.fetch("v1", cache)).model_version == "v1"
         assert [p.name for p in cache.iterdir()] == ["v1"]
     with pytest.raises(InputError, match="no version 'v2'"):
         store.fetch("v2", cache)
@@ -728,7 +728,7 @@ def test_killed_at_any_point_the_store_is_whole_and_a_second_attempt_finishes(tm
         store = ModelStore(str(copy))
         champion = store.champion()
         assert champion.version in ("v1", "v2")
-        bundles.verify(copy / champion.path)
+        manifests.verify(copy / champion.path)
         assert all(not v.problem for v in store.versions())
         finished = deploy(store, bundle_of("v2"), replaces="v1", reason="deploy")
         assert (finished.version, finished.previous) == ("v2", "v1")
