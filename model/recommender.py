@@ -85,7 +85,7 @@ class Recommender:
             keys: of items that are not as in the bundle, in the digest of a history.
         """
         self._bundle = bundle
-        self._least_recall: float | None = None  # asked of an approximate search
+        self._least_recall: float | None = None  # of an approximate search that pays
         self.recall = 1.0  # measured, of the search in use
         self._origin: bundles.Bundle = bundle if of is None else of._origin  # as trained
         self._network = bundle.model.network
@@ -216,10 +216,10 @@ class Recommender:
         Raises:
             InputError: faiss is not installed.
         """
-        self._least_recall = recall
         near = None if like is None else like.retrieval
         measured = self.retrieval.approximate(recall, self._probes(), near)
-        self.recall = measured.recall if measured.pays else 1.0
+        if measured.pays:
+            self._least_recall, self.recall = recall, measured.recall
         return measured
 
     def _probes(self) -> NDArray[np.float32]:

@@ -141,3 +141,13 @@ def test_a_predictor_measures_at_load_reports_and_keeps_it_with_new_items(tmp_pa
     assert extended.retrieval._approximate._empty is recommender.retrieval._approximate._empty
     Predictor(settings.model_copy(update={"approximate_from": 10_000})).load()
     assert REGISTRY.get_sample_value("hrnn_retrieval_recall") == 1, "too small for it"
+
+
+def test_an_index_that_did_not_pay_is_not_made_again_for_every_new_item(tmp_path, monkeypatch):
+    monkeypatch.setattr(approximate.Measured, "pays", False)
+    recommender = Recommender.load(random_bundle(tmp_path / "bundle"))
+    recommender.approximate(0.5)
+    made = []
+    monkeypatch.setattr(retrieval, "ApproximateIndex", lambda *_: made.append(1))
+    assert recommender.with_items({"new": {}}).recall == 1.0
+    assert made == []
