@@ -320,11 +320,7 @@ class ModelStore:
         """
 
         def change(now: Champion | None) -> Champion:
-            if now is None or now.version != version:
-                raise ConflictError(
-                    f"{now.version if now else 'nothing'} became the champion of {self.uri} while "
-                    f"the check of {version} was to go on; nothing was changed"
-                )
+            now = self._still(version, now)
             return now if now.checking in (None, checking) else self._taken_over(now, checking)
 
         champion = self._change_champion(change)
@@ -339,12 +335,7 @@ class ModelStore:
         """
 
         def change(now: Champion | None) -> Champion:
-            if now is None or now.version != version:
-                raise ConflictError(
-                    f"{now.version if now else 'nothing'} became the champion of {self.uri} while "
-                    f"{version} was being checked; nothing was changed"
-                )
-            return replace(now, checking=None)
+            return replace(self._still(version, now), checking=None)
 
         champion = self._change_champion(change)
         assert champion is not None  # noqa: S101 - `change` never gives None
@@ -467,6 +458,15 @@ class ModelStore:
 
     def _moment(self) -> str:
         return self._now().isoformat(timespec="seconds")
+
+    def _still(self, version: str, now: Champion | None) -> Champion:
+        """The champion, if it is still the one that is being checked."""
+        if now is None or now.version != version:
+            raise ConflictError(
+                f"{now.version if now else 'nothing'} became the champion of {self.uri} while "
+                f"{version} was being checked; nothing was changed"
+            )
+        return now
 
     def _taken_over(self, now: Champion, checking: str) -> Champion:
         # Its time begins anew: `changed_at` says whether the run that checks must be over.
