@@ -40,7 +40,7 @@ class EventTargets:
     weight: Tensor
     reward: Tensor | None  # None: every event has reward 1
     fold_U: Tensor  # int64, of each user: whose transition counts leave it out
-    shown: Shown | None = None  # what was on the lists beside the events' items
+    shown: Shown | None  # what was on the lists beside the events' items, where that has weight
 
     @classmethod
     def of(cls, log: Histories, feedback: FeedbackSettings, fold_U: Tensor) -> "EventTargets":
@@ -51,7 +51,8 @@ class EventTargets:
                 event_rewards(feedback, log.num_events, log.event_type_E, log.value_E)
             )
         weight_E = event_weights(feedback, log.num_events, log.event_type_E, log.value_E)
-        return cls(torch.from_numpy(weight_E), reward, fold_U, log.shown)
+        shown = log.shown if feedback.shown_weight else None
+        return cls(torch.from_numpy(weight_E), reward, fold_U, shown)
 
     def passed_over(self, event_N: NDArray[np.int64], device: torch.device) -> "PassedOver | None":
         """What was shown beside these events' items; None where nothing was."""
@@ -160,7 +161,7 @@ class Objective:
         softmax = self._dense if self.sampler is None else self._sampled
         ranking = softmax(encoded, draws, target_N, rows_NR, seen, period_N, reward_N, weight_N)
         loss = ranking * share.ranking
-        if passed_over is not None and self.shown_weight:
+        if passed_over is not None:
             worth_N = weight_N if reward_N is None else weight_N * reward_N
             shown = self._shown(encoded, draws, target_N, rows_NR, seen, passed_over, worth_N)
             loss = loss + self.shown_weight * shown * share.lists

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,7 @@ class JsonModel(Model):  # type: ignore[misc]
         super().__init__(settings.model_name)
         self.settings = settings
 
+    @abstractmethod
     async def answer(self, instances: list[Any], record: metrics.RequestRecord) -> list[Any]:
         """One prediction per instance, in order.
 
@@ -75,7 +77,6 @@ class JsonModel(Model):  # type: ignore[misc]
             InputError: an instance is wrong; the message names the field.
             UnavailableError: nothing can be answered now.
         """
-        raise NotImplementedError
 
     async def answer_message(self, message: bytes, record: metrics.RequestRecord) -> bytes:
         """The answer to a message of serving.wire.
