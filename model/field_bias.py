@@ -2,9 +2,8 @@
 
 For new items this is all that tells a likely success from a likely failure. An MLP learns the
 popularity of the items it is trained on by heart, and guesses badly for others; a ridge regression
-does not (MovieLens-100K, cold items: P@5 .294 instead of .281). So the bias of eq. 2 is linear in
-the fields, and training begins at that regression; with a trend, whose log q holds the popularity,
-at 0.
+does not (docs/results.md, cold items). So the bias of eq. 2 is linear in the fields, and training
+begins at that regression; with a trend, whose log q holds the popularity, at 0.
 
 Shapes: R rows, M items, V values of all fields together.
 """
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from model.fields import MISSING, FieldBags, FieldEmbedding, FieldEncoding
 
 RIDGE = 1.0  # items about which nothing is known, for each value
-STEPS = 200  # of conjugate gradients at most; some 30 are enough
+STEPS = 200  # of conjugate gradients at most
 TOLERANCE = 1e-6  # of the residual, relative to the right-hand side
 
 
