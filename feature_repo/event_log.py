@@ -20,6 +20,7 @@ import sqlalchemy as sa
 from feature_repo import event_tables
 from feature_repo.batches import batches
 from feature_repo.event_tables import (
+    ERASE_WAIT_MILLISECONDS,
     WRITES,
     cause,
     deleted_events,
@@ -37,7 +38,6 @@ Fields = Mapping[str, FieldValue]
 
 _FOLLOWERS = 0x68726E6F  # advisory lock of PostgreSQL
 AHEAD_SECONDS = 86_400  # events further in the future do not move a deletion's moment
-ERASE_WAIT_MILLISECONDS = 50  # for readers, while nobody can write
 FROZEN_SECONDS = 15  # without a sign of life, a follower or a writer loses its lock
 
 

@@ -92,6 +92,7 @@ deleted_events = sa.Table(
 FORMAT = 1  # of these tables
 LOCK_SECONDS = 5  # a writer waits this long for another
 STATEMENT_SECONDS = 60
+ERASE_WAIT_MILLISECONDS = 50  # for readers, while nobody can write
 WRITES = "hrnn_writes"  # execution option of connections that write
 
 

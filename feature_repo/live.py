@@ -32,7 +32,7 @@ from feature_repo.names import (
     USER_LIVE,
     USER_PROFILE,
 )
-from feature_repo.online import protos, read_row, relax, write_rows
+from feature_repo.online import erase_traces, overwrite, protos, read_row, relax, write_rows
 from feature_repo.settings import FeatureStoreSettings
 from feature_repo.store import Session
 
@@ -65,6 +65,7 @@ class LiveFeatures:
         self._events = events
         self._done: int | None = None  # the last change known to be applied
         self._unsure: int | None = None  # what came later may be overwritten with older rows
+        self._traces = True  # of deleted rows may be in the store's files
         with unavailable("open the feature store"):
             self._use(Session.open(settings))
 
@@ -90,6 +91,9 @@ class LiveFeatures:
                 at = self._apply(turn, at)
                 self._set_checkpoint(turn, at)
                 self._applied(at, progress)
+            if self._traces:
+                with unavailable("erase deleted rows"):
+                    self._traces = not erase_traces(self._session.store)
         self._unsure = None
         return at.seq
 
@@ -120,6 +124,7 @@ class LiveFeatures:
             for name in (LIVE_CHECKPOINT, USER_LIVE, USER_PROFILE, USER_HISTORY)
         }
         relax(session.store)
+        overwrite(session.store)
 
     def _follow_registry(self) -> None:
         if time.monotonic() - self._registry_read >= REGISTRY_SECONDS:
@@ -184,6 +189,7 @@ class LiveFeatures:
                     gone = {u for u, state in states.items() if state.deleted_at is not None}
                 for view in (USER_PROFILE, USER_HISTORY):
                     self._write(view, [(user, {}, 0) for user in batch if user in gone])
+            self._traces = self._traces or not gone.isdisjoint(batch)
 
     def _write(self, view: str, rows: Any) -> None:
         write_rows(self._session.store, self._views[view], rows)

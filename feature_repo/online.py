@@ -1,10 +1,12 @@
 """Rows into the online store, as they are: one level below Feast's data frames."""
 
+import sqlite3
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from feature_repo.batches import batches
+from feature_repo.event_tables import ERASE_WAIT_MILLISECONDS
 from feature_repo.names import JOIN_KEY, VIEW_ENTITY
 
 if TYPE_CHECKING:
@@ -91,9 +93,41 @@ def relax(store: "FeatureStore") -> None:
     For rows that are written again if they are lost, and whose loss is noticed. SQLite then loses
     the newest commits with the power, in order, and nothing else; Redis decides for itself.
     """
-    if store.config.online_store.type == "sqlite":
-        online: Any = store._get_provider().online_store
-        online._get_conn(store.config).execute("PRAGMA synchronous=NORMAL")
+    if (connection := _sqlite(store)) is not None:
+        connection.execute("PRAGMA synchronous=NORMAL")
+
+
+def overwrite(store: "FeatureStore") -> None:
+    """Let this store's writes overwrite the bytes of what they replace (SQLite)."""
+    if (connection := _sqlite(store)) is not None:
+        connection.execute("PRAGMA secure_delete=ON")
+
+
+def erase_traces(store: "FeatureStore") -> bool:
+    """Give up the bytes of replaced rows that SQLite's write-ahead log still has.
+
+    Returns:
+        Whether it is done; false: somebody reads an older state, try again.
+    """
+    connection = _sqlite(store)
+    if connection is None:
+        return True
+    (wait,) = connection.execute("PRAGMA busy_timeout").fetchone()
+    connection.execute(f"PRAGMA busy_timeout = {ERASE_WAIT_MILLISECONDS}")
+    try:
+        busy, _, _ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    finally:
+        connection.execute(f"PRAGMA busy_timeout = {wait}")
+    return not busy
+
+
+def _sqlite(store: "FeatureStore") -> sqlite3.Connection | None:
+    """The connection through which Feast writes; None: another online store."""
+    if store.config.online_store.type != "sqlite":
+        return None
+    online: Any = store._get_provider().online_store
+    connection: sqlite3.Connection = online._get_conn(store.config)
+    return connection
 
 
 def _entity_key(view: "FeatureView", key: str) -> Any:

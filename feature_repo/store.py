@@ -56,7 +56,7 @@ from feature_repo.names import (
     VIEW_ENTITY,
     ViewOptions,
 )
-from feature_repo.online import Row, protos, read_row, write_rows
+from feature_repo.online import Row, erase_traces, overwrite, protos, read_row, write_rows
 from feature_repo.settings import FeatureStoreSettings, redis_connection
 from feature_repo.sources import APPLIED
 from model.errors import UnavailableError
@@ -152,6 +152,7 @@ def materialise(
     """
     with unavailable("materialise the features"):
         store = open_existing(settings)
+        overwrite(store)
         rows = {}
         for view in views:
             if view == USER_HISTORY:
@@ -166,6 +167,7 @@ def materialise(
             rows[view] = _count_keys(
                 settings.pattern(view), JOIN_KEY[VIEW_ENTITY[view]], start, end
             )
+        erase_traces(store)  # where somebody reads, the next run or follower does it
     return rows
 
 
@@ -179,6 +181,7 @@ def forget(settings: FeatureStoreSettings, keys: Mapping[str, Iterable[str]]) ->
     """
     with unavailable("forget rows"):
         store = open_existing(settings)
+        overwrite(store)
         for view, gone in keys.items():
             write_rows(store, view, ((key, {}, 0) for key in gone))
 

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 
 from components.event_sources import is_sql
 from components.ingest.reader import quote_name, quote_text
-from components.tables import INTERACTIONS, ITEMS, USERS, table_path
+from components.tables import INTERACTIONS, ITEMS, USERS, malformed_path, table_path
 from feature_repo import event_tables as log
 from feature_repo.event_log import EventLog, NewEvent, Outcome
 from feature_repo.event_tables import cause, open_engine
@@ -99,10 +99,13 @@ def export(url: str, folder: Path, memory_limit: str) -> dict[str, Path]:
     return written
 
 
-def forget_deleted(url: str, tables: Path, memory_limit: str) -> dict[str, int]:
-    """Take the users that were deleted from a log out of ingested tables; rows removed by table.
+def forget_deleted(url: str, tables: Path, memory_limit: str) -> dict[str, tuple[int, int]]:
+    """Take the users that were deleted from a log out of ingested tables.
 
     Tables that come from elsewhere may still hold what was deleted on request.
+
+    Returns:
+        By table: rows removed, and lines that fit no header and name such a user.
 
     Raises:
         UnavailableError: the log cannot be read, so nobody knows who was deleted.
@@ -118,30 +121,57 @@ def forget_deleted(url: str, tables: Path, memory_limit: str) -> dict[str, int]:
         raise UnavailableError(f"cannot read the event log: {cause(error)}") from error
     finally:
         engine.dispose()
-    removed: dict[str, int] = {}
+    removed: dict[str, tuple[int, int]] = {}
     if not deleted:
         return removed
     # One thread: rows keep their order, which decides between events of one second.
     with duckdb.connect(config={"memory_limit": memory_limit, "threads": 1}) as database:
         database.register("deleted", pa.table({"user_id": pa.array(deleted, pa.string())}))
         for table in (INTERACTIONS, USERS):
-            path = table_path(tables, table)
-            if not path.is_file():
-                continue
-            rows = pq.read_metadata(path).num_rows
-            kept = path.with_suffix(".kept")
-            database.execute(
-                f"COPY (SELECT * FROM read_parquet({quote_text(str(path))}) AS t"  # noqa: S608
-                " WHERE NOT EXISTS (FROM deleted WHERE deleted.user_id = t.user_id))"
-                f" TO {quote_text(str(kept))} (FORMAT parquet, COMPRESSION zstd)"
-            )
-            if gone := rows - pq.read_metadata(kept).num_rows:
-                removed[table] = gone
-                kept.replace(path)
-                print(f"{table}: {gone:,} rows of users deleted on request are left out")
-            else:
-                kept.unlink()
+            rows = _keep(database, table_path(tables, table), _BY_COLUMN)
+            lines = _keep(database, malformed_path(tables, table), _BY_TEXT)
+            if rows or lines:
+                removed[table] = rows, lines
+                print(f"{table}: {rows + lines:,} rows of users deleted on request are left out")
     return removed
+
+
+_BY_COLUMN = "NOT EXISTS (FROM deleted WHERE deleted.user_id = t.user_id)"
+# Which column of such a line is the user's nobody knows: all are looked at. An id that holds what
+# separates columns or is quoted is looked for anywhere.
+_BY_TEXT = r"""
+    row NOT IN (
+        SELECT row
+        FROM (
+            SELECT row, unnest(regexp_split_to_array(raw_line, '[,;\t|]')) AS part
+            FROM read_parquet($path)
+        )
+        WHERE trim(part, ' "') IN (SELECT trim(user_id, ' "') FROM deleted)
+    )
+    AND NOT EXISTS (
+        FROM deleted
+        WHERE regexp_matches(user_id, '[,;\t|"\n\r]')
+        AND contains(t.raw_line, replace(user_id, '"', '""'))
+    )
+"""
+
+
+def _keep(database: duckdb.DuckDBPyConnection, path: Path, condition: str) -> int:
+    """Leave the rows `t` of a file that fulfil a condition; returns how many went."""
+    if not path.is_file():
+        return 0
+    rows = pq.read_metadata(path).num_rows
+    kept = path.with_suffix(".kept")
+    condition = condition.replace("$path", quote_text(str(path)))
+    database.execute(
+        f"COPY (SELECT * FROM read_parquet({quote_text(str(path))}) AS t WHERE {condition})"  # noqa: S608
+        f" TO {quote_text(str(kept))} (FORMAT parquet, COMPRESSION zstd)"
+    )
+    left = pq.read_metadata(kept).num_rows
+    kept.replace(path)
+    if not left:
+        path.unlink()
+    return rows - left
 
 
 def import_clean(events: EventLog, clean: Path) -> dict[str, tuple[int, int]]:

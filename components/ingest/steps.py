@@ -147,10 +147,13 @@ def _attempt(
         }
         if uri != event_log.CONFIGURED and (url := os.environ.get(event_log.VARIABLE)):
             removed = event_log.forget_deleted(url, tables, config.memory_limit)
-            for table, rows in removed.items():
+            for table, (rows, lines) in removed.items():
                 done[table].rows -= rows
+                done[table].malformed -= lines
             if done[INTERACTIONS].rows == 0:
                 raise InputError("all users of the interactions were deleted on request")
+            if USERS in done and done[USERS].rows == 0:
+                del done[USERS]
         digests = {table: sha256(path) for table, path in paths.items()}
     schema = Schema(
         users=done[USERS].fields if USERS in done else {},

@@ -103,6 +103,31 @@ def test_nor_in_one_on_other_tables(log, log_url, tmp_path, monkeypatch, capsys)
     assert after == [row for row in before if row["user_id"] != "u3"]
 
 
+def test_nor_in_lines_that_fit_no_header(log, log_url, tmp_path, monkeypatch):
+    """Whose they are is not known: any column that says a deleted id counts."""
+    gone = ["u3", "7", 'say "hi", you', "a;b", "☃"]
+    lines = [("u1", "i", START + n) for n in range(30)]
+    odd = [(u, "i", START, "too", "many") for u in ["u33", *gone, "77", "say", "a"]]
+    with (tmp_path / "log.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("user_id", "item_id", "timestamp"), *lines, *odd])
+    (tmp_path / "users.csv").write_text("user_id,age\nu3,3\n7,4\n")
+    monkeypatch.setenv("HRNN_EVENT_LOG", log_url)
+    with log.write() as transaction:
+        for user in gone:
+            transaction.delete_user(user)
+    tables = tmp_path / "tables"
+    given = {"interactions": str(tmp_path / "log.csv"), "users": str(tmp_path / "users.csv")}
+    # A table that held nobody else is not there.
+    assert run(tables, **given)["rows"] == {"interactions": 30 + 4}
+    left = pq.read_table(tables / "malformed_interactions.parquet").column("raw_line").to_pylist()
+    assert [line.partition(",")[0] for line in left] == ["u33", "77", "say", "a"]
+    validate.run(tables, *(tmp_path / n for n in ("clean", "q", "r.html")), settings=LENIENT)
+    assert not (tmp_path / "clean" / "users.parquet").exists()
+
+
+LENIENT = {"min_users": 1, "min_items": 1, "min_events": 1, "max_bad_share": 1.0}
+
+
 def test_other_tables_can_be_given(log, log_url, tmp_path):
     fill(log)
     (tmp_path / "items.csv").write_text("item_id,colour\na,red\nb,blue\n")
