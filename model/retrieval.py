@@ -21,9 +21,10 @@ import math
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +42,8 @@ CHUNK = 16_384  # items whose scores for a batch fit a core's cache
 SMALL = 4096  # catalogues up to here are scored whole: no scan pays
 SPARSE = 64  # where at most 1 in 64 items is allowed, these alone are scored
 MANY_EXCLUDED = 4096  # beyond, exclusions become a mask
-SHORT = 64  # numbers of a row; two such are multiplied as one
+TOGETHER = 16  # queries of one pass over the table: more would not stay in a core's cache
+BATCH_SHARE = 256  # a pass for many scores whole groups exactly: at most M / 256 of them for each
 MIN_ROWS = 32  # of an int8 product
 MEASURED_ROWS = 131_072  # of the table, to choose the method by time
 WORTH_MEASURING = 2**21  # numbers in the table; below, either is quick
@@ -167,16 +169,25 @@ def brute_force(w_MD: Float32, b_M: Float32, ask: Ask) -> Found:
 
 
 @dataclass(frozen=True)
-class _Queries:
-    """B queries as a scan reads them, and what bounds the scan's error."""
+class _Errors:
+    """What bounds the errors of one query's scores."""
 
-    x_DB: torch.Tensor
-    step_B: torch.Tensor  # int8: the size of one step of x
-    norm_B: NDArray[np.float64]  # ‖x‖
-    off_B: NDArray[np.float64]  # ‖x − x̂‖
-    slack_B: NDArray[np.float64]  # of float32 arithmetic, in the scan and in the exact scores
-    # Of one short query: [x 0; 0 x] `[2·D, 2]`, which takes two rows of the table as one.
-    pair: torch.Tensor | None = None
+    norm: float  # ‖x‖
+    off: float  # ‖x − x̂‖
+    slack: float  # of float32 arithmetic, in the scan and in the exact scores
+
+    def bound(self, error: Any, norm: Any) -> Any:
+        """Of the error of the scores of items with ‖w_j − ŵ_j‖ and ‖ŵ_j‖: numbers or arrays."""
+        return self.norm * error + self.off * norm + self.slack
+
+
+@dataclass(frozen=True)
+class _Queries:
+    """B queries as a scan reads them."""
+
+    x_BD: torch.Tensor
+    step_B1: torch.Tensor  # int8: the size of one step of x
+    errors: list[_Errors]
 
 
 class _Scan(ABC):
@@ -194,25 +205,27 @@ class _Scan(ABC):
 
     def queries(self, x_BD: Float32) -> _Queries:
         """Prepare queries."""
-        x_DB, step_B, rounded_BD = self._read(x_BD)
+        read_BD, step_B1, rounded_BD = self._read(x_BD)
         norm_B = np.linalg.norm(x_BD.astype(np.float64), axis=1)
         off_B = np.linalg.norm(x_BD - rounded_BD, axis=1)
         # Of a sum of D products, computed twice: D·2⁻²⁴ of the sum of their sizes each time.
         slack_B = (self._size + 8) * 2.0**-23 * (1.01 * self._largest * norm_B + self._largest_bias)
-        return _Queries(x_DB, step_B, norm_B, off_B, slack_B, self._pair(x_DB))
-
-    def _pair(self, x_DB: torch.Tensor) -> torch.Tensor | None:
-        return None
+        # A little more, so that float32 keeps the sums bounds.
+        columns = (norm_B * 1.00001, off_B * 1.00001, slack_B)
+        errors = [_Errors(*one) for one in zip(*(c.tolist() for c in columns), strict=True)]
+        return _Queries(read_BD, step_B1, errors)
 
     @abstractmethod
     def _read(self, x_BD: Float32) -> tuple[torch.Tensor, torch.Tensor, NDArray[np.float64]]:
-        """x_DB as multiplied with the table, the step of each, and what x became: `[B, D]`."""
+        """The queries as multiplied with the table, the step of each, and what they became."""
 
     @abstractmethod
-    def scores(
-        self, rows: slice | Int64, queries: _Queries, work: torch.Tensor, out: torch.Tensor
-    ) -> None:
-        """Approximate scores of rows: float32 `[rows, B]`, into `out`; `work` int32 alike."""
+    def scores(self, rows: slice, queries: _Queries, work: torch.Tensor, out: torch.Tensor) -> None:
+        """Approximate scores of rows, float32 `[B, rows]`, into `out`.
+
+        Args:
+            work: scratch, so many int32 side by side at least.
+        """
 
 
 class _Float32Scan(_Scan):
@@ -225,19 +238,17 @@ class _Float32Scan(_Scan):
         self.norm_M = self.error_M
 
     def _read(self, x_BD: Float32) -> tuple[torch.Tensor, torch.Tensor, NDArray[np.float64]]:
-        x_DB = torch.from_numpy(np.ascontiguousarray(x_BD.T))
-        return x_DB, torch.ones(len(x_BD)), x_BD.astype(np.float64)
+        x_BD = np.ascontiguousarray(x_BD)
+        return torch.from_numpy(x_BD), torch.ones(len(x_BD), 1), x_BD.astype(np.float64)
 
-    def scores(
-        self, rows: slice | Int64, queries: _Queries, work: torch.Tensor, out: torch.Tensor
-    ) -> None:
+    def scores(self, rows: slice, queries: _Queries, work: torch.Tensor, out: torch.Tensor) -> None:
+        x_BD = queries.x_BD.numpy()
         # For one query einsum is as fast as BLAS or faster, and waits for no other threads.
-        if out.shape[1] == 1:
-            x_D = queries.x_DB.numpy()[:, 0]
-            np.einsum("cd,d->c", self._w_MD[rows], x_D, out=out.numpy()[:, 0])
+        if len(x_BD) == 1:
+            np.einsum("cd,d->c", self._w_MD[rows], x_BD[0], out=out.numpy()[0])
         else:
-            np.matmul(self._w_MD[rows], queries.x_DB.numpy(), out=out.numpy())
-        out += self._b_M[rows][:, None]
+            np.matmul(x_BD, self._w_MD[rows].T, out=out.numpy())
+        out += self._b_M[rows]
 
 
 class _Int8Scan(_Scan):
@@ -246,7 +257,8 @@ class _Int8Scan(_Scan):
     def __init__(self, w_MD: Float32, b_M: Float32) -> None:
         super().__init__(w_MD, b_M)
         items = len(w_MD)
-        q_MD = np.empty(w_MD.shape, dtype=np.int8)
+        self._q_MD = torch.empty(w_MD.shape, dtype=torch.int8)  # begins with a cache line
+        q_MD = self._q_MD.numpy()
         scale_M = np.empty(items, dtype=np.float32)
         self.error_M = np.empty(items, dtype=np.float32)
         self.norm_M = np.empty(items, dtype=np.float32)
@@ -260,54 +272,37 @@ class _Int8Scan(_Scan):
             # A little more than the norm, so that rounding to float32 keeps it a bound.
             self.error_M[rows] = np.linalg.norm(w_CD - rounded_CD, axis=1) * 1.00001
             self.norm_M[rows] = np.linalg.norm(rounded_CD, axis=1) * 1.00001
-        self._q_MD = torch.from_numpy(q_MD)
         self._scale_M = torch.from_numpy(scale_M)
 
     def _read(self, x_BD: Float32) -> tuple[torch.Tensor, torch.Tensor, NDArray[np.float64]]:
         x64_BD = x_BD.astype(np.float64)
         step_B = np.maximum(np.abs(x64_BD).max(axis=1, initial=0.0) / 127.0, 1e-30)
-        step_B = step_B.astype(np.float32)
-        q_BD = np.clip(np.rint(x64_BD / step_B[:, None]), -127, 127)
-        x_DB = torch.from_numpy(np.ascontiguousarray(q_BD.T.astype(np.int8)))
-        return x_DB, torch.from_numpy(step_B), q_BD * step_B[:, None].astype(np.float64)
+        step_B1 = step_B.astype(np.float32)[:, None]
+        q_BD = np.clip(np.rint(x64_BD / step_B1), -127, 127)
+        return (
+            torch.from_numpy(q_BD.astype(np.int8)),
+            torch.from_numpy(step_B1),
+            q_BD * step_B1.astype(np.float64),
+        )
 
-    def scores(
-        self, rows: slice | Int64, queries: _Queries, work: torch.Tensor, out: torch.Tensor
-    ) -> None:
-        if isinstance(rows, slice):
-            q_RD, scale_R, b_R = self._q_MD[rows], self._scale_M[rows], self._b_M[rows]
-        else:
-            q_RD = torch.from_numpy(self._q_MD.numpy().take(rows, axis=0))
-            scale_R = torch.from_numpy(self._scale_M.numpy().take(rows))
-            b_R = torch.from_numpy(self._b_M.numpy().take(rows))
-        if queries.pair is None or out.shape[1] > 1 or len(q_RD) < 2 * MIN_ROWS:
-            torch._int_mm(q_RD, queries.x_DB, out=work)
-        else:
-            even = len(q_RD) // 2 * 2
-            pairs = q_RD[:even].view(even // 2, 2 * self._size)
-            torch._int_mm(pairs, queries.pair, out=work[:even].view(even // 2, 2))
-            if even < len(q_RD):
-                work[even] = (q_RD[even].int() * queries.x_DB[:, 0].int()).sum()
-        out.copy_(work)
-        if out.shape[1] == 1:
-            step = float(queries.step_B[0])
-            torch.addcmul(b_R[:, None], out, scale_R[:, None], value=step, out=out)
-        else:
-            out.mul_(scale_R[:, None]).mul_(queries.step_B).add_(b_R[:, None])
-
-    def _pair(self, x_DB: torch.Tensor) -> torch.Tensor | None:
-        """Rows as short as a cache line keep the product from running at memory speed."""
-        size, queries = x_DB.shape
-        if queries > 1 or size > SHORT:
-            return None
-        pair = torch.zeros(2 * size, 2, dtype=torch.int8)
-        pair[:size, 0] = pair[size:, 1] = x_DB[:, 0]
-        return pair
+    def scores(self, rows: slice, queries: _Queries, work: torch.Tensor, out: torch.Tensor) -> None:
+        q_RD, scale_R, b_R = self._q_MD[rows], self._scale_M[rows], self._b_M[rows]
+        if len(queries.x_BD) == 1:
+            dot_1R = work[: len(q_RD)].view(1, -1)
+            torch._int_mm(q_RD, queries.x_BD.T, out=dot_1R.T)
+            out.copy_(dot_1R)
+            step = float(queries.step_B1[0, 0])
+            torch.addcmul(b_R, out, scale_R, value=step, out=out)
+        else:  # items side by side, so that what follows takes whole vectors of them
+            dot_BR = work[: out.numel()].view(out.shape)
+            torch._int_mm(queries.x_BD, q_RD.T, out=dot_BR)
+            out.copy_(dot_BR)
+            torch.addcmul(b_R, out.mul_(scale_R), queries.step_B1, out=out)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Why a method was chosen: seconds per item scanned, for one query and for each of 32."""
+    """Why a method was chosen: seconds per item scanned, for one query and for 8 together."""
 
     one: dict[Method, float]
     batch: dict[Method, float]
@@ -321,7 +316,8 @@ class Retrieval:
         Args:
             w_MD: item vectors, float32, C-contiguous; not copied.
             b_M: item biases, float32.
-            method: what the scan reads; AUTO measures (a tenth of a second).
+            method: what the scan reads, float32 where int8 products are not exact here; AUTO
+                measures (a tenth of a second).
         """
         self._w_MD = np.ascontiguousarray(w_MD, dtype=np.float32)
         self._b_M = np.ascontiguousarray(b_M, dtype=np.float32)
@@ -330,6 +326,8 @@ class Retrieval:
         self.batch_from = 8  # queries from which one pass over the table for all is faster
         if method is Method.AUTO:
             method = self._choose()
+        elif method is Method.INT8 and not int8_products_are_exact(self._w_MD.shape[1]):
+            method = Method.FLOAT32
         self.method = method
         scan: type[_Scan] = _Int8Scan if method is Method.INT8 else _Float32Scan
         self._scan = scan(self._w_MD, self._b_M)
@@ -341,6 +339,8 @@ class Retrieval:
         self._padded = self._chunks * self._chunk > self.num_items
         self._error_K = self._group_max(self._scan.error_M)
         self._norm_K = self._group_max(self._scan.norm_M)
+        self._largest_error = float(self._error_K.max(initial=0.0))
+        self._largest_norm = float(self._norm_K.max(initial=0.0))
         self._approximate: ApproximateIndex | None = None
         self._local = threading.local()
         self._item_M = np.arange(self.num_items if self.num_items <= SMALL else 0)
@@ -363,10 +363,10 @@ class Retrieval:
                 continue
             scan = kind(w_RD, b_R)
             one[method] = _seconds_per_item(scan, w_RD[:1], len(w_RD))
-            batch[method] = _seconds_per_item(scan, w_RD[:32], len(w_RD)) / 32
+            batch[method] = _seconds_per_item(scan, w_RD[:8], len(w_RD))
         self.measured = Measured(one, batch)
         best = min(one, key=one.__getitem__)
-        self.batch_from = max(2, math.ceil(32 * batch[best] / one[best]))
+        self.batch_from = max(2, math.ceil(batch[best] / one[best]))
         return best
 
     def approximate(
@@ -409,7 +409,8 @@ class Retrieval:
                 scanned.append(i)
             else:
                 found[i] = self._sorted(ask, rows, self.score(ask, rows), len(rows))
-        # Masks and extras change the scores themselves, which only a pass for one query keeps.
+        # Masks and extras change the scores themselves, which only a pass for one query keeps; and
+        # where many are asked for, those scores save exact ones.
         together = [i for i in scanned if asks[i].extra_M is None and not _dense(asks[i].allowed)]
         if self._approximate is not None:
             near = [i for i in together if asks[i].top_n <= approximate.MEASURED_TOP]
@@ -417,8 +418,10 @@ class Retrieval:
             for i, result in zip(near, results, strict=True):
                 found[i] = result
             together = [i for i in together if found[i] is None]
-        if len(together) >= self.batch_from:
-            for i, result in zip(together, self._batch([asks[i] for i in together]), strict=True):
+        together = [i for i in together if asks[i].top_n <= max(1, self.num_items // BATCH_SHARE)]
+        while len(together) >= self.batch_from:
+            some, together = together[:TOGETHER], together[TOGETHER:]
+            for i, result in zip(some, self._batch([asks[i] for i in some]), strict=True):
                 found[i] = result
         for i in scanned:
             if found[i] is None:
@@ -486,15 +489,20 @@ class Retrieval:
 
     def score(self, ask: Ask, item_C: Int64) -> Scores:
         """Exact scores of some items, bonus and extra included: `[C]`."""
-        everything = len(item_C) == self.num_items
-        w_CD = self._w_MD if everything else self._w_MD.take(item_C, axis=0)
-        score_C: Float32 = np.einsum("cd,d->c", w_CD, ask.x_D)  # each row by itself
-        score_C += self._b_M[item_C]
+        score_C = self._plain(ask, item_C)
         if len(ask.bonus_item_S) and len(item_C):
             place_C = np.searchsorted(ask.bonus_item_S, item_C)
             place_C = np.minimum(place_C, len(ask.bonus_item_S) - 1)
             hit_C = ask.bonus_item_S[place_C] == item_C
             score_C[hit_C] += ask.bonus_S[place_C[hit_C]]
+        return score_C
+
+    def _plain(self, ask: Ask, item_C: Int64) -> Scores:
+        """Exact scores of items without bonus: `[C]`."""
+        everything = len(item_C) == self.num_items and bool((item_C[1:] > item_C[:-1]).all())
+        w_CD = self._w_MD if everything else self._w_MD.take(item_C, axis=0)
+        score_C: Float32 = np.einsum("cd,d->c", w_CD, ask.x_D)  # each row by itself
+        score_C += self._b_M.take(item_C)
         return score_C if ask.extra_M is None else score_C + ask.extra_M[item_C]
 
     def _few(self, ask: Ask) -> Int64 | None:
@@ -528,125 +536,104 @@ class Retrieval:
     def _single(self, ask: Ask) -> Found:
         """One pass for one query; all approximate scores are kept."""
         queries = self._scan.queries(ask.x_D[None])
-        work_P1, score_P1 = self._buffers(self._chunks * self._chunk, 1)
+        (errors,) = queries.errors
+        work, score_1P = self._buffers(1, self._chunks * self._chunk)
         rows = slice(0, self.num_items)
-        self._scan.scores(rows, queries, work_P1[rows], score_P1[rows])
-        score_P1[self.num_items :] = -torch.inf
-        score_P = score_P1[:, 0]
+        self._scan.scores(rows, queries, work, score_1P[:, rows])
+        score_P = score_1P[0]
+        score_P[self.num_items :] = -torch.inf
         if ask.extra_M is not None:
             score_P[rows] += torch.from_numpy(ask.extra_M)
             largest = max(abs(float(ask.extra_M.max())), abs(float(ask.extra_M.min())))
-            queries = replace(queries, slack_B=queries.slack_B * 2 + 2.0**-22 * largest)
+            errors = replace(errors, slack=errors.slack * 2 + 2.0**-22 * largest)
         mask_M = ask.allowed.dense() if _dense(ask.allowed) else None
         if mask_M is not None:
             np.copyto(score_P.numpy()[rows], -np.inf, where=~mask_M)
         max_K = score_P.view(self._chunks, GROUP, self._groups).amax(dim=1).flatten().numpy()
-        num_allowed = self.num_items if mask_M is None else int(np.count_nonzero(mask_M))
-        return self._select(ask, queries, max_K, score_P.numpy().take, mask_M, num_allowed)
+        return self._select(ask, errors, max_K, score_P.numpy(), mask_M)
 
     def _batch(self, asks: Sequence[Ask]) -> list[Found]:
         """One pass for all queries; of the approximate scores only the groups' maxima are kept."""
         queries = self._scan.queries(np.stack([ask.x_D for ask in asks]))
-        work_CB, score_CB = self._buffers(self._chunk, len(asks))
-        max_HGB = torch.empty(self._chunks, self._groups, len(asks))
+        work, score_BC = self._buffers(len(asks), self._chunk)
+        score_BGH = score_BC.view(-1, GROUP, self._groups)
+        max_BHG = torch.empty(len(asks), self._chunks, self._groups)
         for chunk in range(self._chunks):
             start = chunk * self._chunk
             size = max(0, min(self._chunk, self.num_items - start))
             if size:
                 rows = slice(start, start + size)
-                self._scan.scores(rows, queries, work_CB[:size], score_CB[:size])
-            score_CB[size:] = -torch.inf
-            torch.amax(score_CB.view(GROUP, self._groups, -1), dim=0, out=max_HGB[chunk])
-        max_BK = max_HGB.flatten(0, 1).T.contiguous().numpy()
-        found = []
-        for b, ask in enumerate(asks):
-            one = _Queries(
-                queries.x_DB[:, b : b + 1].contiguous(),
-                queries.step_B[b : b + 1],
-                queries.norm_B[b : b + 1],
-                queries.off_B[b : b + 1],
-                queries.slack_B[b : b + 1],
-            )
-            again = self._again(one)
-            found.append(self._select(ask, one, max_BK[b], again, None, self.num_items))
-        return found
-
-    def _again(self, queries: _Queries) -> Callable[[Int64], Float32]:
-        """Approximate scores of rows, computed once more."""
-
-        def scores(row_C: Int64) -> Float32:
-            out_C1 = torch.empty(len(row_C), 1)
-            work_C1 = torch.empty(len(row_C), 1, dtype=torch.int32)
-            self._scan.scores(row_C, queries, work_C1, out_C1)
-            return out_C1[:, 0].numpy()
-
-        return scores
+                self._scan.scores(rows, queries, work, score_BC[:, :size])
+            if size < self._chunk:
+                score_BC[:, size:] = -torch.inf
+            torch.amax(score_BGH, dim=1, out=max_BHG[:, chunk])
+        max_BK = max_BHG.flatten(1).numpy()
+        return [
+            self._select(ask, errors, max_K, None, None)
+            for ask, errors, max_K in zip(asks, queries.errors, max_BK, strict=True)
+        ]
 
     def _select(
         self,
         ask: Ask,
-        queries: _Queries,
+        errors: _Errors,
         max_K: Float32,
-        approximate: Callable[[Int64], Float32],
+        rough_P: Float32 | None,
         mask_M: NDArray[np.bool_] | None,
-        num_allowed: int,
     ) -> Found:
         """The top N from the groups' maxima.
 
         Args:
-            queries: prepared `ask.x_D` alone.
-            approximate: the approximate scores of rows.
+            max_K: overwritten.
+            rough_P: the approximate scores; None: they were not kept.
             mask_M: what the maxima already respect; None: exclusions are still to be left out.
         """
         top_n = ask.top_n
-        # A little more, so that float32 keeps the sum a bound.
-        norm, off = np.float32(queries.norm_B * 1.00001), np.float32(queries.off_B * 1.00001)
-        slack = np.float32(queries.slack_B)
         exclude = ask.allowed.exclude if mask_M is None else _NONE
         left_out = np.concatenate([exclude, ask.bonus_item_S])
         skip_M = self._skip()
         skip_M[left_out] = True
 
-        def look(group_C: Int64) -> tuple[Int64, Float32]:
-            """The groups' items that count, and their approximate scores."""
+        def look(group_C: Int64) -> Int64:
+            """The groups' items that count."""
             row_C = self._rows(group_C)
             keep_C = ~skip_M[row_C]
             if mask_M is not None:
                 keep_C &= mask_M[row_C]
-            row_C = row_C[keep_C]
-            return row_C, approximate(row_C)
+            return row_C[keep_C]
 
         # First the N groups that look best, but for those whose maximum may not count. The N-th
         # exact score among their items is one that N items surely reach.
-        best_K = max_K.copy()
-        best_K[self._group_of(left_out)] = -np.inf
-        cut = len(best_K) - min(top_n, len(best_K))
-        first_C = np.argpartition(best_K, cut)[cut:] if cut else np.arange(len(best_K))
-        row_C, rough_C = look(first_C)
-        surely = -np.inf
-        exact_C = np.zeros(len(row_C), dtype=np.bool_)
-        items: list[Int64] = []
-        scores: list[Scores] = []
+        changed_C = self._group_of(left_out)
+        their_max_C = max_K[changed_C]
+        max_K[changed_C] = -np.inf
+        cut = len(max_K) - min(top_n, len(max_K))
+        first_C = np.argpartition(max_K, cut)[cut:] if cut else np.arange(len(max_K))
+        max_K[changed_C] = their_max_C
+        row_C = look(first_C)
+        surely, rest_C = -np.inf, _NONE
+        if rough_P is not None and len(row_C) > top_n:
+            best_C = np.argpartition(rough_P.take(row_C), len(row_C) - top_n)
+            rest_C = row_C[best_C[: len(row_C) - top_n]]
+            row_C = row_C[best_C[len(row_C) - top_n :]]
+        items, scores = [row_C], [self._plain(ask, row_C)]
         if len(row_C) >= top_n:
-            exact_C[np.argpartition(rough_C, len(row_C) - top_n)[len(row_C) - top_n :]] = True
-            items.append(row_C[exact_C])
-            scores.append(self.score(ask, items[0]))
-            surely = scores[0].min()
+            surely = np.partition(scores[0], len(row_C) - top_n)[len(row_C) - top_n]
         # Then every group and item that its bound cannot rule out.
-        bound_K = norm * self._error_K + off * self._norm_K + slack
-        open_K = max_K + bound_K >= surely
-        open_K[first_C] = False
-        more_C, more_rough_C = look(np.flatnonzero(open_K))
-        row_C, rough_C = np.concatenate([row_C, more_C]), np.concatenate([rough_C, more_rough_C])
+        max_K[first_C] = np.nan
+        widest = errors.bound(self._largest_error, self._largest_norm)
+        open_C = np.flatnonzero(max_K >= surely - widest)
+        bound_C = errors.bound(self._error_K[open_C], self._norm_K[open_C])
+        row_C = look(open_C[max_K[open_C] + bound_C >= surely])
         skip_M[left_out] = False
-        bound_C = norm * self._scan.error_M[row_C] + off * self._scan.norm_M[row_C] + slack
-        possible_C = rough_C + bound_C >= surely
-        possible_C[: len(exact_C)] &= ~exact_C
-        items.append(row_C[possible_C])
-        scores.append(self.score(ask, items[-1]))
-        changed = ask.bonus_item_S[ask.allowed.passes(ask.bonus_item_S)]
-        items.append(changed)
-        scores.append(self.score(ask, changed))
+        if rough_P is not None:
+            row_C = np.concatenate([rest_C, row_C])
+            bound_C = errors.bound(self._scan.error_M[row_C], self._scan.norm_M[row_C])
+            row_C = row_C[rough_P.take(row_C) + bound_C >= surely]
+        changed_C = ask.bonus_item_S[ask.allowed.passes(ask.bonus_item_S)]
+        items += [row_C, changed_C]
+        scores += [self._plain(ask, row_C), self.score(ask, changed_C)]
+        num_allowed = self.num_items if mask_M is None else int(np.count_nonzero(mask_M))
         score_C: Scores = np.concatenate(scores)  # type: ignore[assignment]
         return self._sorted(ask, np.concatenate(items), score_C, num_allowed - len(exclude))
 
@@ -662,15 +649,15 @@ class Retrieval:
         chunk_C, place_C = np.divmod(item_C, self._chunk)
         return chunk_C * self._groups + place_C % self._groups
 
-    def _buffers(self, rows: int, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Int32 and float32 scratch `[rows, queries]` of this thread."""
-        size = rows * queries
+    def _buffers(self, queries: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Int32 scratch and float32 `[queries, rows]` of this thread."""
+        size = queries * rows
         kept = getattr(self._local, "buffers", None)
         if kept is None or kept[0].numel() < size:
             kept = torch.empty(size, dtype=torch.int32), torch.empty(size, dtype=torch.float32)
             self._local.buffers = kept
         work, score = kept
-        return work[:size].view(rows, queries), score[:size].view(rows, queries)
+        return work, score[:size].view(queries, rows)
 
     def _skip(self) -> NDArray[np.bool_]:
         """All false `[M]`, to be left so; this thread's own."""
@@ -688,20 +675,21 @@ def _dense(allowed: Allowed) -> bool:
 def int8_products_are_exact(size: int) -> bool:
     """Whether this machine's int8 matrix product is right at the extremes.
 
-    Without VNNI instructions some kernels add pairs in 16 bits, which overflow.
+    Without VNNI instructions some kernels add pairs in 16 bits, which overflow; and some versions
+    of PyTorch take a row of one number for a column.
     """
-    for width, columns in ((size, 1), (size, 32), (2 * size, 2)):
-        w = torch.full((MIN_ROWS, width), 127, dtype=torch.int8)
-        w[1::2] = -127
-        w[2::4, ::2] = -127
-        x = torch.full((width, columns), 127, dtype=torch.int8)
-        x[:, ::2] = -127
-        out = torch.empty(len(w), columns, dtype=torch.int32)
+    w = torch.full((MIN_ROWS, size), 127, dtype=torch.int8)
+    w[1::2] = -127
+    w[2::4, ::2] = -127
+    x = torch.full((TOGETHER, size), 127, dtype=torch.int8)
+    x[::2, ::2] = -127
+    for left, right in ((w, x[:1].T), (x[:2], w.T), (x, w.T)):
+        out = torch.empty(len(left), right.shape[1], dtype=torch.int32)
         try:
-            torch._int_mm(w, x, out=out)
+            torch._int_mm(left, right, out=out)
         except RuntimeError:
             return False
-        if not torch.equal(out.long(), w.long() @ x.long()):
+        if not torch.equal(out.long(), left.long() @ right.long()):
             return False
     return True
 
@@ -710,8 +698,8 @@ def _seconds_per_item(scan: _Scan, x_BD: Float32, rows: int, rounds: int = 5) ->
     """Best of some passes over the first `rows` items, by chunks for more than one query."""
     queries = scan.queries(x_BD)
     size = rows if len(x_BD) == 1 else min(rows, CHUNK)
-    work = torch.empty(size, len(x_BD), dtype=torch.int32)
-    out = torch.empty(size, len(x_BD))
+    work = torch.empty(len(x_BD) * size, dtype=torch.int32)
+    out = torch.empty(len(x_BD), size)
     best = math.inf
     for _ in range(rounds):
         started = time.perf_counter()

@@ -20,6 +20,8 @@ def small_scans(monkeypatch):
     monkeypatch.setattr(retrieval, "SMALL", 0)
     monkeypatch.setattr(retrieval, "CHUNK", 160)
     monkeypatch.setattr(retrieval, "MANY_EXCLUDED", 20)
+    monkeypatch.setattr(retrieval, "BATCH_SHARE", 1)
+    monkeypatch.setattr(retrieval, "TOGETHER", 3)
 
 
 def ask(x_D, top_n, allowed, bonus=None):
@@ -91,7 +93,7 @@ def test_equals_brute_force(method, together, search):
 def test_real_numbers_agree_but_for_rounding(method, spread):
     """Popular items with long vectors, and vectors that nearly all point one way."""
     rng = np.random.default_rng(3)
-    size, width = 5001, 32  # odd: rows are taken in pairs, and one is left
+    size, width = 5001, 32  # the last chunk is not full
     w_MD = rng.normal(size=(size, width)).astype(np.float32)
     if spread == "heavy":
         w_MD *= (rng.pareto(1.2, (size, 1)) + 0.01).astype(np.float32)
@@ -128,12 +130,13 @@ def test_real_numbers_agree_but_for_rounding(method, spread):
 def test_only_a_few_items_are_scored_twice(monkeypatch):
     """The bound is worth having: a fraction of the catalogue is read in float32."""
     monkeypatch.setattr(retrieval, "CHUNK", 16_384)
+    monkeypatch.setattr(retrieval, "TOGETHER", 16)
     rng = np.random.default_rng(0)
     w_MD = rng.normal(0, 30, (50_000, 64)).round().astype(np.float32)
     index = Retrieval(w_MD, np.zeros(50_000, dtype=np.float32), Method.INT8)
     scored = []
-    exact = index.score
-    monkeypatch.setattr(index, "score", lambda a, c: scored.append(len(c)) or exact(a, c))
+    exact = index._plain
+    monkeypatch.setattr(index, "_plain", lambda a, c: scored.append(len(c)) or exact(a, c))
     one = ask(rng.normal(0, 30, 64).round(), 50, Allowed(50_000))
     agree(index.top([one])[0], brute_force(w_MD, np.zeros(50_000, dtype=np.float32), one))
     assert sum(scored) < 50 * 10
