@@ -3,13 +3,15 @@
     python -m benchmarks.train_data --events 100000000 --seconds 60
 
 Generates a log of Zipf-popular items into columns in files (`model.columns.new_column`: they are
-in TMPDIR and gone at the end, 16 bytes an event) and trains the plain network on it (ids and times;
-no transition counts, repeats, trend) for some seconds of steps. Parts are made smaller than the
-default so that several pass in that time; `--part-events` says how large.
+in TMPDIR and gone at the end, 16 bytes an event), makes ready for training as `hrnn run` does (the
+trend's choice and table, transition counts with cross-fitting, repeats) and trains the default
+network on it for some seconds of steps; `--plain` leaves it at ids and times. Parts are made
+smaller than the default so that several pass in that time; `--part-events` says how large.
 
 Resident memory is that of the process beyond what it had before the log was there, without the
-items' tables: anonymous memory, which it needs, and apart from it pages of the files, which the
-kernel takes back when somebody else needs the memory. Waiting is the time in which a step could
+items' tables: anonymous memory, which it needs (the most of it, watched ten times a second, also
+while making ready), and apart from it pages of the files, which the kernel takes back when somebody
+else needs the memory. Waiting is the time in which a step could
 have run and had no batch.
 """
 
@@ -19,6 +21,7 @@ import json
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -32,6 +35,7 @@ from model.schema import Schema
 from model.sequences import Histories
 from model.train_settings import Precision, Softmax, TrainSettings
 from model.trainer import Trainer
+from model.trends import ResolvedTrend, TrendSettings, choose_trend, items_for_choice
 
 
 def log_in_files(num_events: int, num_items: int) -> Histories:
@@ -63,6 +67,35 @@ def resident() -> tuple[int, int]:
     return 1024 * int(kb["RssAnon:"]), 1024 * int(kb["RssFile:"])
 
 
+class Peak:
+    """The most resident memory from now on, looked at ten times a second."""
+
+    def __init__(self) -> None:
+        self.anonymous, self.file_pages = resident()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            anonymous, file_pages = resident()
+            self.anonymous = max(self.anonymous, anonymous)
+            self.file_pages = max(self.file_pages, file_pages)
+            time.sleep(0.1)
+
+
+def chosen_trend(log: Histories, catalogue: Catalogue) -> ResolvedTrend:
+    """As the train step chooses it."""
+    chosen_M = items_for_choice(catalogue.item_ids, log.num_events)
+    chosen_E = chosen_M[log.item_E]
+    place_E = (np.cumsum(chosen_M) - 1)[log.item_E[chosen_E]]
+    return choose_trend(
+        place_E,
+        log.timestamp_E[chosen_E],
+        int(chosen_M.sum()),
+        TrendSettings(),
+        table_items=len(catalogue),
+    )
+
+
 class _TimeIsUp(Exception):  # noqa: N818 - no error
     pass
 
@@ -74,6 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--part-events", type=int, default=500_000)
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--plain", action="store_true", help="no transitions, repeats, trend")
     options = parser.parse_args(arguments)
     if shutil.disk_usage(tempfile.gettempdir()).free < 20 * options.events:
         parser.error(f"{tempfile.gettempdir()} has too little room: set TMPDIR")
@@ -82,8 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
         hidden=options.hidden,
         dropout=0.0,
         user_dropout=0.0,
-        transitions=False,
-        repeats=False,
+        transitions=not options.plain,
+        repeats=not options.plain,
         ratings=False,
     )
     settings = TrainSettings(
@@ -92,34 +126,34 @@ def main(arguments: list[str] | None = None) -> int:
         negatives=1000,
         bptt=32,
         part_events=options.part_events,
-        trend_decomposition=False,
+        trend_decomposition=not options.plain,
         precision=Precision.AUTO,
     )
     before, _ = resident()
+    most = Peak()
     started = time.perf_counter()
     log = log_in_files(options.events, options.items)
     made = time.perf_counter()
     print(f"{log.num_events:,} events of {len(log):,} users in {made - started:.0f} s", flush=True)
-    trainer = Trainer(
-        log, Catalogue(tuple(map(str, range(options.items)))), settings, None, Schema()
-    )
+    catalogue = Catalogue(tuple(map(str, range(options.items))))
+    trend = None if options.plain else chosen_trend(log, catalogue)
+    trainer = Trainer(log, catalogue, settings, trend, Schema())
     ready = time.perf_counter()
     tables = sum(table.nbytes for table in trainer.tables)
     tables *= 2  # and their moving average
-    print(f"trainer ready in {ready - made:.0f} s", flush=True)
-    done, steps, most = trainer.start_epoch(), 0, (0, 0)
+    made_ready = most.anonymous - before - tables
+    print(f"trainer ready in {ready - made:.0f} s, {made_ready / 1e9:.2f} GB", flush=True)
+    done, steps = trainer.start_epoch(), 0
     began = time.perf_counter()
     skipped = 0.0  # the first part's reading: nothing to do meanwhile, once an epoch
 
     def after_step() -> None:
-        nonlocal steps, most, began, skipped
+        nonlocal steps, began, skipped
         if not steps:
             began, skipped = time.perf_counter(), trainer.waiting
         steps += 1
-        if steps % 20 == 0:
-            most = tuple(map(max, most, resident()))
-            if time.perf_counter() - began > options.seconds:
-                raise _TimeIsUp
+        if time.perf_counter() - began > options.seconds:
+            raise _TimeIsUp
 
     with contextlib.suppress(_TimeIsUp):
         trainer.epoch(done, after_step)
@@ -131,15 +165,19 @@ def main(arguments: list[str] | None = None) -> int:
         "events_per_second": (steps - 1) * settings.batch_events / seconds,
         "first_wait_seconds": skipped,
         "waiting_share": (trainer.waiting - skipped) / seconds,
-        "data_bytes": most[0] - before - tables,
-        "file_page_bytes": most[1],
+        "making_ready_seconds": ready - made,
+        "making_ready_bytes": made_ready,
+        "data_bytes": most.anonymous - before - tables,
+        "file_page_bytes": most.file_pages,
     }
     print(
-        "| events | parts passed | events/s | waiting | memory of data and training | file pages |"
+        "| events | made ready in | parts passed | events/s | waiting | "
+        "memory of data and training | file pages |"
     )
-    print("|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|")
     print(
-        f"| {log.num_events:,} | {result['parts']} | {result['events_per_second']:,.0f} | "
+        f"| {log.num_events:,} | {result['making_ready_seconds']:.0f} s | {result['parts']} | "
+        f"{result['events_per_second']:,.0f} | "
         f"{result['waiting_share']:.1%} | {result['data_bytes'] / 1e9:.2f} GB | "
         f"{result['file_page_bytes'] / 1e9:.2f} GB |"
     )

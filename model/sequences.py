@@ -52,7 +52,15 @@ class Histories:
     @cached_property
     def user_E(self) -> NDArray[np.int64]:
         """The user (position in `user_ids`) of every event."""
-        return np.repeat(np.arange(len(self)), np.diff(self.offset_U1))
+        user_E = new_column(self.num_events, np.int64)
+        for start in range(0, self.num_events, READ_EVENTS):
+            part = user_E[start : start + READ_EVENTS]
+            part[:] = self.user_of(np.arange(start, start + len(part)))
+        return user_E
+
+    def user_of(self, event_N: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The user (position in `user_ids`) of each of some events."""
+        return np.searchsorted(self.offset_U1, event_N, side="right") - 1
 
     @classmethod
     def from_table(
@@ -114,6 +122,17 @@ class Histories:
         )
         kept_U = np.flatnonzero(np.diff(histories.offset_U1) >= min_events)
         return histories if len(kept_U) == len(histories) else histories.subset(kept_U)
+
+    def item_counts(self, num_items: int, since: int = 0) -> NDArray[np.int64]:
+        """Events of each item `[M]`, those at or after a time (Unix seconds)."""
+        count_M = np.zeros(num_items, dtype=np.int64)
+        for start in range(0, self.num_events, READ_EVENTS):
+            part = slice(start, start + READ_EVENTS)
+            item_E = self.item_E[part]
+            if since:
+                item_E = item_E[self.timestamp_E[part] >= since]
+            count_M += np.bincount(item_E, minlength=num_items)
+        return count_M
 
     def subset(self, users: NDArray[np.int64]) -> Self:
         """The histories of the users at these positions, in the given order."""

@@ -125,7 +125,7 @@ class Trainer:
             network=kept,
             encodings=self.encodings,
             trend=trend,
-            transitions=None if kept.prior is None else Transitions.count(train, num_items),
+            transitions=self.transitions,
             trend_log=train,
         )
         self.loader = Loader(
@@ -166,10 +166,13 @@ class Trainer:
                 known_M = torch.from_numpy(self.count_M > 0)
                 network.items.field_bias.start_at(network.items.bags, p_M.log(), known_M)
         self.fold_U = self.rng.permutation(len(self.train)) % FOLDS
+        self.transitions: Transitions | None = None  # of all users: for answers
         transitions = None
         if network.prior is not None:
             network.prior.inverse_p_M = 1.0 / p_M
-            transitions = Transitions.cross_fitted(self.train, num_items, self.fold_U, FOLDS)
+            self.transitions, transitions = Transitions.fitted(
+                self.train, num_items, self.fold_U, FOLDS
+            )
         if network.repeats is not None:
             size = min(REPEAT_SAMPLE, sample.num_events)
             event_N = torch.from_numpy(self.rng.permutation(sample.num_events)[:size])

@@ -4,10 +4,11 @@ A count of what follows what needs no gradient step to know a rare pair, and on 
 ranks better than a recurrent state. T_ij counts how often j came within WINDOW events after i,
 nearer ones counting more; a recent item i then says P(j | i) = T_ij / Σ_j T_ij.
 
-Shapes: M items, Z stored entries, N positions, R recent items.
+Shapes: M items, Z stored entries, N positions, R recent items, F folds of the users.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -16,34 +17,81 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from model.columns import GrowingColumn
+from model.item_ranges import item_ranges
 from model.sequences import Histories
 
 WINDOW = 10  # events after an item that count as following it
 FOLLOWERS = 50  # kept per item
+RANGE_EVENTS = 2**19  # whose pairs are counted at once: some 500 MB while that lasts
 DAMPING = 1.0  # pseudo-count per item: a rarely seen one says less
 
 
-def pair_counts(
-    histories: Histories, num_items: int, window: int = WINDOW
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Keys i·M + j `[Z]` ascending, and their weighted counts: 1 / lag for lag 1 … window."""
-    user_E = histories.user_E
-    key = np.empty(0, dtype=np.int64)
-    weight = np.empty(0)
-    for lag in range(1, window + 1):
-        same = user_E[lag:] == user_E[:-lag]
-        new = histories.item_E[:-lag][same] * num_items + histories.item_E[lag:][same]
-        key, weight = _sum_by_key(
-            np.concatenate([key, new]), np.concatenate([weight, np.full(len(new), 1.0 / lag)])
-        )
-    return key, weight
+@dataclass(frozen=True)
+class _Pairs:
+    """How often item j followed item i, for some i: in units of 1 / `per_event`, hence exact.
+
+    `key_Z` is i·M + j, ascending; `units_ZF` counts the users of each fold.
+    """
+
+    key_Z: NDArray[np.int64]
+    units_ZF: NDArray[np.int64]
+    per_event: int  # units of a pair one event apart
 
 
-def _sum_by_key(
-    key: NDArray[np.int64], weight: NDArray[np.float64]
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    unique, inverse = np.unique(key, return_inverse=True)
-    return unique, np.bincount(inverse, weight, minlength=len(unique)).astype(np.float64)
+def _pairs_by_item(
+    histories: Histories,
+    num_items: int,
+    fold_U: NDArray[np.int64] | None,
+    folds: int,
+    window: int = WINDOW,
+) -> Iterator[_Pairs]:
+    """The pairs of all items, some items after others: a pair at lag k counts 1 / k."""
+    per_event = math.lcm(*range(1, window + 1))
+    unit_L = per_event // np.arange(1, window + 1)
+    item_E, end_U = histories.item_E, histories.offset_U1[1:]
+    for *_, pieces in item_ranges(item_E, num_items, RANGE_EVENTS):
+        known_P, units_P = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+        for event_K in pieces:
+            user_K = histories.user_of(event_K)
+            end_K = end_U[user_K]
+            # One number says it all, and is sorted without its weight: (i, j, fold, lag).
+            prefix_K = np.asarray(item_E[event_K]) * num_items
+            codes = []
+            for lag in range(1, window + 1):
+                has_K = event_K + lag < end_K
+                code = prefix_K[has_K] + item_E[event_K[has_K] + lag]
+                code *= folds
+                if fold_U is not None:
+                    code += fold_U[user_K[has_K]]
+                code *= window
+                code += lag - 1
+                codes.append(code)
+            code_P = np.concatenate(codes)
+            code_P.sort()
+            pair_P, lag_P = np.divmod(code_P, window)
+            new_P, new_units_P = _sum_sorted(pair_P, unit_L[lag_P])
+            if len(known_P):  # of a single item, whose events are many
+                new_P, units_P = np.concatenate([known_P, new_P]), np.r_[units_P, new_units_P]
+                order_P = np.argsort(new_P, kind="stable")
+                known_P, units_P = _sum_sorted(new_P[order_P], units_P[order_P])
+            else:
+                known_P, units_P = new_P, new_units_P
+        key_P, fold_P = np.divmod(known_P, folds)
+        first_P = np.diff(key_P, prepend=-1) != 0
+        units_ZF = np.zeros((int(first_P.sum()), folds), dtype=np.int64)
+        units_ZF[np.cumsum(first_P) - 1, fold_P] = units_P
+        yield _Pairs(key_P[first_P], units_ZF, per_event)
+
+
+def _sum_sorted(
+    key: NDArray[np.int64], value: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Distinct keys of an ascending list, and the sum of the values of each."""
+    if not len(key):
+        return key, value
+    first = np.flatnonzero(np.diff(key, prepend=key[0] - 1))
+    return key[first], np.add.reduceat(value, first)
 
 
 @dataclass(frozen=True)
@@ -62,7 +110,7 @@ class Transitions:
     @classmethod
     def count(cls, histories: Histories, num_items: int, followers: int = FOLLOWERS) -> Self:
         """Count every pair of every user; the `followers` most frequent of each item are kept."""
-        return cls._stack([pair_counts(histories, num_items)], num_items, followers)
+        return cls.fitted(histories, num_items, None, 1, followers)[0]
 
     @classmethod
     def cross_fitted(
@@ -78,32 +126,43 @@ class Transitions:
         A network that saw a user's own pairs counted in would learn to trust them, and find at
         serving time that they are gone.
         """
-        parts = [
-            pair_counts(histories.subset(np.flatnonzero(fold_U == f)), num_items)
-            for f in range(folds)
-        ]
-        others = [
-            _sum_by_key(*map(np.concatenate, zip(*(p for p in parts if p is not own), strict=True)))
-            for own in parts
-        ]
-        return cls._stack(others, num_items, followers)
+        return cls.fitted(histories, num_items, fold_U, folds, followers)[1]
 
     @classmethod
-    def _stack(
+    def fitted(
         cls,
-        counts: Sequence[tuple[NDArray[np.int64], NDArray[np.float64]]],
+        histories: Histories,
         num_items: int,
-        followers: int,
-    ) -> Self:
-        kept = (_most_frequent(key, count, num_items, followers) for key, count in counts)
-        row, item, probability = zip(*kept, strict=True)
-        row_Z = np.concatenate([r + f * num_items for f, r in enumerate(row)])
-        offset_R1 = np.searchsorted(row_Z, np.arange(len(counts) * num_items + 1))
+        fold_U: NDArray[np.int64] | None,
+        folds: int,
+        followers: int = FOLLOWERS,
+    ) -> tuple[Self, Self]:
+        """What `count` and `cross_fitted` give, in one pass.
+
+        Memory is bounded by what is kept; that is in files where it is long (`model.columns`).
+        """
+        whole = _Followers(num_items, followers)
+        cross = [
+            _Followers(num_items, followers) for _ in range(folds if fold_U is not None else 0)
+        ]
+        for pairs in _pairs_by_item(histories, num_items, fold_U, folds):
+            total_Z = pairs.units_ZF.sum(axis=1)
+            whole.add(pairs.key_Z, total_Z, pairs.per_event)
+            for fold, kept in enumerate(cross):
+                kept.add(pairs.key_Z, total_Z - pairs.units_ZF[:, fold], pairs.per_event)
+        return cls._stack(num_items, [whole]), cls._stack(num_items, cross)
+
+    @classmethod
+    def _stack(cls, num_items: int, folds: Sequence["_Followers"]) -> Self:
+        size_R = np.concatenate([np.empty(0, dtype=np.int64), *(fold.size_M for fold in folds)])
+        columns = GrowingColumn(np.int64), GrowingColumn(np.float32)
+        for fold in folds:
+            for column, piece in zip(columns, (fold.item, fold.probability), strict=True):
+                column.extend(piece.finish())
         return cls(
             num_items,
-            torch.from_numpy(offset_R1.astype(np.int64)),
-            torch.from_numpy(np.concatenate(item)),
-            torch.from_numpy(np.concatenate(probability)),
+            torch.from_numpy(np.r_[0, np.cumsum(size_R)].astype(np.int64)),
+            *(torch.from_numpy(column.finish()) for column in columns),
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -197,19 +256,31 @@ class Transitions:
         return n_F[owner_Z], self.item_Z[entry_Z], value_Z
 
 
-def _most_frequent(
-    key_Z: NDArray[np.int64], count_Z: NDArray[np.float64], num_items: int, followers: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-    """(row, item, probability) of each item's most frequent followers, by row."""
-    row_Z = key_Z // num_items
-    total_M = np.bincount(row_Z, count_Z, minlength=num_items)
-    order = np.lexsort((-count_Z, row_Z))
-    start_M = np.searchsorted(row_Z[order], np.arange(num_items))
-    place_Z = np.arange(len(order)) - start_M[row_Z[order]]
-    kept = np.sort(order[place_Z < followers])
-    row_Z = row_Z[kept]
-    probability_Z = count_Z[kept] / (total_M[row_Z] + DAMPING)
-    return row_Z, key_Z[kept] % num_items, probability_Z.astype(np.float32)
+class _Followers:
+    """The most frequent followers of every item, items coming in ascending order."""
+
+    def __init__(self, num_items: int, followers: int) -> None:
+        self._num_items, self._most = num_items, followers
+        self.size_M = np.zeros(num_items, dtype=np.int64)
+        self.item, self.probability = GrowingColumn(np.int32), GrowingColumn(np.float32)
+
+    def add(self, key_Z: NDArray[np.int64], units_Z: NDArray[np.int64], per_event: int) -> None:
+        """Some items' pairs: keys i·M + j ascending, and counts in units of 1 / `per_event`."""
+        key_Z, units_Z = key_Z[units_Z > 0], units_Z[units_Z > 0]
+        if not len(key_Z):
+            return
+        row_Z, item_Z = np.divmod(key_Z, self._num_items)
+        first_Y = np.flatnonzero(np.diff(row_Z, prepend=-1))
+        length_Y = np.diff(first_Y, append=len(row_Z))
+        # By row; within one the most frequent first, equal ones by item.
+        order_Z = np.lexsort((-units_Z, row_Z))
+        place_Z = np.arange(len(row_Z)) - np.repeat(first_Y, length_Y)
+        kept_K = np.sort(order_Z[place_Z < self._most])
+        total_Z = np.repeat(np.add.reduceat(units_Z, first_Y), length_Y)
+        probability_K = units_Z[kept_K] / (total_Z[kept_K] + DAMPING * per_event)
+        self.size_M[row_Z[first_Y]] = np.minimum(length_Y, self._most)
+        self.item.extend(item_Z[kept_K])
+        self.probability.extend(probability_K)
 
 
 class TransitionPrior(nn.Module):

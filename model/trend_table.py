@@ -13,7 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.columns import READ_EVENTS, GrowingColumn
+from model.item_ranges import item_ranges
 from model.trends import MAX_TABLE_CELLS, ResolvedTrend
+
+RANGE_EVENTS = 2**20  # whose changes are counted at once: some 150 MB while that lasts
 
 
 @dataclass(frozen=True)
@@ -21,8 +25,8 @@ class TrendTable:
     """log q of every period that holds events, worked out on demand.
 
     Kept are the moments at which an item's count changes, in CSR form by item: from row `row_Z` on
-    the count in force is `count_Z`, `delta_Z` more than before. So memory follows the events
-    (at most two entries each), never periods × items.
+    the count in force is `count_Z`, `delta_Z` more than before. So their number follows the events
+    (at most two each), never periods × items; where they are many they are in files.
 
     `period_P` are the period numbers (timestamp // period_seconds), ascending; `total_P` the events
     counted in each.
@@ -53,38 +57,50 @@ class TrendTable:
             periods: further period numbers that will be asked for (e.g. of test events).
             own_periods: whether the periods of the counted events themselves are kept.
         """
-        own = np.unique(timestamp_E // trend.period_seconds)
+        own = _periods(timestamp_E, trend.period_seconds)
         wanted = own if periods is None else np.union1d(own[: own_periods * len(own)], periods)
         rows = len(wanted)
         start_P = wanted * trend.period_seconds
-        # An event counts from the first period that starts after it; with a window, until the
-        # first that starts more than a window after it.
-        enters_E = np.searchsorted(start_P, timestamp_E, side="right")
-        key, delta = item_E * rows + enters_E, np.ones(len(item_E), dtype=np.int8)
-        kept = [(key[enters_E < rows], delta[enters_E < rows])]
-        if trend.window_seconds:
-            leaves_E = np.searchsorted(start_P, timestamp_E + trend.window_seconds, side="right")
-            gone = leaves_E < rows
-            kept.append(((item_E * rows + leaves_E)[gone], -delta[gone]))
-        key_Z, delta_Z = (np.concatenate(column) for column in zip(*kept, strict=True))
-        key_Z, inverse_Z = np.unique(key_Z, return_inverse=True)
-        delta_Z = np.bincount(inverse_Z, delta_Z, minlength=len(key_Z))
-        key_Z, delta_Z = key_Z[delta_Z != 0], delta_Z[delta_Z != 0]
-        offset_M1 = np.searchsorted(key_Z, np.arange(num_items + 1) * rows)
-        row_Z = key_Z - np.repeat(np.arange(num_items) * rows, np.diff(offset_M1))
-        # Within an item the changes add up from 0.
-        sum_Z1 = np.r_[0.0, np.cumsum(delta_Z)]
-        count_Z = sum_Z1[1:] - np.repeat(sum_Z1[offset_M1[:-1]], np.diff(offset_M1))
-        total_P = np.bincount(row_Z, delta_Z, minlength=rows).cumsum() + trend.smoothing * num_items
+        size_M, delta_P = np.zeros(num_items, dtype=np.int64), np.zeros(rows)
+        columns = (GrowingColumn(np.int64), GrowingColumn(np.float32), GrowingColumn(np.float32))
+        for first, end, pieces in item_ranges(item_E, num_items, RANGE_EVENTS):
+            key_Z = delta_Z = np.empty(0, dtype=np.int64)  # item · rows + row; events more or less
+            for event_K in pieces:
+                key_K = np.asarray(item_E[event_K]) * rows
+                time_K = np.asarray(timestamp_E[event_K])
+                # An event counts from the first period that starts after it; with a window, until
+                # the first that starts more than a window after it.
+                changes = [(np.searchsorted(start_P, time_K, side="right"), 1)]
+                if trend.window_seconds:
+                    time_K = time_K + trend.window_seconds
+                    changes.append((np.searchsorted(start_P, time_K, side="right"), -1))
+                keys, deltas = [key_Z], [delta_Z]
+                for row_K, sign in changes:
+                    keys.append((key_K + row_K)[row_K < rows])
+                    deltas.append(np.full(len(keys[-1]), sign))
+                key_Z, inverse_Z = np.unique(np.concatenate(keys), return_inverse=True)
+                delta_Z = np.bincount(inverse_Z, np.concatenate(deltas), minlength=len(key_Z))
+                key_Z, delta_Z = key_Z[delta_Z != 0], delta_Z[delta_Z != 0].astype(np.int64)
+            offset_I1 = np.searchsorted(key_Z, np.arange(first, end + 1) * rows)
+            size_I = np.diff(offset_I1)
+            row_Z = key_Z - np.repeat(np.arange(first, end) * rows, size_I)
+            # Within an item the changes add up from 0.
+            sum_Z1 = np.r_[0, np.cumsum(delta_Z)]
+            count_Z = sum_Z1[1:] - np.repeat(sum_Z1[offset_I1[:-1]], size_I)
+            size_M[first:end] = size_I
+            delta_P += np.bincount(row_Z, delta_Z, minlength=rows)
+            for column, values in zip(columns, (row_Z, delta_Z, count_Z), strict=True):
+                column.extend(values)
+        row_Z, delta_Z, count_Z = (column.finish() for column in columns)
         return cls(
             trend=trend,
             num_items=num_items,
             period_P=wanted,
-            total_P=torch.from_numpy(total_P),
-            offset_M1=torch.from_numpy(offset_M1.astype(np.int64)),
-            row_Z=torch.from_numpy(row_Z.astype(np.int64)),
-            delta_Z=torch.from_numpy(delta_Z).float(),
-            count_Z=torch.from_numpy(count_Z).float(),
+            total_P=torch.from_numpy(delta_P.cumsum() + trend.smoothing * num_items),
+            offset_M1=torch.from_numpy(np.r_[0, np.cumsum(size_M)].astype(np.int64)),
+            row_Z=torch.from_numpy(row_Z),
+            delta_Z=torch.from_numpy(delta_Z),
+            count_Z=torch.from_numpy(count_Z),
         )
 
     @cached_property
@@ -99,7 +115,15 @@ class TrendTable:
 
     def rows(self, row_U: Tensor) -> Tensor:
         """log q of every item in some rows (distinct, ascending), float32 `[U, M]`."""
-        return self._counted(row_U, self._item_Z, self.row_Z, self.delta_Z, self.num_items)
+        count = self.delta_Z.new_zeros((len(row_U) + 1) * self.num_items)
+        for start in range(0, len(self.row_Z), READ_EVENTS):
+            part = slice(start, start + READ_EVENTS)
+            entry_F = torch.arange(start, min(part.stop, len(self.row_Z)), device=row_U.device)
+            item_F = torch.searchsorted(self.offset_M1, entry_F, right=True).sub_(1)
+            place_F = torch.searchsorted(row_U, self.row_Z[part])
+            place_F.mul_(self.num_items).add_(item_F)
+            count.index_add_(0, place_F, self.delta_Z[part])
+        return self._added_up(count, row_U)
 
     def every_item(self, row_N: Tensor) -> Tensor:
         """log q of every item in each row asked for, float32 `[N, M]`."""
@@ -115,9 +139,10 @@ class TrendTable:
         column_F = torch.repeat_interleave(length_S)
         entry_F = torch.arange(len(column_F), device=column_F.device)
         entry_F += (start_S - length_S.cumsum(0) + length_S)[column_F]
-        return self._counted(
-            row_U, column_F, self.row_Z[entry_F], self.delta_Z[entry_F], len(item_S)
-        )
+        place_F = torch.searchsorted(row_U, self.row_Z[entry_F])
+        count = self.delta_Z.new_zeros((len(row_U) + 1) * len(item_S))
+        count.index_add_(0, place_F * len(item_S) + column_F, self.delta_Z[entry_F])
+        return self._added_up(count, row_U)
 
     def at(self, row_N: Tensor, item_N: Tensor) -> Tensor:
         """log q of one item in each row asked for, float32 `[N]`."""
@@ -135,19 +160,18 @@ class TrendTable:
             count_N = self.count_Z[(low_N - 1).clamp(min=0)] * (low_N > start_N)
         return self._log_q(count_N, self.total_P[row_N])
 
-    @cached_property
-    def _item_Z(self) -> Tensor:
-        return torch.repeat_interleave(self.offset_M1.diff())
-
-    def _counted(
-        self, row_U: Tensor, column_F: Tensor, row_F: Tensor, delta_F: Tensor, columns: int
-    ) -> Tensor:
-        """Changes added up to the counts in force, and these turned into log q."""
-        place_F = torch.searchsorted(row_U, row_F)
-        count = delta_F.new_zeros((len(row_U) + 1) * columns)
-        count.index_add_(0, place_F * columns + column_F, delta_F)
-        count_US = count.view(-1, columns)[:-1].cumsum(0)
+    def _added_up(self, count: Tensor, row_U: Tensor) -> Tensor:
+        """log q from changes of counts `[(U + 1) · columns]`, each in the row from which it is."""
+        count_US = count.view(len(row_U) + 1, -1)[:-1].cumsum(0)
         return self._log_q(count_US, self.total_P[row_U][:, None])
 
     def _log_q(self, count: Tensor, total: Tensor) -> Tensor:
         return (count + self.trend.smoothing).log_().sub_(total.log().float())
+
+
+def _periods(timestamp_E: NDArray[np.int64], period_seconds: int) -> NDArray[np.int64]:
+    """The periods that hold events, ascending."""
+    found = np.empty(0, dtype=np.int64)
+    for start in range(0, len(timestamp_E), READ_EVENTS):
+        found = np.union1d(found, timestamp_E[start : start + READ_EVENTS] // period_seconds)
+    return found

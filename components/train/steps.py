@@ -98,9 +98,7 @@ def run(
     # "Now" is the log's own end: everything that happened up to it counts.
     as_of = int(histories.timestamp_E.max()) + 1
     oldest = as_of - resolved.window_seconds if resolved.window_seconds else 0
-    count_M = np.bincount(
-        histories.item_E[histories.timestamp_E >= oldest], minlength=len(catalogue)
-    )
+    count_M = histories.item_counts(len(catalogue), since=oldest)
     counted = np.flatnonzero(count_M)
     snapshot = snapshot_from_counts(
         [catalogue.item_ids[j] for j in counted],

@@ -1,6 +1,8 @@
 """Transition counts equal a plain loop; cross-fitted ones never count a user's own pairs."""
 
 from collections import defaultdict
+from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -8,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.transitions import DAMPING, TransitionPrior, Transitions, pair_counts
+from model import columns
+from model import transitions as transitions_module
+from model.transitions import DAMPING, TransitionPrior, Transitions
 from tests import synthetic
 
 M = 6
@@ -20,12 +24,12 @@ def _log(users):
 
 
 def _brute(users):
-    counts = defaultdict(float)
+    counts = defaultdict(Fraction)
     for user in users:
         for k, item in enumerate(user):
             for lag in range(1, 11):
                 if k - lag >= 0:
-                    counts[user[k - lag], item] += 1 / lag
+                    counts[user[k - lag], item] += Fraction(1, lag)
     return counts
 
 
@@ -33,31 +37,70 @@ def _dense(transitions, rows):
     return torch.cat([transitions.scatter(torch.tensor([[r]]), torch.ones(1)) for r in rows])
 
 
-@settings(max_examples=50, deadline=None)
-@given(LOGS)
-def test_counts_equal_a_loop(users):
-    key, count = pair_counts(_log(users), M)
+def _plain(users, followers):
+    """The rows of the counts as a loop makes them: [(items, probabilities)] by item."""
     brute = _brute(users)
-    assert dict(zip(key.tolist(), count.tolist(), strict=True)) == pytest.approx(
-        {i * M + j: c for (i, j), c in brute.items()}
-    )
-    probability = _dense(Transitions.count(_log(users), M), range(M)).numpy()
+    rows = []
     for i in range(M):
         total = sum(c for (a, _), c in brute.items() if a == i)
-        for j in range(M):
-            assert probability[i, j] == pytest.approx(brute[i, j] / (total + DAMPING), rel=1e-5)
+        found = sorted((-c, j) for (a, j), c in brute.items() if a == i)[:followers]
+        chosen = sorted((j, -c) for c, j in found)
+        rows.append(([j for j, _ in chosen], [float(c / (total + DAMPING)) for _, c in chosen]))
+    return rows
 
 
-@settings(max_examples=50, deadline=None)
-@given(LOGS)
-def test_cross_fitted_counts_are_those_of_the_other_folds(users):
-    log, fold = _log(users), np.arange(len(users)) % 2
-    fitted = Transitions.cross_fitted(log, M, fold, 2)
-    for f in (0, 1):
-        others = Transitions.count(log.subset(np.flatnonzero(fold != f)), M)
-        torch.testing.assert_close(
-            _dense(fitted, range(f * M, (f + 1) * M)), _dense(others, range(M))
-        )
+def _rows(transitions, folds=1):
+    offset = transitions.offset_R1.tolist()
+    assert len(offset) == folds * M + 1
+    spans = [slice(*span) for span in pairwise(offset)]
+    return [(transitions.item_Z[s].tolist(), transitions.probability_Z[s].tolist()) for s in spans]
+
+
+@settings(max_examples=100, deadline=None)
+@given(LOGS, st.sampled_from([1, 2, 50]), st.sampled_from([1, 3, 7, 2**19]))
+def test_counts_equal_a_loop_however_few_events_are_counted_at_once(users, followers, events):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transitions_module, "RANGE_EVENTS", events)
+        fold = np.arange(len(users)) % 2
+        whole, cross = Transitions.fitted(_log(users), M, fold, 2, followers)
+        alone = Transitions.count(_log(users), M, followers)
+    wanted = _plain(users, followers)
+    others = [
+        _plain([u for u, f in zip(users, fold, strict=True) if f != k], followers) for k in (0, 1)
+    ]
+    for got, rows in ((whole, wanted), (alone, wanted), (cross, others[0] + others[1])):
+        for (items, probability), (wanted_items, wanted_probability) in zip(
+            _rows(got, len(rows) // M), rows, strict=True
+        ):
+            assert items == wanted_items
+            assert probability == pytest.approx(wanted_probability, rel=1e-6)
+
+
+def test_a_growing_column_is_in_a_file_once_it_is_long(monkeypatch):
+    monkeypatch.setattr(columns, "FILE_EVENTS", 6)
+    for pieces, in_file in (
+        ([], False),
+        ([[1, 2], [3]], False),
+        ([[1, 2], [3], [4, 5, 6], [7]], True),
+    ):
+        column = columns.GrowingColumn(np.int32)
+        for piece in pieces:
+            column.extend(np.array(piece))
+        whole = column.finish()
+        assert isinstance(whole, np.memmap) == in_file
+        assert whole.dtype == np.int32
+        assert whole.tolist() == [value for piece in pieces for value in piece]
+
+
+def test_long_counts_are_in_files_and_the_same(monkeypatch):
+    log = _log([[0, 1, 2, 3], [3, 1, 0, 5], [2, 2, 4]])
+    fold = np.array([0, 1, 0])
+    wanted = Transitions.fitted(log, M, fold, 2)
+    monkeypatch.setattr(columns, "FILE_EVENTS", 3)
+    monkeypatch.setattr(columns, "READ_EVENTS", 2)
+    for got, same in zip(Transitions.fitted(log, M, fold, 2), wanted, strict=True):
+        for name, tensor in got.tensors().items():
+            assert torch.equal(tensor, same.tensors()[name])
 
 
 def test_scatter_sums_the_rows_by_weight_and_skips_missing_items():

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model import columns, trend_table
 from model.trend_table import TrendTable
 from model.trends import (
     DAY,
@@ -39,6 +40,30 @@ def test_table_equals_the_naive_count(log, period, window, now):
     table = TrendTable.build(item, time, 5, trend, np.array([now // period]))
     row = table.log_q_PM[table.row_of(np.array([now]))[0]]
     np.testing.assert_allclose(row, naive_log_q(item, time, 5, period, window, 0.5, now), rtol=1e-6)
+
+
+@settings(deadline=None)
+@given(
+    log=logs,
+    period=st.integers(1, 50),
+    window=st.integers(0, 120),
+    events=st.integers(1, 9),
+    own=st.booleans(),
+)
+def test_a_table_is_the_same_however_few_events_are_counted_at_once(
+    log, period, window, events, own
+):
+    item, time = (np.array(column) for column in zip(*log, strict=True))
+    given = (item, time, 5, ResolvedTrend(period, window, 0.5), np.array([3, 8]), own)
+    whole = TrendTable.build(*given)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trend_table, "RANGE_EVENTS", events)
+        patch.setattr(trend_table, "READ_EVENTS", events)
+        patch.setattr(columns, "FILE_EVENTS", 4)
+        table = TrendTable.build(*given)
+        np.testing.assert_array_equal(table.log_q_PM, whole.log_q_PM)
+    for name in ("period_P", "total_P", "offset_M1", "row_Z", "delta_Z", "count_Z"):
+        np.testing.assert_array_equal(getattr(table, name), getattr(whole, name))
 
 
 @settings(deadline=None)
