@@ -272,6 +272,11 @@ def _training_facts(model: NextItemModel) -> Row:
     return {
         "epochs": len(model.curve),
         "beta": float(model.network.beta.detach()),
+        "new_items": {
+            "beta": float(model.network.new_beta),
+            "share": float(model.network.new_share),
+            "bias": float(model.network.items.new_bias),
+        },
         "lambda": float(model.network.items.lambda_M.min()),
     }
 
@@ -340,6 +345,7 @@ def run_trend(options: argparse.Namespace, log: Log, overrides: Row) -> None:
             assert model.trend is not None
             model.trend_log = log.histories
             current, per_case = ranking(task, model)
+            current |= _training_facts(model)
             report(options, f"{name}, current trend", seed, current, overrides)
             period = split.cut // model.trend.period_seconds
             table = TrendTable.build(
@@ -350,9 +356,11 @@ def run_trend(options: argparse.Namespace, log: Log, overrides: Row) -> None:
                 np.array([period]),
             )
             model.trend_log = None
-            beta = float(model.network.beta.detach())
-            frozen_row = table.log_q_PM[int(np.searchsorted(table.period_P, period))]
-            frozen, frozen_case = ranking(task, _Offset(model, beta * torch.from_numpy(frozen_row)))
+            row = int(np.searchsorted(table.period_P, period))
+            frozen_1M = torch.from_numpy(table.log_q_PM[row])[None]
+            with torch.no_grad():
+                bias_M = model.trend_weight(frozen_1M)[0] * frozen_1M[0]
+            frozen, frozen_case = ranking(task, _Offset(model, bias_M))
             against = paired_ratio(per_case["nll"], frozen_case["nll"], task.test.user_N)
             frozen["current_over_frozen"] = [against.value, against.low, against.high]
             report(options, f"{name}, frozen trend", seed, frozen, overrides)

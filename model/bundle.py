@@ -165,7 +165,7 @@ def _model_card(
         ("Items", f"{len(catalogue):,}"),
         ("Parameters", f"{parameters:,}"),
         ("Session gap", f"{model.encodings.session_gap:,} s"),
-        ("Trend weight β", f"{float(model.network.beta.detach()):.3f}"),
+        ("Trend weight β", model.network.describe_beta()),
         ("Trend", "none" if model.trend is None else str(asdict(model.trend))),
         ("Item fields", ", ".join(f.name for f in model.encodings.item_fields) or "none"),
         ("User fields", ", ".join(f.name for f in model.encodings.user_fields) or "none"),

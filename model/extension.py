@@ -75,24 +75,49 @@ def with_items(
     return _extended(model, old, new, bags), new
 
 
+def as_new(model: TrainedHRNN, item_J: NDArray[np.int64]) -> TrainedHRNN:
+    """The model as if these items had come after training; the catalogue stays."""
+    position_M = np.arange(model.network.num_items)
+    position_M[item_J] = -1
+    extended = _moved(model, position_M, position_M, model.network.items.bags)
+    return replace(extended, trend_log=model.trend_log)  # their popularity is known
+
+
 def _extended(model: TrainedHRNN, old: Catalogue, new: Catalogue, bags: FieldBags) -> TrainedHRNN:
     """The model with the items of `new`, whose fields are encoded."""
-    old_position_M = torch.from_numpy(old.encode(new.item_ids))
-    encodings = model.encodings.model_copy(update={"num_items": len(new)})
+    return _moved(model, old.encode(new.item_ids), new.encode(old.item_ids), bags)
+
+
+def _moved(
+    model: TrainedHRNN,
+    old_position_M: NDArray[np.int64],
+    new_position_J: NDArray[np.int64],
+    bags: FieldBags,
+) -> TrainedHRNN:
+    """The model with its items where `new_position_J` says (−1: gone), the others new.
+
+    Args:
+        old_position_M: inverse of `new_position_J`; −1: a new item.
+    """
+    old_row_M = torch.from_numpy(old_position_M)
+    encodings = model.encodings.model_copy(update={"num_items": len(old_position_M)})
     network = HRNNMeta(
         model.network.settings, encodings, bags, with_trend=model.network.log_beta is not None
     )
     state = model.network.state_dict()
     for name in NEW_ITEM.keys() & state.keys():
-        state[name] = _rows(state[name], old_position_M, len(old), NEW_ITEM[name])
+        state[name] = _rows(state[name], old_row_M, len(new_position_J), NEW_ITEM[name])
     network.load_state_dict(state)
+    was_new_J = model.network.items.new_M
+    is_new_M = old_row_M < 0
+    network.items.new_M = is_new_M | was_new_J[old_row_M.clamp(min=0)]
     network.eval()
     transitions = model.transitions
     if transitions is not None:
-        transitions = _remapped(transitions, old_position_M.numpy(), new.encode(old.item_ids))
+        transitions = _remapped(transitions, old_position_M, new_position_J)
     trend_log = model.trend_log
     if trend_log is not None:
-        trend_log = trend_log.with_items(new.encode(old.item_ids))
+        trend_log = trend_log.with_items(new_position_J)
     return replace(
         model, network=network, encodings=encodings, transitions=transitions, trend_log=trend_log
     )
@@ -101,7 +126,11 @@ def _extended(model: TrainedHRNN, old: Catalogue, new: Catalogue, bags: FieldBag
 def _rows(table: Tensor, old_position_M: Tensor, num_old: int, new_value: float | None) -> Tensor:
     """The table's rows in the new order; rows beyond the items stay last."""
     rows = table[old_position_M.clamp(min=0)].clone()
-    rows[old_position_M < 0] = table[:num_old].mean(dim=0) if new_value is None else new_value
+    if new_value is None:
+        others_J = old_position_M[old_position_M >= 0]
+        rows[old_position_M < 0] = table[others_J if len(others_J) else slice(num_old)].mean(dim=0)
+    else:
+        rows[old_position_M < 0] = new_value
     return torch.cat([rows, table[num_old:]])
 
 

@@ -45,7 +45,7 @@ class TrainedHRNN:
         """The same for some events only: all are encoded, these are scored."""
         asked_E = np.zeros(histories.num_events, dtype=bool)
         asked_E[event_N] = True
-        table = self._trend_table(histories)
+        table = self.trend_table(histories)
         positions = self.network.positions(histories, table)
         self.network.eval()
         with torch.inference_mode():
@@ -60,10 +60,16 @@ class TrainedHRNN:
                     )
                     if table is not None and positions.trend_row is not None:
                         trend_BM = table.every_item(positions.trend_row[event_B])
-                        score_BM += self.network.beta * trend_BM
+                        score_BM += self.trend_weight(trend_BM)[:, None] * trend_BM
                     yield event_B.numpy(), score_BM
 
-    def _trend_table(self, histories: Histories) -> TrendTable | None:
+    def trend_weight(self, log_q_NM: Tensor) -> Tensor:
+        """β under each of these trends: `[N]`."""
+        new_M = self.network.items.new_M
+        return self.network.beta_at(log_q_NM[:, new_M].exp().sum(dim=1))
+
+    def trend_table(self, histories: Histories) -> TrendTable | None:
+        """log q(t) at the events of some histories; None: this model has no trend."""
         if self.trend is None or self.trend_log is None:
             return None
         return TrendTable.build(

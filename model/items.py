@@ -72,6 +72,11 @@ class Items(nn.Module):
         # λ of each item at inference: 1 (fields only) until training says otherwise.
         self.lambda_M: Tensor
         self.register_buffer("lambda_M", torch.ones(num_items))
+        # Items that training did not have (`model.extension`), and what their biases get besides.
+        self.new_M: Tensor
+        self.register_buffer("new_M", torch.zeros(num_items, dtype=torch.bool), persistent=False)
+        self.new_bias: Tensor
+        self.register_buffer("new_bias", torch.zeros(()))
         self.output_tower: FieldTower | None = None
         self.field_bias: FieldBias | None = None
         self.input_tower: FieldTower | None = None
@@ -147,6 +152,15 @@ class Items(nn.Module):
             lambda_mix: λ, a scalar or one per row; None: each item's own.
             rows_R: catalogue positions; None: every item, R = M.
         """
+        w_RD, b_R = self._mixed(lambda_mix, rows_R)
+        if self.training:
+            return w_RD, b_R
+        new_R = self.new_M if rows_R is None else self.new_M[rows_R]
+        return w_RD, b_R + self.new_bias * new_R
+
+    def _mixed(
+        self, lambda_mix: Tensor | float | None, rows_R: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         w_RD: Tensor = self.output_embedding.weight[: self.num_items]
         b_R: Tensor = self.bias
         if rows_R is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from model.errors import BundleError
 
 FORMAT = "hrnn-meta-bundle"
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 MANIFEST = "manifest.json"
 
 

@@ -65,7 +65,8 @@ class Encoded:
 class HRNNMeta(nn.Module):
     """Affinities φ̃_j = w̃_j·query(h) + b̃_j (eq. 1 and 2), plus the transition prior.
 
-    The trend enters as β·log q(t) with β = exp(log_beta) learned (§3.2), added outside.
+    The trend enters as β·log q(t) with β = exp(log_beta) learned (§3.2), added outside; see
+    `beta_at` for catalogues that grew since training.
     """
 
     def __init__(
@@ -110,11 +111,28 @@ class HRNNMeta(nn.Module):
         rated = settings.ratings and encodings.value_mean is not None
         self.values = ValueHead(encodings.num_items, hidden, settings.dropout) if rated else None
         self.log_beta = nn.Parameter(torch.zeros(())) if with_trend else None
+        # What β grows by where new items have `new_share` of q(t) or more; see `model.new_items`.
+        self.new_beta: Tensor
+        self.new_share: Tensor
+        self.register_buffer("new_beta", torch.zeros(()))
+        self.register_buffer("new_share", torch.ones(()))
 
     @property
     def beta(self) -> Tensor:
         """β ≥ 0, the weight of log q(t); 0 without trend decomposition."""
         return self.query.bias.new_zeros(()) if self.log_beta is None else self.log_beta.exp()
+
+    def beta_at(self, new_share_N: Tensor) -> Tensor:
+        """β where items that training did not have hold these shares of q(t): `[N]`."""
+        return self.beta + self.new_beta * (new_share_N / self.new_share).clamp(max=1.0)
+
+    def describe_beta(self) -> str:
+        """β for people: as learned, and where the catalogue grew."""
+        learned = f"{float(self.beta.detach()):.3f}"
+        if self.log_beta is None or not float(self.new_beta):
+            return learned
+        grown = float(self.beta.detach() + self.new_beta)
+        return f"{learned} ({grown:.3f} once new items have {float(self.new_share):.0%} of q)"
 
     def row_tables(self) -> list[nn.Parameter]:
         """The parameters with a row per item, of which a step on sampled items reads a few."""

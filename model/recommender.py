@@ -110,7 +110,7 @@ class Recommender:
         self.version: str = bundle.manifest.model_version
         self.item_ids: tuple[str, ...] = bundle.catalogue.item_ids
         self.item_titles: dict[str, str] = bundle.catalogue.titles
-        self.beta = float(self._network.beta.detach())
+        self.beta = float(self._network.beta.detach())  # where no item is new
         self.trend: TrendSnapshot = bundle.trend
 
     @classmethod
@@ -551,8 +551,27 @@ class Recommender:
             for phi_M, ids in zip(phi_BM, items, strict=True)
         ]
 
+    def beta_under(
+        self, item_ids: Sequence[str], log_q_T: NDArray[np.float64], floor: float
+    ) -> float:
+        """β while log q(t) is this, `floor` for all other items: it grows with the share of q(t)
+        that items have which training did not (`model.new_items`).
+        """
+        new_M = self._network.items.new_M.numpy()
+        num_new = int(np.count_nonzero(new_M))
+        if not num_new:
+            return self.beta
+        position_T = self._catalogue.encode(item_ids)
+        new_T = (position_T >= 0) & new_M[position_T]
+        listed = float(np.exp(log_q_T[new_T]).sum())
+        share = listed + (num_new - int(np.count_nonzero(new_T))) * np.exp(floor)
+        with torch.inference_mode():
+            return float(self._network.beta_at(torch.tensor(share)))
+
     def _trend_scores(self, trend: TrendSnapshot | None, weight: float) -> NDArray[np.float64]:
-        return weight * self.beta * (trend or self.trend).dense(self.item_ids)
+        trend = trend or self.trend
+        beta = self.beta_under(trend.item_ids, trend.log_q, trend.floor)
+        return weight * beta * trend.dense(self.item_ids)
 
     def _top(
         self,

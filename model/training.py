@@ -19,6 +19,7 @@ from model.distributed import Processes
 from model.errors import InputError
 from model.evaluation import perplexity, squared_errors
 from model.hrnn import TrainedHRNN
+from model.new_items import fit_new_items
 from model.schema import Schema
 from model.sequences import Histories
 from model.splits import Cases, later_events
@@ -169,6 +170,7 @@ class _Run:
         model.network.eval()
         if model.network.items.output_tower is not None:
             self._choose_lambda()
+        fit_new_items(model, self.valid, np.flatnonzero(trainer.count_M), self.settings.seed)
         return model
 
     def _clock(self) -> float:

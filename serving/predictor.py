@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -64,12 +64,14 @@ class Scorer(Protocol):
 
     version: str
     item_ids: tuple[str, ...]
-    beta: float
     recall: float
     trend: TrendSnapshot
 
     @property
     def rates(self) -> bool: ...
+    def beta_under(
+        self, item_ids: Sequence[str], log_q_T: NDArray[np.float64], floor: float
+    ) -> float: ...
     def knows(self, item_id: str) -> bool: ...
     def check(self, query: Query) -> None: ...
     def restriction(self, query: Query) -> "Allowed": ...
@@ -94,6 +96,14 @@ class Scorer(Protocol):
     def with_items(self, items: Mapping[str, Mapping[str, FieldValue]]) -> "Scorer": ...
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """A list of trending items as one model reads it."""
+
+    listed: Any  # of Scorer.listed
+    beta: float  # while this is the trend
+
+
 class LoadedModel:
     """One model version, ready to answer; never changes, so that threads can share it."""
 
@@ -107,7 +117,9 @@ class LoadedModel:
         self.version = f"{scorer.version}+{revision}" if revision else scorer.version
         self.scorer = self._scorer = scorer
         self._sigma_M = uncertainty(scorer.trend, scorer.item_ids)
-        self._lists: OrderedDict[str, Any] = OrderedDict()
+        trend = scorer.trend
+        self._own_beta = scorer.beta_under(trend.item_ids, trend.log_q, trend.floor)
+        self._lists: OrderedDict[str, _Prepared] = OrderedDict()
         self._list_sigmas: OrderedDict[str, NDArray[np.float64]] = OrderedDict()
         self._warm_up()
 
@@ -156,12 +168,18 @@ class LoadedModel:
             )
             passing = [self._scorer.passing(restrictions[b], asked[b].items) for b in rated]
             values = self._rate([asked[b].query for b in rated], passing)
+        lists = [self._prepared(asked[b].part) for b in scored]
         with metrics.stage("candidates"):
             found = self._scorer.retrieve(
-                asks, [asked[b].items for b in scored], [self._listed(asked[b]) for b in scored]
+                asks,
+                [asked[b].items for b in scored],
+                [
+                    None if one is None or not asked[b].part else one.listed
+                    for b, one in zip(scored, lists, strict=True)
+                ],
             )
-        for b, best in zip(scored, found, strict=True):
-            answers[b] = self._scored(asked[b], best)
+        for b, best, prepared in zip(scored, found, lists, strict=True):
+            answers[b] = self._scored(asked[b], best, prepared)
         for b, value in zip(rated, values, strict=True):
             by_item = dict(value)
             value_A = np.array([by_item.get(item, np.nan) for item in asked[b].items])
@@ -171,25 +189,29 @@ class LoadedModel:
                 answers[b] = replace(self._empty(asked[b]), trend=self._scorer.trend.to_json())
         return [answer for answer in answers if answer is not None]
 
-    def _listed(self, asked: Asked) -> Any:
+    def _prepared(self, part: Part | None) -> "_Prepared | None":
         """The list that a part is asked of, prepared for this model; the last few are kept."""
-        if asked.part is None:
+        if part is None:
             return None
-        name = asked.part.of.name
+        items = part.of
+        name = items.name
         found = self._lists.get(name)
         if found is None:
-            found = self._lists[name] = self._scorer.listed(asked.part.of.item_ids)
+            found = self._lists[name] = _Prepared(
+                self._scorer.listed(items.item_ids),
+                self._scorer.beta_under(items.item_ids, items.log_q_T, items.floor),
+            )
             while len(self._lists) > LISTS_KEPT:
                 self._lists.popitem(last=False)
         else:
             self._lists.move_to_end(name)
         return found
 
-    def _scored(self, asked: Asked, best: "Retrieved") -> Scored:
+    def _scored(self, asked: Asked, best: "Retrieved", prepared: "_Prepared | None") -> Scored:
         part = slice(0) if asked.part is None else slice(asked.part.first, asked.part.end)
         scored = Scored(
             self.version,
-            self._scorer.beta,
+            self._own_beta if prepared is None else prepared.beta,
             best.item_ids,
             best.affinity_C,
             best.affinity_A,
@@ -220,7 +242,7 @@ class LoadedModel:
     def _empty(self, asked: Asked) -> Scored:
         return Scored(
             self.version,
-            self._scorer.beta,
+            self._own_beta,
             [],
             unknown_items=self._unknown(History.of(asked.query.history).item_ids),
             unknown_asked=self._unknown(asked.items),
@@ -465,11 +487,8 @@ class Predictor(JsonModel):
         """
         record.task = "score"
         read = read_asks(message, self._limits)
-        for name, item_ids in read.lists.items():
-            items = ItemList(item_ids)
-            if items.name != name or len(set(item_ids)) != len(item_ids):
-                raise InputError("lists: one is not what its name says, or repeats items")
-            self._lists[name] = items
+        for items in read.lists:
+            self._lists[items.name] = items
         answers: list[Scored | InputError | None] = []
         asked, missing = [], set()
         for one, part in zip(read.asked, read.parts, strict=True):

@@ -48,18 +48,24 @@ class Trend:
     """A trend snapshot prepared for look-ups; shared by the requests that use it."""
 
     items: ItemList  # by log q descending
-    log_q_T: Float64
-    floor: float
     version: str | None
     num_items: int
     place: dict[str, int] = field(repr=False)  # in `items`
 
+    @property
+    def log_q_T(self) -> Float64:
+        """Of `items`, descending."""
+        return self.items.log_q_T
+
+    @property
+    def floor(self) -> float:
+        """log q of all others."""
+        return self.items.floor
+
     @classmethod
     def of(cls, snapshot: TrendSnapshot) -> "Trend":
         return cls(
-            ItemList(snapshot.item_ids),
-            snapshot.log_q,
-            snapshot.floor,
+            ItemList(snapshot.item_ids, snapshot.log_q, snapshot.floor),
             snapshot.version,
             snapshot.num_items,
             {item: t for t, item in enumerate(snapshot.item_ids)},
@@ -68,7 +74,7 @@ class Trend:
     @classmethod
     def uniform(cls) -> "Trend":
         """No item trends: log q is 0 for all, so that score = affinity."""
-        return cls(ItemList(()), np.empty(0), 0.0, None, 0, {})
+        return cls(ItemList((), np.empty(0), 0.0), None, 0, {})
 
     def log_q(self, item_ids: Sequence[str]) -> Float64:
         """log q of some items: `[C]`."""
@@ -185,7 +191,8 @@ class Search:
 
     def _next(self) -> Question:
         part = None
-        if self._depth > self._asked:
+        # An empty part names the trend all the same: β depends on it.
+        if self._weight != 0 and len(self._trend.items):
             part = Part(self._trend.items, self._asked, self._depth)
         return Question(self._top_n, part)
 

@@ -26,7 +26,7 @@ from serving.schemas import Filter, Instance, parse_instances, to_history
 from serving.scoring import PredictorClient, PredictorError
 from serving.server import JsonModel, main
 from serving.settings import MULTIPROCESS, TRANSFORMER, ServeSettings
-from serving.wire import AnswerError, Asked, Scored
+from serving.wire import AnswerError, Asked, Part, Scored
 
 log = logging.getLogger("hrnn.serving")
 exploration_log = logging.getLogger("hrnn.exploration")
@@ -118,12 +118,15 @@ class Work:
         """What to ask the predictor next."""
         instance, search = self.instance, self._search
         question = None if search is None else search.question
+        part = None if question is None else question.part
+        if instance.task == "rank" and instance.trend_weight != 0 and len(self.trend.items):
+            part = Part(self.trend.items, 0, 0)  # β depends on the trend
         return Asked(
             "rate" if instance.task == "rate" else "score",
             self._query,
             0 if question is None else question.top_n,
             self._items,
-            None if question is None else question.part,
+            part,
             self.version,
             instance.exploration_weight,
             self.recommendation_id,

@@ -6,7 +6,8 @@ it does not fit. Columns are raw little-endian numbers. Fields may be added with
 else is another VERSION, and the two sides then do not talk (the transformer degrades).
 
 Most of what is asked is the same for everybody: the affinities of the trending items. Such a list
-is sent once and then named by its digest; a predictor that does not hold it (any more) says so.
+is sent once, with the trend itself, and then named by its digest; a predictor that does not hold it
+(any more) says so. From the trend the predictor knows which β is right (`Recommender.beta_under`).
 
 Shapes: L events, C best items, A items asked for, T items of a list's part.
 """
@@ -26,7 +27,7 @@ from model.query import History, ItemFilter, Query
 from model.schema import MAX_TIMESTAMP
 
 ASKS, ANSWERS = "asks", "answers"  # names of the tensors
-VERSION = 1
+VERSION = 2
 
 Array = NDArray[np.float32] | NDArray[np.float64]
 
@@ -40,13 +41,17 @@ class AnswerError(Exception):
 
 
 class ItemList:
-    """Items that many searches ask for, best first; named by what they are."""
+    """The trending items, best first, and their log q (`floor` for all others); named by what
+    they are.
+    """
 
-    __slots__ = ("item_ids", "name")
+    __slots__ = ("floor", "item_ids", "log_q_T", "name")
 
-    def __init__(self, item_ids: Sequence[str]) -> None:
-        self.item_ids = item_ids
-        self.name = blake2b("\0".join(item_ids).encode(), digest_size=16).hexdigest()
+    def __init__(self, item_ids: Sequence[str], log_q_T: NDArray[np.float64], floor: float) -> None:
+        self.item_ids, self.log_q_T, self.floor = item_ids, log_q_T, floor
+        digest = blake2b("\0".join(item_ids).encode(), digest_size=16)
+        digest.update(np.append(log_q_T, floor).astype("<f8").tobytes())
+        self.name = digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.item_ids)
@@ -59,6 +64,9 @@ class Part:
     of: ItemList
     first: int
     end: int
+
+    def __len__(self) -> int:
+        return self.end - self.first
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +145,16 @@ class _Ask(msgspec.Struct, omit_defaults=True, kw_only=True):
     seed: str = ""
 
 
+class _List(msgspec.Struct):
+    item_ids: list[str]
+    log_q: bytes  # float64
+    floor: float
+
+
 class _Asks(msgspec.Struct):
     version: int
     asks: list[_Ask]
-    lists: dict[str, list[str]] = {}
+    lists: dict[str, _List] = {}
 
 
 class _Answer(msgspec.Struct, omit_defaults=True, kw_only=True):
@@ -214,7 +228,10 @@ def write_asks(asked: Sequence[Asked], lists: Sequence[ItemList] = ()) -> bytes:
                 seed=one.seed,
             )
         )
-    sent = {one.name: list(one.item_ids) for one in lists}
+    sent = {
+        one.name: _List(list(one.item_ids), one.log_q_T.astype("<f8").tobytes(), one.floor)
+        for one in lists
+    }
     return _encoder.encode(_Asks(VERSION, asks, sent))
 
 
@@ -224,7 +241,7 @@ class Message:
 
     asked: list[Asked | InputError]
     parts: list[tuple[str, int, int] | None]
-    lists: dict[str, list[str]]
+    lists: list[ItemList]
 
 
 def read_asks(message: bytes, limits: Limits) -> Message:
@@ -240,7 +257,7 @@ def read_asks(message: bytes, limits: Limits) -> Message:
         raise InputError(f"{ASKS}: version {read.version} is not supported (known: {VERSION})")
     if len(read.asks) > limits.instances:
         raise InputError(f"{ASKS}: more than {limits.instances} questions")
-    if any(len(ids) > limits.listed for ids in read.lists.values()):
+    if any(len(one.item_ids) > limits.listed for one in read.lists.values()):
         raise InputError(f"{ASKS}: a list of more than {limits.listed} items")
     asked: list[Asked | InputError] = []
     for ask in read.asks:
@@ -248,7 +265,18 @@ def read_asks(message: bytes, limits: Limits) -> Message:
             asked.append(_read_ask(ask, limits))
         except InputError as error:
             asked.append(error)
-    return Message(asked, [ask.part for ask in read.asks], read.lists)
+    lists = [_read_list(name, one) for name, one in read.lists.items()]
+    return Message(asked, [ask.part for ask in read.asks], lists)
+
+
+def _read_list(name: str, read: _List) -> ItemList:
+    log_q_T = _floats(read.log_q, len(read.item_ids), "lists.log_q")
+    items = ItemList(read.item_ids, log_q_T, read.floor)
+    if items.name != name or len(set(read.item_ids)) != len(read.item_ids):
+        raise InputError("lists: one is not what its name says, or repeats items")
+    if not np.isfinite(np.append(log_q_T, read.floor)).all():
+        raise InputError("lists: a log q is not a finite number")
+    return items
 
 
 def _read_ask(ask: _Ask, limits: Limits) -> Asked:
@@ -290,7 +318,7 @@ def _read_ask(ask: _Ask, limits: Limits) -> Asked:
 
 def _floats(column: bytes, length: int, name: str) -> NDArray[np.float64]:
     if len(column) != 8 * length:
-        raise InputError(f"{name}: not as many as events")
+        raise InputError(f"{name}: not as many as items")
     return np.frombuffer(column, dtype="<f8")
 
 

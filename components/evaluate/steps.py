@@ -212,7 +212,7 @@ def run(
             model_facts={
                 "Model version": loaded.manifest.model_version,
                 "Trend": "none" if hrnn.trend is None else _describe(hrnn.trend),
-                "Trend weight β": f"{float(hrnn.network.beta.detach()):.3f}",
+                "Trend weight β": hrnn.network.describe_beta(),
                 "Session gap": f"{hrnn.encodings.session_gap:,} s",
                 "Data (SHA-256)": data_digest,
                 "Code": code_digest(),

@@ -91,18 +91,22 @@ def test_an_item_put_is_recommended_and_nothing_fails_meanwhile(
     assert not failures
     assert versions == {(recommender.version, (), 400)}
     row = found(client, "brand new")
-    floor = recommender.beta * recommender.trend.floor
-    assert row.trend == pytest.approx(floor)  # the snapshot does not list it
+    grown = recommender.with_items(
+        {name: {} for name in ("brand new", "more 0", "more 1", "more 2")}
+    )
+    now = recommender.trend
+    beta = grown.beta_under(now.item_ids, now.log_q, now.floor)
+    assert row.trend == pytest.approx(beta * now.floor)  # the snapshot does not list it
     # The rest of the catalogue is as it was, with the new item among it where it belongs.
     answer = client.recommend(timestamp=NOW, num_results=600)
     assert [i.item_id for i in answer.items] == [
         i.item_id for i in sorted(answer.items, key=lambda i: (-i.score, i.item_id))
     ]
     assert {"brand new", "more 0", "i001"} <= {i.item_id for i in answer.items}
-    before = {i.item_id: i.score for i in recommender.recommend([Query([], NOW)], 600)[0]}
+    before = {i.item_id: i.affinity for i in recommender.recommend([Query([], NOW)], 600)[0]}
     for item in answer.items:
         if item.item_id in before:
-            assert item.score == pytest.approx(before[item.item_id], abs=1e-4)
+            assert item.affinity == pytest.approx(before[item.item_id], abs=1e-4)
 
 
 def test_changed_fields_count_and_unfit_ones_are_left_out(client, collector, serving):

@@ -125,7 +125,7 @@ def test_uniform_trend_leaves_the_affinity_order(weight):
 def test_a_tie_with_an_unseen_item_is_broken_by_id():
     # "a" ties with "z" in score and comes first by id, but is found last: low affinity, low trend.
     log_q_T = np.array([-1.0, -2.0, -3.0])
-    trend = Trend(ItemList(("z", "y", "a")), log_q_T, -9.0, "v", 3, {"z": 0, "y": 1, "a": 2})
+    trend = Trend(ItemList(("z", "y", "a"), log_q_T, -9.0), "v", 3, {"z": 0, "y": 1, "a": 2})
     oracle = Oracle({"z": 0.0, "y": -5.0, "a": 2.0})
     results, _ = solve(oracle, 1, trend)
     assert [r.item_id for r in results] == ["a"]

@@ -565,7 +565,7 @@ def test_scores_with_trend_equal_those_of_the_evaluation(recommender, clean):
     loaded = recommender._bundle.model
     model = replace(loaded, trend_log=log.histories)
     users = log.histories.subset(np.arange(3))
-    table = model._trend_table(users)
+    table = model.trend_table(users)
     for event_N, score_NM in model.iter_scores(users, 64):
         for e, score_M in zip(event_N[:10], score_NM[:10].numpy(), strict=True):
             log_q_M = table.log_q_PM[table.row_of(users.timestamp_E[[e]])[0]].astype(float)

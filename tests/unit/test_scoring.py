@@ -25,7 +25,7 @@ from serving.wire import (
 )
 
 LIMITS = Limits(instances=100, history=100, items=100, listed=100)
-LIST = ItemList(["a", "b"])
+LIST = ItemList(["a", "b"], np.array([-0.5, -1.5]), -3.0)
 
 
 class Server(pb_grpc.GRPCInferenceServiceServicer):
@@ -45,7 +45,7 @@ class Server(pb_grpc.GRPCInferenceServiceServicer):
         if self.gate is not None:
             await self.gate.wait()
         if not self.forgetful:
-            self.lists |= read.lists
+            self.lists |= {items.name: items for items in read.lists}
         names = [one.query.history[0].item_id for one in read.asked]
         answer = write_answers([self.answer(name) for name in names])
         if "poison" in names and self.poison == "error":

@@ -49,6 +49,10 @@ class FakeScorer:
     recall = 1.0
     rates = True
 
+    def beta_under(self, item_ids, log_q_T, floor):
+        assert len(item_ids) == len(log_q_T)
+        return self.beta
+
     @property
     def trend(self):
         return SNAPSHOT

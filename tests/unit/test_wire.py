@@ -30,7 +30,7 @@ from serving.wire import (
 )
 
 LIMITS = Limits(instances=8, history=50, items=20, listed=100)
-LIST = ItemList(["a", "b", "c", "d"])
+LIST = ItemList(["a", "b", "c", "d"], np.array([-1.0, -2.0, -2.0, -3.0]), -9.0)
 
 IDS = st.text(min_size=1, max_size=5)
 TIMES = st.floats(0, 1e10)
@@ -66,9 +66,10 @@ def test_questions_arrive_as_they_were_sent(asked):
 def test_a_list_is_named_and_sent_when_asked_for():
     asked = [Asked("score", Query([], 0.0), 3, part=Part(LIST, 1, 3))]
     read = read_asks(write_asks(asked), LIMITS)
-    assert (read.parts, read.lists) == ([(LIST.name, 1, 3)], {})
-    read = read_asks(write_asks(asked, [LIST]), LIMITS)
-    assert read.lists == {LIST.name: LIST.item_ids}
+    assert (read.parts, read.lists) == ([(LIST.name, 1, 3)], [])
+    (sent,) = read_asks(write_asks(asked, [LIST]), LIMITS).lists
+    assert (sent.name, sent.item_ids, sent.floor) == (LIST.name, LIST.item_ids, LIST.floor)
+    np.testing.assert_array_equal(sent.log_q_T, LIST.log_q_T)
     assert read_answers(write_missing([LIST.name]), asked) == ([], [LIST.name])
 
 
@@ -182,9 +183,16 @@ def test_noise_is_refused(noise, at, whole):
 def test_a_list_has_to_be_what_its_name_says():
     predictor = Predictor(ServeSettings())
     asked = [Asked("score", Query([], 0.0), 3, part=Part(LIST, 1, 3))]
-    for ids in (["a", "b"], ["a", "a"]):
-        other = ItemList(ids)
-        other.name = LIST.name if len(set(ids)) == 2 else other.name
+    log_q_T = np.array([-1.0, -2.0])
+    other_ids, repeated, other_trend, no_number, no_floor = (
+        ItemList(["a", "b", "c", "e"], LIST.log_q_T, LIST.floor),
+        ItemList(["a", "a"], log_q_T, -9.0),
+        ItemList(LIST.item_ids, LIST.log_q_T - 1.0, LIST.floor),
+        ItemList(["a", "b"], log_q_T * np.nan, -9.0),
+        ItemList(["a", "b"], log_q_T, -np.inf),
+    )
+    other_ids.name = other_trend.name = LIST.name
+    for other in (other_ids, repeated, other_trend, no_number, no_floor):
         message = write_asks(asked, [other])
         with pytest.raises(InputError, match="lists"):
             asyncio.run(predictor.answer_message(message, metrics.RequestRecord()))
