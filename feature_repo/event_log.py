@@ -183,22 +183,34 @@ class Transaction:
         none of them is stored again, whatever time it has then.
         """
         own = events.c.user_id == user_id
-        found = self._connection.execute(
-            sa.select(events.c.event_id, events.c.timestamp).where(own)
-        )
         deleted_at = int(self._now)
-        for batch in batches(found):
+        ahead = self._connection.scalar(
+            # Clocks differ: an event may lie somewhat in the future.
+            sa.select(sa.func.max(events.c.timestamp)).where(
+                own, events.c.timestamp < self._now + AHEAD_SECONDS
+            )
+        )
+        return self._remove(user_id, max(deleted_at, ahead or 0), own, users.c.user_id == user_id)
+
+    def repeat_deletion(self, user_id: str, deleted_at: int) -> int:
+        """The same as it was done before, as of then; what happened later stays."""
+        return self._remove(
+            user_id,
+            deleted_at,
+            sa.and_(events.c.user_id == user_id, events.c.timestamp <= deleted_at),
+            sa.and_(users.c.user_id == user_id, users.c.received_at < deleted_at + 1),
+        )
+
+    def _remove(self, user_id: str, deleted_at: int, of_events: Any, of_users: Any) -> int:
+        found = self._connection.execute(sa.select(events.c.event_id).where(of_events))
+        for batch in batches(found.scalars()):
             # An id may have been removed with another user before, and used again since.
-            ids = [row.event_id for row in batch]
-            known = self._gone(ids)
-            digests = [{"digest": _digest(i)} for i in ids if i not in known]
+            known = self._gone(batch)
+            digests = [{"digest": _digest(i)} for i in batch if i not in known]
             if digests:
                 self._connection.execute(deleted_events.insert(), digests)
-            # Clocks differ: an event may lie somewhat in the future.
-            ahead = [r.timestamp for r in batch if r.timestamp < self._now + AHEAD_SECONDS]
-            deleted_at = max([deleted_at, *ahead])
-        gone = self._connection.execute(events.delete().where(own))
-        self._connection.execute(users.delete().where(users.c.user_id == user_id))
+        gone = self._connection.execute(events.delete().where(of_events))
+        self._connection.execute(users.delete().where(of_users))
         self._put(deleted_users, user_id=user_id, deleted_at=deleted_at)
         return gone.rowcount
 

@@ -32,7 +32,15 @@ from feature_repo.names import (
     USER_LIVE,
     USER_PROFILE,
 )
-from feature_repo.online import erase_traces, overwrite, protos, read_row, relax, write_rows
+from feature_repo.online import (
+    erase_traces,
+    overwrite,
+    protos,
+    read_row,
+    read_rows,
+    relax,
+    write_rows,
+)
 from feature_repo.settings import FeatureStoreSettings
 from feature_repo.store import Session
 
@@ -162,12 +170,39 @@ class LiveFeatures:
         # Later than any before, also where the store has lost its checkpoint.
         at = Checkpoint(head.log_id, head.seq, max(held.generation + 1, int(time.time())))
         while page := turn.user_ids(after=last, limit=PORTION):
+            self._repeat_deletions(turn, page)
             self._write_users(turn, page, at.generation)
             users, last = users + len(page), page[-1]
             at = self._apply(turn, at)
         self._set_checkpoint(turn, at)
         log.info("wrote the live features of %d users in %.1f s", users, time.monotonic() - started)
         return at
+
+    def _repeat_deletions(self, turn: Turn, users: Sequence[str]) -> None:
+        """Delete from the log who was deleted from the store: a log restored from a backup of
+        before the deletion has them again."""
+        for batch in batches(users):
+            with unavailable("read live features"):
+                rows = read_rows(self._session.store, self._views[USER_LIVE], batch, ["deleted_at"])
+            online = {
+                u: row["deleted_at"]
+                for u, row in zip(batch, rows, strict=True)
+                if "deleted_at" in row
+            }
+            if not online:
+                continue
+            states = turn.states(list(online), 1)
+            missing = {u: at for u, at in online.items() if (states[u].deleted_at or -1) < at}
+            if not missing:
+                continue
+            with self._events.write() as transaction:
+                removed = sum(transaction.repeat_deletion(u, at) for u, at in missing.items())
+            log.warning(
+                "the event log lacked %d deletions of users that the online store knows: repeated,"
+                " %d events removed",
+                len(missing),
+                removed,
+            )
 
     def _write_users(
         self,

@@ -1,7 +1,7 @@
 """Rows into the online store, as they are: one level below Feast's data frames."""
 
 import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -76,15 +76,25 @@ def write_rows(store: "FeatureStore", view: "str | FeatureView", rows: Iterable[
 
 def read_row(store: "FeatureStore", view: "FeatureView", key: str) -> dict[str, Any]:
     """The scalars of one row by feature; nulls are absent, and so is all of an unknown row."""
-    provider = store._get_provider()
-    names = [f.name for f in view.features]
-    ((_, values),) = provider.online_read(store.config, view, [_entity_key(view, key)], names)
-    found = {}
-    for name, value in (values or {}).items():
-        kind = value.WhichOneof("val")
-        if kind is not None:
-            found[name] = getattr(value, kind)
-    return found
+    (row,) = read_rows(store, view, [key], [f.name for f in view.features])
+    return row
+
+
+def read_rows(
+    store: "FeatureStore", view: "FeatureView", keys: Sequence[str], features: list[str]
+) -> list[dict[str, Any]]:
+    """The same of several rows, and of these features alone."""
+    found = store._get_provider().online_read(
+        store.config, view, [_entity_key(view, key) for key in keys], features
+    )
+    return [
+        {
+            name: getattr(value, kind)
+            for name, value in (values or {}).items()
+            if (kind := value.WhichOneof("val")) is not None
+        }
+        for _, values in found
+    ]
 
 
 def relax(store: "FeatureStore") -> None:

@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 REDIS_DEFAULTS = {"socket_connect_timeout": "2", "socket_timeout": "5", "retry": "null"}
 REGISTRY_SECONDS = 5  # to connect to its database
 
+_VARIABLES = {
+    "root": "HRNN_FEATURE_ROOT",
+    "online": "HRNN_ONLINE_STORE",
+    "redis_url": "HRNN_REDIS_URL",
+    "registry_url": "HRNN_REGISTRY_URL",
+    "sources_uri": "HRNN_SOURCES_URI",
+}
+
 
 class FeatureStoreSettings(SettingsBase):
     """Sources, and registry and online store where they are files, live under `root`."""
@@ -59,17 +67,14 @@ class FeatureStoreSettings(SettingsBase):
         Raises:
             InputError: no root, or a value that does not fit.
         """
-        names = {
-            "root": "FEATURE_ROOT",
-            "online": "ONLINE_STORE",
-            "redis_url": "REDIS_URL",
-            "registry_url": "REGISTRY_URL",
-            "sources_uri": "SOURCES_URI",
-        }
-        values = {k: v for k, name in names.items() if (v := environ.get(f"HRNN_{name}"))}
+        values = {k: v for k, name in _VARIABLES.items() if (v := environ.get(name))}
         if "root" not in values:
             raise InputError("HRNN_FEATURE_ROOT is not set; give the folder of the feature store")
         return cls.parse(values, "feature store")
+
+    def to_env(self) -> dict[str, str]:
+        """Inverse of `from_env`; what is not set is empty."""
+        return {name: getattr(self, k) or "" for k, name in _VARIABLES.items()}
 
     @property
     def path(self) -> Path:

@@ -120,17 +120,11 @@ def import_tables(
 @app.command()
 def rebuild(log: Log = "", workspace: Workspace = Path("workspace")) -> None:
     """Write the online features of all users of the event log anew. Servers may go on meanwhile."""
-    import os
-
     from feature_repo.live import LiveFeatures
-    from feature_repo.settings import FeatureStoreSettings
+    from pipelines import feature_stores
 
-    if os.environ.get("HRNN_FEATURE_ROOT"):
-        store = FeatureStoreSettings.from_env()
-    else:
-        store = FeatureStoreSettings(root=str((workspace / "features").absolute()))
     with _open(log, workspace) as events:
-        live = LiveFeatures(store, events)
+        live = LiveFeatures(feature_stores.in_use(workspace), events)
         live.rebuild()
         print(f"online features are up to change {live.follow():,} of the event log")
 

@@ -1,12 +1,12 @@
 """The pipelines on this machine: their parameters from a workspace, their results from a run."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipelines import feature_stores
 from pipelines.local_checks import check_batch, check_source, check_training
 from pipelines.local_process import DEADLINE_SECONDS, Job
 from pipelines.local_process import run as run_job
@@ -93,17 +93,16 @@ def refresh_trends(
     """
     # An address may hold a password, and a pipeline's parameters are written to its log.
     in_database = "://" in interactions
-    named = os.environ.get("HRNN_FEATURE_ROOT")
+    store = feature_stores.in_use(workspace)
     job = Job(
         "refresh_trends",
         {
             "interactions": "" if in_database else absolute(interactions),
-            # Empty: the store that the environment names, which servers elsewhere read.
-            "feature_store": "" if named else str(workspace.absolute() / "features"),
+            "feature_store": "",  # as the environment says: an address may hold a password too
             **settings.to_arguments(REFRESH),
         },
         settings.to_json(),
-        variables={EVENT_LOG: interactions} if in_database else {},
+        variables=store.to_env() | ({EVENT_LOG: interactions} if in_database else {}),
     )
     folder = run_job(job, workspace, say=say, verbose=verbose, deadline=deadline)
     return _keep(folder, _summary(folder, "refresh-trends/trend/summary.json"))

@@ -509,6 +509,10 @@ class TestSettings:
     def test_from_env(self):
         env = {"HRNN_FEATURE_ROOT": "/f", "HRNN_ONLINE_STORE": "", "HRNN_REDIS_URL": ""}
         assert FeatureStoreSettings.from_env(env) == FeatureStoreSettings(root="/f")
+        whole = FeatureStoreSettings(root="/f", online="redis", redis_url="redis://:secret@h")
+        assert FeatureStoreSettings.from_env(whole.to_env()) == whole
+        plain = FeatureStoreSettings(root="/f")
+        assert FeatureStoreSettings.from_env(os.environ | plain.to_env()) == plain
         with pytest.raises(InputError, match="HRNN_FEATURE_ROOT"):
             FeatureStoreSettings.from_env({})
         with pytest.raises(InputError, match="needs redis_url"):

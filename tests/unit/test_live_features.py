@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from feature_repo import event_log as event_log_module
 from feature_repo import live as live_module
-from feature_repo.event_log import EventLog, NewEvent, Turn
+from feature_repo.event_log import EventLog, NewEvent, Outcome, Turn
+from feature_repo.event_tables import events as events_table
+from feature_repo.event_tables import log_head, metadata, users
 from feature_repo.histories import events_of, merge, values_of
 from feature_repo.live import LiveFeatures
 from feature_repo.names import LIVE_CHECKPOINT, LIVE_VIEWS
@@ -376,6 +378,43 @@ class TestAnOlderLog:
     def test_histories_that_it_lacks_are_gone(self, restored):
         assert items(restored, "kept") == ["i1"]
         assert not restored.user("lost").known
+
+    def test_deletions_that_it_lacks_are_repeated(self, log, follower, store, caplog):
+        append(log, event(1, user="gone"), event(2, user="back"))
+        with log.write() as transaction:
+            transaction.put_user("gone", {"age": 30})
+        follower.follow()
+        with log.engine.connect() as connection:
+            backup = {t: connection.execute(sa.select(t)).all() for t in (events_table, users)}
+        now = int(time.time())
+        with log.write() as transaction:
+            for user in ("gone", "back"):
+                transaction.delete_user(user)
+        append(log, event(3, user="back", at=now + 100))
+        follower.follow()
+        with log.write() as transaction:
+            for table in metadata.sorted_tables:
+                if table is not log_head:
+                    transaction._connection.execute(table.delete())
+            for table, rows in backup.items():
+                transaction._connection.execute(table.insert(), [row._asdict() for row in rows])
+            transaction._connection.execute(sa.update(log_head).values(log_id="restored"))
+        append(log, event(4, user="back", at=now + 200), event(5, user="gone", at=now - 50))
+        follower.follow()
+        reader = FeatureReader(store)
+        assert not reader.user("gone").known
+        assert items(reader, "back") == ["i4"]
+        with closing(LiveFeatures(store, log)) as other:  # a later event brings nothing back
+            append(log, event(6, user="gone", at=now + 200))
+            other.follow()
+        assert items(FeatureReader(store), "gone") == ["i6"]
+        with log.engine.connect() as connection:
+            left = set(connection.scalars(sa.select(events_table.c.event_id)))
+        assert left == {"e4", "e6"}
+        with log.write() as transaction:
+            assert transaction.append([event(1, user="gone")]) == [Outcome.USER_DELETED]
+        assert "lacked 2 deletions" in caplog.text
+        assert not any(word in caplog.text for word in ("gone", "back"))
 
     def test_a_deletion_is_not_taken_back(self, restored, store):
         materialise(store, AS_OF)
