@@ -57,7 +57,7 @@ class Shell:
             env=self._environment,
             capture_output=True,
             text=True,
-            timeout=400,
+            timeout=900,
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
