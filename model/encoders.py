@@ -214,7 +214,7 @@ class TransformerEncoder(Encoder):
         self, x_NI: Tensor, batch_size_T: Tensor, session_start_N: Tensor, state_SK: Tensor
     ) -> tuple[Tensor, Tensor]:
         segments, past = len(state_SK), self.window - 1
-        steps = len(batch_size_T)
+        steps, batch_size_T = len(batch_size_T), batch_size_T.to(x_NI.device)
         step_N = torch.repeat_interleave(torch.arange(steps), batch_size_T)
         first_T = batch_size_T.cumsum(0) - batch_size_T
         segment_N = torch.arange(len(x_NI)) - first_T[step_N]

@@ -108,10 +108,10 @@ def _moved(
     for name in NEW_ITEM.keys() & state.keys():
         state[name] = _rows(state[name], old_row_M, len(new_position_J), NEW_ITEM[name])
     network.load_state_dict(state)
-    was_new_J = model.network.items.new_M
+    was_new_J = model.network.items.new_M.cpu()
     is_new_M = old_row_M < 0
     network.items.new_M = is_new_M | was_new_J[old_row_M.clamp(min=0)]
-    network.eval()
+    network.to(model.network.device).eval()
     transitions = model.transitions
     if transitions is not None:
         transitions = _remapped(transitions, old_position_M, new_position_J)

@@ -177,6 +177,14 @@ class FieldBags:
             self.num_rows + other.num_rows,
         )
 
+    def on(self, device: torch.device) -> "FieldBags":
+        """The same bags, with their tensors on the device."""
+        columns = (
+            (t.to(device) for t in column) for column in (self.token, self.weight, self.offset)
+        )
+        token, weight, offset = map(tuple, columns)
+        return FieldBags(token, weight, offset, self.num_rows)
+
     def rows(self, row_N: Tensor) -> "FieldBags":
         """The bags of some rows, in that order, repeats allowed."""
         parts = [

@@ -4,13 +4,14 @@ Shapes: E events, N packed positions, S segments, M items.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.device import move, precision, send
 from model.inputs import InputEncodings, Positions
 from model.network import Encoded, HRNNMeta
 from model.sequences import Batch, Histories, bptt_batches
@@ -45,23 +46,42 @@ class TrainedHRNN:
         """The same for some events only: all are encoded, these are scored."""
         asked_E = np.zeros(histories.num_events, dtype=bool)
         asked_E[event_N] = True
+        device = self.network.device
+        model = replace(self, transitions=move(self.transitions, device))
         table = self.trend_table(histories)
-        positions = self.network.positions(histories, table)
+        positions = move(self.network.positions(histories, table), device)
+        table = move(table, device)
         self.network.eval()
         with torch.inference_mode():
-            w_MD, b_M = self.network.items.outputs()
+            items = self.network.items.outputs()
             for batch, encoded in encode_batches(self.network, positions, histories):
                 row_N = np.flatnonzero(asked_E[batch.event_N])
                 for start in range(0, len(row_N), block):
-                    row_B = torch.from_numpy(row_N[start : start + block])
-                    event_B = torch.from_numpy(batch.event_N)[row_B]
-                    score_BM = self.network.affinities(
-                        encoded.query_ND[row_B], w_MD, b_M, self.prior(positions, event_B)
+                    row_B = row_N[start : start + block]
+                    event_B = batch.event_N[row_B]
+                    query_BD = encoded.query_ND[send(row_B, device)]
+                    score_BM = model._scores(
+                        query_BD, *items, positions, send(event_B, device), table
                     )
-                    if table is not None and positions.trend_row is not None:
-                        trend_BM = table.every_item(positions.trend_row[event_B])
-                        score_BM += self.trend_weight(trend_BM)[:, None] * trend_BM
-                    yield event_B.numpy(), score_BM
+                    yield event_B, score_BM.cpu()
+
+    def _scores(
+        self,
+        query_BD: Tensor,
+        w_MD: Tensor,
+        b_M: Tensor,
+        positions: Positions,
+        event_B: Tensor,
+        table: TrendTable | None,
+    ) -> Tensor:
+        # The context is left before anything is yielded: it is the whole thread's.
+        with precision(event_B.device, torch.float32):
+            prior_BM = self.prior(positions, event_B)
+            score_BM = self.network.affinities(query_BD, w_MD, b_M, prior_BM)
+            if table is not None and positions.trend_row is not None:
+                trend_BM = table.every_item(positions.trend_row[event_B])
+                score_BM += self.trend_weight(trend_BM)[:, None] * trend_BM
+        return score_BM
 
     def trend_weight(self, log_q_NM: Tensor) -> Tensor:
         """β under each of these trends: `[N]`."""
@@ -98,15 +118,17 @@ class TrainedHRNN:
         Raises:
             ValueError: the training log had no differing values.
         """
-        positions = self.network.positions(histories, None)
+        device = self.network.device
+        positions = move(self.network.positions(histories, None), device)
         value_E = np.empty(histories.num_events)
         self.network.eval()
         with torch.inference_mode():
             for batch, encoded in encode_batches(self.network, positions, histories):
-                event_N = torch.from_numpy(batch.event_N)
+                event_N = send(batch.event_N, device)
                 item_N = positions.target[event_N]
-                value_N = self.network.predict_values(positions, event_N, encoded, item_N)
-                value_E[batch.event_N] = value_N.double().numpy()
+                with precision(device, torch.float32):
+                    value_N = self.network.predict_values(positions, event_N, encoded, item_N)
+                value_E[batch.event_N] = value_N.double().cpu().numpy()
         return self.encodings.unstandardise(value_E)
 
 
@@ -130,14 +152,16 @@ def encode_batch(
     network: HRNNMeta, positions: Positions, batch: Batch, state_SK: Tensor | None
 ) -> Encoded:
     """Encode one batch from the states that the batch before left (None: there was none)."""
-    previous_S = torch.from_numpy(batch.previous_S)
-    start_SK = network.initial_state(len(previous_S))
-    if state_SK is not None and len(state_SK):
-        carried_S1 = (previous_S >= 0)[:, None]
-        start_SK = torch.where(carried_S1, state_SK[previous_S.clamp(min=0)], start_SK)
-    return network.encode(
-        positions,
-        torch.from_numpy(batch.event_N),
-        torch.from_numpy(batch.batch_size_T),
-        start_SK,
-    )
+    device = network.device
+    previous_S = send(batch.previous_S, device)
+    with precision(device, torch.float32):  # in training: whatever it is within
+        start_SK = network.initial_state(len(previous_S))
+        if state_SK is not None and len(state_SK):
+            carried_S1 = (previous_S >= 0)[:, None]
+            start_SK = torch.where(carried_S1, state_SK[previous_S.clamp(min=0)], start_SK)
+        return network.encode(
+            positions,
+            send(batch.event_N, device),
+            torch.from_numpy(batch.batch_size_T),
+            start_SK,
+        )

@@ -7,7 +7,7 @@ inference λ is per item, 1 for items without interactions.
 Shapes: M items, R rows asked for, D embedding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,12 @@ class Items(nn.Module):
             self.field_bias = FieldBias(encodings)
             self.input_tower = FieldTower(encodings, size, 2 * size, dropout)
         self._folded_inputs: Tensor | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Items":
+        """What `to` and its like call: the fields' bags go where the weights go."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.bags = self.bags.on(self.bias.device)
+        return self
 
     @property
     def output_embedding(self) -> nn.Embedding:

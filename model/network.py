@@ -118,6 +118,11 @@ class HRNNMeta(nn.Module):
         self.register_buffer("new_share", torch.ones(()))
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.query.weight.device
+
+    @property
     def beta(self) -> Tensor:
         """β ≥ 0, the weight of log q(t); 0 without trend decomposition."""
         return self.query.bias.new_zeros(()) if self.log_beta is None else self.log_beta.exp()
@@ -148,10 +153,10 @@ class HRNNMeta(nn.Module):
             self.values.rows = rows
 
     def positions(self, histories: Histories, trend: TrendTable | None) -> Positions:
-        """What this network reads at every position of some histories."""
+        """What this network reads at every position of some histories: in the host's memory."""
         tastes = None
         if self.values is not None:
-            tastes = self.values.mean_M, self.values.taste_MY
+            tastes = self.values.mean_M.cpu(), self.values.taste_MY.cpu()
         return Positions.of(histories, self.encodings, trend, tastes)
 
     def predict_values(

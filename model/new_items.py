@@ -51,7 +51,7 @@ def fit_new_items(
         return
     new_J = np.random.default_rng(seed).permutation(known_J)[: len(known_J) // 2]
     grown = as_new(model, new_J)
-    new_M = grown.network.items.new_M
+    new_M = grown.network.items.new_M.cpu()
     grown.network.items.new_bias.zero_()
     grown.trend_log = None  # affinities alone
     row_E = torch.from_numpy(table.row_of(some.histories.timestamp_E))
@@ -59,7 +59,7 @@ def fit_new_items(
     blocks = []
     for event_N, score_NM in grown.iter_scores_at(some.histories, BLOCK, some.event_N):
         log_q_NM = table.every_item(row_E[event_N])
-        blocks.append((score_NM.cpu(), log_q_NM, item_E[event_N]))
+        blocks.append((score_NM, log_q_NM, item_E[event_N]))
     beta = float(model.network.beta.detach())
     fitted_beta, bias = _fitted(blocks, new_M, beta)
     share = torch.cat([q_NM[:, new_M].exp().sum(dim=1) for _, q_NM, _ in blocks]).mean()

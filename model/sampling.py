@@ -5,7 +5,7 @@ Shapes: M items, n draws, S distinct sampled items, N anything.
 
 import math
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -48,8 +48,9 @@ class AliasSampler:
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
         """`n` independent items, int64 `[n]`, with replacement."""
-        slot_n = torch.randint(len(self.prob_M), (n,), generator=generator)
-        keep_n = torch.rand(n, dtype=torch.float64, generator=generator) < self.prob_M[slot_n]
+        on: dict[str, Any] = {"generator": generator, "device": generator.device}
+        slot_n = torch.randint(len(self.prob_M), (n,), **on)
+        keep_n = torch.rand(n, dtype=torch.float64, **on) < self.prob_M[slot_n]
         return torch.where(keep_n, slot_n, self.alias_M[slot_n])
 
     def negatives(self, draws: int, generator: torch.Generator) -> Tensor:
@@ -58,7 +59,8 @@ class AliasSampler:
         The number of draws is itself Poisson: each item is then in the set independently of all
         others, which makes `log_expected_count` and `model.losses.sampled_softmax` exact.
         """
-        n = int(torch.poisson(torch.tensor(float(draws)), generator=generator))
+        mean = torch.tensor(float(draws), device=generator.device)
+        n = int(torch.poisson(mean, generator=generator))
         return self.draw(n, generator).unique()
 
     def log_expected_count(self, item_N: Tensor, draws: int) -> Tensor:

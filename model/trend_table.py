@@ -104,9 +104,13 @@ class TrendTable:
         )
 
     @cached_property
+    def _every_PM(self) -> Tensor:
+        return self.rows(torch.arange(len(self.period_P), device=self.row_Z.device))
+
+    @property
     def log_q_PM(self) -> NDArray[np.float32]:
         """Every row for every item: for catalogues and spans of which that is little."""
-        return self.rows(torch.arange(len(self.period_P))).numpy()
+        return self._every_PM.cpu().numpy()
 
     def row_of(self, timestamp_N: NDArray[np.int64]) -> NDArray[np.int64]:
         """Row of each timestamp's period `[N]`; moments between rows use the row before them."""
@@ -128,7 +132,7 @@ class TrendTable:
     def every_item(self, row_N: Tensor) -> Tensor:
         """log q of every item in each row asked for, float32 `[N, M]`."""
         if self.num_items * len(self.period_P) <= MAX_TABLE_CELLS:
-            return torch.from_numpy(self.log_q_PM).index_select(0, row_N)
+            return self._every_PM.index_select(0, row_N)
         row_U, place_N = row_N.unique(return_inverse=True)
         return self.rows(row_U).index_select(0, place_N)
 
