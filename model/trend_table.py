@@ -122,8 +122,7 @@ class TrendTable:
         count = self.delta_Z.new_zeros((len(row_U) + 1) * self.num_items)
         for start in range(0, len(self.row_Z), READ_EVENTS):
             part = slice(start, start + READ_EVENTS)
-            entry_F = torch.arange(start, min(part.stop, len(self.row_Z)), device=row_U.device)
-            item_F = torch.searchsorted(self.offset_M1, entry_F, right=True).sub_(1)
+            item_F = torch.repeat_interleave(self.offset_M1.clamp(part.start, part.stop).diff())
             place_F = torch.searchsorted(row_U, self.row_Z[part])
             place_F.mul_(self.num_items).add_(item_F)
             count.index_add_(0, place_F, self.delta_Z[part])

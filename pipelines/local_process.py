@@ -183,9 +183,10 @@ def _run_child(
 
 def _environment(folder: Path) -> dict[str, str]:
     return {
-        # Waiting compute threads soon sleep instead of spinning on: next to another busy
-        # process, endless spinning made a training epoch thirty times slower.
-        "GOMP_SPINCOUNT": "20000",
+        # Waiting compute threads soon sleep instead of spinning on: next to other busy processes,
+        # a thread that spins keeps the one it waits for off the processor, and a training step
+        # took thirty times as long (docs/results.md, "Stalls"). The images set the same.
+        "GOMP_SPINCOUNT": "2000",
         **os.environ,
         "TMPDIR": str(folder / "tmp"),
         "PYTHONUNBUFFERED": "1",

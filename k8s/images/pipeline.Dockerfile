@@ -5,6 +5,9 @@
 FROM python:3.11.13-slim-bookworm
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1
+# Compute threads that wait soon sleep: on a busy node, or above the container's share of the
+# processors, spinning keeps the thread that is waited for from running (docs/results.md, "Stalls").
+ENV GOMP_SPINCOUNT=2000
 # libgomp: PyTorch links against it, the slim image lacks it.
 RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 \
     && rm -rf /var/lib/apt/lists/*
