@@ -41,6 +41,7 @@ from model.values import item_means, item_tastes
 from model.warm_start import Start, warm_start
 
 FOLDS = 5  # of the users, for cross-fitted transition counts
+RATED_EVENTS = 5_000_000  # of whole users at random: means and tastes of a longer log's items
 REPEAT_SAMPLE = 50_000  # events, to see how often items come back before training begins
 # Items. Sampled steps are faster from 5,000 on (`benchmarks.train_throughput --crossover`), but may
 # need more of them (docs/results.md): the dense softmax is kept until it takes six times as long.
@@ -85,20 +86,21 @@ class Trainer:
         self.network = HRNNMeta(
             settings.network, self.encodings, item_bags, with_trend=trend is not None
         )
-        self.count_M = np.bincount(train.item_E, minlength=num_items)
+        self.count_M = train.item_counts(num_items)
         self.trend_table = None
         if trend is not None:
             self.trend_table = TrendTable.build(train.item_E, train.timestamp_E, num_items, trend)
         if self.network.values is not None:
-            value_E = self.encodings.standardise(train.value_E, train.num_events)
-            mean_M = torch.from_numpy(item_means(train.item_E, value_E.numpy(), num_items))
+            rated = sample_of(train, RATED_EVENTS, np.random.default_rng(settings.seed))
+            value_E = self.encodings.standardise(rated.value_E, rated.num_events)
+            mean_M = torch.from_numpy(item_means(rated.item_E, value_E.numpy(), num_items))
             self.network.values.mean_M = mean_M
             self.network.values.taste_MY = item_tastes(
-                torch.from_numpy(train.item_E),
-                torch.from_numpy(train.user_E),
+                torch.from_numpy(rated.item_E),
+                torch.from_numpy(rated.user_E),
                 value_E,
                 mean_M,
-                len(train),
+                len(rated),
             )
         self.objective = self._objective(num_items, sample)
         self.anew: list[str] = []  # weights that an older model could not give

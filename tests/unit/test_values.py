@@ -1,14 +1,20 @@
 """The user's taste from values so far equals a ridge regression by hand, and never peeks."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import values
+from model import trainer, values
+from model.catalogue import Catalogue
+from model.loader import sample_of
+from model.schema import Schema
+from model.train_settings import TrainSettings
 from model.values import MEAN_DAMPING, RIDGE, item_means, item_tastes, running_tastes
+from tests import synthetic
 
 
 @settings(max_examples=40, deadline=None)
@@ -47,6 +53,22 @@ def test_running_tastes_equal_ridge_regressions_by_hand(lengths, chunk, seed):
 def test_item_means_are_damped_and_skip_missing_values():
     got = item_means(np.array([0, 0, 1]), np.array([3.0, np.nan, 1.0], np.float32), 3)
     np.testing.assert_allclose(got, [3 / (1 + MEAN_DAMPING), 1 / (1 + MEAN_DAMPING), 0.0])
+
+
+def test_of_a_long_log_some_users_say_what_items_are_worth(monkeypatch):
+    rng = np.random.default_rng(0)
+    log = synthetic.gap_decides(40, 10, 4, seed=0)
+    log = replace(log, value_E=rng.normal(size=log.num_events))
+    settings, catalogue = TrainSettings(), Catalogue(tuple("abcd"))
+    whole = trainer.Trainer(log, catalogue, settings, None, Schema()).network.values
+    monkeypatch.setattr(trainer, "RATED_EVENTS", 100)
+    some = trainer.Trainer(log, catalogue, settings, None, Schema())
+    sample = sample_of(log, 100, np.random.default_rng(settings.seed))
+    assert len(sample) < len(log)
+    value_E = some.encodings.standardise(sample.value_E, sample.num_events).numpy()
+    got = some.network.values.mean_M
+    np.testing.assert_array_equal(got, item_means(sample.item_E, value_E, 4))
+    assert not torch.equal(got, whole.mean_M)
 
 
 def test_tastes_find_what_divides_the_users():
