@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,7 +33,7 @@ class Catalogue:
 
     def encode(self, item_ids: Sequence[str]) -> NDArray[np.int64]:
         """Positions of known ids, −1 for unknown ones."""
-        return np.fromiter((self.index.get(i, -1) for i in item_ids), np.int64, len(item_ids))
+        return np.fromiter(map(self.index.get, item_ids, repeat(-1)), np.int64, len(item_ids))
 
     def known_fields(self, item_id: str) -> dict[str, Any] | None:
         """The fields of an item that are not missing; None: there is no such item."""

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
@@ -29,6 +30,7 @@ from model.query import Event, FieldValue, History, ItemFilter, Query, Recommend
 from model.retrieval import Allowed, Ask, Listed, Retrieval, Scores
 from model.schema import FieldKind, fits
 from model.sequences import Histories
+from model.transitions import summed
 from model.trends import TrendSnapshot
 
 Extra = NDArray[np.float64]
@@ -161,6 +163,10 @@ class Recommender:
         """Whether the catalogue holds the item."""
         return item_id in self._catalogue.index
 
+    def unknown(self, item_ids: Sequence[str]) -> int:
+        """How many of some items the catalogue does not hold."""
+        return len(item_ids) - sum(map(self._catalogue.index.__contains__, item_ids))
+
     def check(self, query: Query) -> None:
         """See that the model can read a query's fields; unknown ones are not read.
 
@@ -258,16 +264,16 @@ class Recommender:
             if self._lean is not None:
                 reads = self._lean.read_all(queries, [self._known(q.history) for q in queries])
                 x_BD = [read.x_D for read in reads]
-                bonuses = [self._bonus(read.item_L) for read in reads]
+                bonuses = self._bonuses([read.item_L for read in reads])
             else:
                 state = self._encode(queries)
                 x_BD = list(state.encoded.query_ND.numpy())
                 item_E = state.positions.target.numpy()
                 first_B = state.positions.first_event[state.event_B].tolist()
-                bonuses = [
-                    self._bonus(item_E[first:end])
-                    for first, end in zip(first_B, state.event_B.tolist(), strict=True)
-                ]
+                end_B = state.event_B.tolist()
+                bonuses = self._bonuses(
+                    [item_E[first:end] for first, end in zip(first_B, end_B, strict=True)]
+                )
         return [
             Ask(x_D, n, allowed, *bonus, extra_M)
             for x_D, n, allowed, bonus, extra_M in zip(
@@ -328,24 +334,35 @@ class Recommender:
             )
         return answers
 
-    def _bonus(self, item_L: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """What transition counts and repeats add to which items (ascending).
+    def _bonuses(
+        self, histories: Sequence[NDArray[np.int64]]
+    ) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """What transition counts and repeats add to which items (ascending), for B queries.
 
         Args:
-            item_L: the history, oldest first.
+            histories: each one's items, oldest first.
         """
         network, transitions = self._network, self._bundle.model.transitions
-        parts = []
+        num_items, keys, values = len(self.item_ids), [_NO_ITEMS], [np.empty(0)]
         if network.prior is not None and transitions is not None:
-            recent_R = item_L[-network.prior.recent :][::-1]
-            parts.append(network.prior.sparse(transitions, recent_R))
+            recent_BR = np.full((len(histories), network.prior.recent), -1, dtype=np.int64)
+            for row_R, item_L in zip(recent_BR, histories, strict=True):
+                newest = item_L[: -len(row_R) - 1 : -1]
+                row_R[: len(newest)] = newest
+            key_S, value_S = network.prior.sparse(transitions, recent_BR)
+            keys.append(key_S)
+            values.append(value_S)
         if network.repeats is not None:
-            parts.append(network.repeats.sparse(item_L))
-        if not parts:
-            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
-        item_S, place_Z = np.unique(np.concatenate([p[0] for p in parts]), return_inverse=True)
-        value_Z = np.concatenate([p[1] for p in parts])
-        return item_S, np.bincount(place_Z, value_Z, len(item_S)).astype(np.float32)
+            key_S, rho_S = network.repeats.sparse(histories, num_items)
+            keys.append(key_S)
+            values.append(rho_S.astype(np.float64))
+        key_S, value_S = summed(np.concatenate(keys), np.concatenate(values))
+        bonus_S = value_S.astype(np.float32)
+        end_B = np.searchsorted(key_S, np.arange(len(histories) + 1) * num_items).tolist()
+        return [
+            (key_S[start:end] - b * num_items, bonus_S[start:end])
+            for b, (start, end) in enumerate(pairwise(end_B))
+        ]
 
     @property
     def rates(self) -> bool:

@@ -9,6 +9,7 @@ apart.
 Shapes: N positions, M items, Z pairs of a position and an item of its history, B lag buckets.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -129,12 +130,23 @@ class RepeatPrior(nn.Module):
         out = value_Z.new_zeros(num_rows * num_items)
         return out.index_add(0, seen.cells(num_items), value_Z).view(num_rows, num_items)
 
-    def sparse(self, item_L: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """The items of one history (oldest first), ascending, and their bonus."""
-        item_S, back_S = np.unique(item_L[-REACH:][::-1], return_index=True)
-        bucket_S = np.log2(back_S + 1.0).astype(np.int64)
+    def sparse(
+        self, histories: Sequence[NDArray[np.int64]], num_items: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The items of B histories (oldest first), and their bonus.
+
+        Returns:
+            Keys b·M + item, ascending, and the bonus of each.
+        """
+        recent = [item_L[-REACH:][::-1] for item_L in histories]
+        length_B = np.array([len(item_L) for item_L in recent])
+        base_B = np.arange(len(recent)) * num_items
+        key_E = np.concatenate([*recent, np.empty(0, dtype=np.int64)]) + np.repeat(base_B, length_B)
+        key_S, first_S = np.unique(key_E, return_index=True)
+        back_E = np.arange(len(key_E)) - np.repeat(np.cumsum(length_B) - length_B, length_B)
+        bucket_S = np.log2(back_E[first_S] + 1.0).astype(np.int64)
         rho_S: NDArray[np.float32] = self.rho.detach().numpy()[bucket_S]
-        return item_S, rho_S
+        return key_S, rho_S
 
     def pairs(self, seen: SeenItems, place_R: Tensor, item_R: Tensor, num_items: int) -> Tensor:
         """The bonus of some items, each at one of the positions: `[R]`."""

@@ -10,7 +10,7 @@ Shapes: M items, Z stored entries, N positions, R recent items, F folds of the u
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -213,28 +213,26 @@ class Transitions:
         return out.index_add_(0, n_Z * columns + item_Z, value_Z).view(len(row_NR), columns)
 
     def followers(
-        self, row_R: NDArray[np.int64], weight_R: NDArray[np.float32]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Every item j that follows one of some rows, ascending, and Σ_r weight_r · P(j | row_r).
+        self, row_BR: NDArray[np.int64], weight_R: NDArray[np.float32]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Every item j that follows one of the rows of b, and Σ_r weight_r · P(j | row_br).
 
         Args:
-            row_R: rows of the counts; −1 where there is no item.
+            row_BR: rows of the counts; −1 where there is no item.
+
+        Returns:
+            Keys b·M + j, ascending, and the sums.
         """
-        offset_R1, item_Z = self.offset_R1.numpy(), self.item_Z.numpy()
-        probability_Z = self.probability_Z.numpy()
-        spans = [
-            (slice(offset_R1[r], offset_R1[r + 1]), w)
-            for r, w in zip(row_R, weight_R, strict=True)
-            if r >= 0
-        ]
-        if not spans:
-            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
-        item_S, place_Z = np.unique(
-            np.concatenate([item_Z[span] for span, _ in spans]), return_inverse=True
-        )
-        value_Z = np.concatenate([weight * probability_Z[span] for span, weight in spans])
-        total_S = np.bincount(place_Z, value_Z, minlength=len(item_S))
-        return item_S, total_S.astype(np.float32)
+        offset_R1, queries = self.offset_R1.numpy(), len(row_BR)
+        row_F = row_BR.ravel()
+        start_F = offset_R1[row_F]
+        length_F = np.where(row_F < 0, 0, offset_R1[row_F + 1] - start_F)
+        entry_Z = np.repeat(start_F - np.cumsum(length_F) + length_F, length_F)
+        entry_Z += np.arange(len(entry_Z))
+        base_F = np.repeat(np.arange(queries) * self.num_items, row_BR.shape[1])
+        key_Z = np.repeat(base_F, length_F) + self.item_Z.numpy()[entry_Z]
+        weight_Z = np.repeat(np.tile(weight_R, queries), length_F)
+        return summed(key_Z, weight_Z * self.probability_Z.numpy()[entry_Z])
 
     def at(self, row_NR: Tensor, weight_R: Tensor, item_N: Tensor) -> Tensor:
         """Σ_r weight_r · P(item_n | row_r): `[N]`, one item per position."""
@@ -254,6 +252,18 @@ class Transitions:
         )
         value_Z = self.probability_Z[entry_Z].mul_(weight_R[r_F][owner_Z])
         return n_F[owner_Z], self.item_Z[entry_Z], value_Z
+
+
+def summed(
+    key_Z: NDArray[np.int64], value_Z: NDArray[Any]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The distinct keys, ascending, and the sum of each one's values."""
+    if not len(key_Z):
+        return key_Z, np.empty(0)
+    order = np.argsort(key_Z, kind="stable")
+    key_Z = key_Z[order]
+    first_S = np.flatnonzero(np.concatenate([[True], key_Z[1:] != key_Z[:-1]]))
+    return key_Z[first_S], np.add.reduceat(value_Z[order], first_S, dtype=np.float64)
 
 
 class _Followers:
@@ -311,12 +321,20 @@ class TransitionPrior(nn.Module):
         return self._bonus(transitions.scatter(row_NR, self.alpha_R, column_S).mul_(inverse_p))
 
     def sparse(
-        self, transitions: Transitions, row_R: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """The items whose bonus is not 0 after these recent items, ascending, and the bonus."""
-        item_S, total_S = transitions.followers(row_R, self.alpha_R.numpy()[: len(row_R)])
-        lift_S = torch.from_numpy(total_S) * self.inverse_p_M[torch.from_numpy(item_S)]
-        return item_S, self._bonus(lift_S).numpy()
+        self, transitions: Transitions, row_BR: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """The items whose bonus is not 0 after B queries' recent items.
+
+        Args:
+            row_BR: newest first; −1 where there is no item.
+
+        Returns:
+            Keys b·M + item, ascending, and the bonus of each.
+        """
+        key_S, total_S = transitions.followers(row_BR, self.alpha_R.numpy()[: row_BR.shape[1]])
+        lift_S = total_S * self.inverse_p_M.numpy()[key_S % transitions.num_items]
+        gamma, kappa = self.gamma.item(), self.kappa.item()
+        return key_S, gamma * np.log1p(kappa * lift_S)
 
     def at(self, transitions: Transitions, row_NR: Tensor, item_N: Tensor) -> Tensor:
         """The bonus of one item per position: `[N]`."""

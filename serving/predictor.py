@@ -72,7 +72,7 @@ class Scorer(Protocol):
     def beta_under(
         self, item_ids: Sequence[str], log_q_T: NDArray[np.float64], floor: float
     ) -> float: ...
-    def knows(self, item_id: str) -> bool: ...
+    def unknown(self, item_ids: Sequence[str]) -> int: ...
     def check(self, query: Query) -> None: ...
     def restriction(self, query: Query) -> "Allowed": ...
     def passing(self, restriction: "Allowed", items: Sequence[str]) -> list[str]: ...
@@ -217,8 +217,8 @@ class LoadedModel:
             best.affinity_A,
             best.affinity_T[part],
             exhausted=best.exhausted,
-            unknown_items=self._unknown(History.of(asked.query.history).item_ids),
-            unknown_asked=self._unknown(asked.items),
+            unknown_items=self._scorer.unknown(History.of(asked.query.history).item_ids),
+            unknown_asked=self._scorer.unknown(asked.items),
         )
         if best.extra_T is None:
             return scored
@@ -244,8 +244,8 @@ class LoadedModel:
             self.version,
             self._own_beta,
             [],
-            unknown_items=self._unknown(History.of(asked.query.history).item_ids),
-            unknown_asked=self._unknown(asked.items),
+            unknown_items=self._scorer.unknown(History.of(asked.query.history).item_ids),
+            unknown_asked=self._scorer.unknown(asked.items),
         )
 
     def _sigma_of(self, part: Part | None) -> NDArray[np.float64]:
@@ -258,10 +258,6 @@ class LoadedModel:
             while len(self._list_sigmas) > LISTS_KEPT:
                 self._list_sigmas.popitem(last=False)
         return sigma_T[part.first : part.end]
-
-    def _unknown(self, item_ids: Sequence[str]) -> int:
-        """How many of these items the model does not know."""
-        return len(item_ids) - sum(map(self._scorer.knows, item_ids))
 
     def _rate(
         self, queries: Sequence[Query], items: Sequence[Sequence[str]]

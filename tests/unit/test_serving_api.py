@@ -95,8 +95,8 @@ class FakeScorer:
             allowed &= np.array([["even", "odd"][j % 2] in values for j in range(len(ITEMS))])
         return allowed
 
-    def knows(self, item_id):
-        return item_id in ITEMS
+    def unknown(self, item_ids):
+        return sum(item not in ITEMS for item in item_ids)
 
     def restriction(self, query):
         return Allowed(len(ITEMS), mask=self.allowed(query))

@@ -151,14 +151,15 @@ def test_some_columns_and_single_items_equal_the_dense_lookup():
 
 
 @settings(max_examples=50, deadline=None)
-@given(LOGS, st.lists(st.integers(-1, M - 1), min_size=10, max_size=10))
+@given(LOGS, st.lists(st.lists(st.integers(-1, M - 1), min_size=10, max_size=10), max_size=4))
 def test_the_sparse_bonus_is_the_dense_one(users, recent):
     transitions, prior = Transitions.count(_log(users), M), TransitionPrior(M)
     prior.inverse_p_M.copy_(torch.arange(1.0, M + 1))
+    recent_BR = np.array(recent, dtype=np.int64).reshape(-1, 10)
     with torch.no_grad():
-        dense_M = prior(transitions, torch.tensor([recent]))[0].numpy()
-        item_S, bonus_S = prior.sparse(transitions, np.array(recent))
-    assert (np.diff(item_S) > 0).all()
-    sparse_M = np.zeros(M)
-    sparse_M[item_S] = bonus_S
-    np.testing.assert_allclose(sparse_M, dense_M, atol=1e-6)
+        dense_BM = prior(transitions, torch.from_numpy(recent_BR)).numpy()
+    key_S, bonus_S = prior.sparse(transitions, recent_BR)
+    assert (np.diff(key_S) > 0).all()
+    sparse_BM = np.zeros(dense_BM.shape)
+    sparse_BM.ravel()[key_S] = bonus_S
+    np.testing.assert_allclose(sparse_BM, dense_BM, atol=1e-6)
