@@ -17,7 +17,7 @@ from model.fields import FieldBags
 from model.inputs import InputEncodings
 from model.lean import LeanGRU, States
 from model.network import HRNNMeta, NetworkSettings
-from model.query import Event, Query
+from model.query import Event, History, Query
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         Event(str(rng.integers(options.items)), 1e9 + 600.0 * k, "play", 3.0)
         for k in range(options.events + options.rounds + 1)
     ]
-    first = history[: options.events]
+    first = History.of(history[: options.events])  # as the feature store gives it
     query = Query(first, 1e9 + 1e7)
     hidden = options.hidden
     weight = rng.standard_normal((3 * hidden, hidden), dtype=np.float32)
@@ -54,10 +54,11 @@ def main(arguments: list[str] | None = None) -> int:
     gru = torch.nn.GRU(settings.embedding + settings.control + 3, hidden)
     x = torch.randn(options.events, 1, gru.input_size)
     gates = np.zeros((options.events, 3 * hidden), dtype=np.float32)
-    length = iter(range(options.events, len(history)))
+    grown = {n: History.of(history[:n]) for n in range(options.events, len(history))}
+    length = iter(grown)
 
     def advance() -> None:
-        events = history[: next(length)]
+        events = grown[next(length)]
         kept.read(Query(events, 1e9 + 1e7), events)
 
     figures = {

@@ -1,9 +1,8 @@
 """Reading one history with a trained GRU, without what batches and gradients need.
 
 The same numbers as `model.network` (to rounding) from NumPy on one user's events: inputs of all
-positions come from one matrix product and look-ups in tables that are folded once (embedding
-times its part of W_i), then one matrix-vector product per step. σ(x) = (1 + tanh(x / 2)) / 2, and
-the halves are folded into the weights too.
+positions come from one matrix product, then one matrix-vector product per step.
+σ(x) = (1 + tanh(x / 2)) / 2, and the halves are folded into the weights.
 
 The states of histories read lately are kept. Position k reads event k − 1 and the time of event
 k, so the state *before* the last event is consumed depends on the past alone and not on the
@@ -86,21 +85,17 @@ class LeanGRU:
         weight_IG = np.ascontiguousarray((weight_GI * half_G[:, None]).T)
         bias_G = bias_i_G * half_G
         bias_G[: 2 * hidden] += 0.5 * bias_h_G[: 2 * hidden]
-        self._hidden, self._bias_G = hidden, bias_G.astype(np.float32)
-        parts = iter(np.split(weight_IG, np.cumsum(self._sizes())[:-1]))
+        self._hidden = hidden
         with torch.no_grad():
             self._item_MD = network.items.inputs(torch.arange(network.num_items + 1)).numpy()
-            self._item_DG = next(parts)
-            if network.control is not None:
-                self._bucket_KG = network.control.delta_embedding.weight.numpy() @ next(parts)
-                self._session_G = next(parts)[0]
-            if network.feedback is not None:
-                if network.feedback.type_embedding is not None:
-                    self._type_KG = network.feedback.type_embedding.weight.numpy() @ next(parts)
-                if network.feedback.with_value:
-                    self._value_2G = next(parts)
-            if network.user is not None:
-                self._user_UG = next(parts)
+        if network.user is not None:  # the last part
+            weight_IG, self._user_UG = np.split(weight_IG, [-network.user.output_size])
+        if network.control is not None:
+            self._bucket_KC = network.control.delta_embedding.weight.detach().numpy()
+        if network.feedback is not None and network.feedback.type_embedding is not None:
+            self._type_KC = network.feedback.type_embedding.weight.detach().numpy()
+        # The last input is 1.
+        self._input_IG = torch.from_numpy(np.vstack([weight_IG, bias_G]).astype(np.float32))
         event_type = self._encodings.event_type
         names = () if event_type is None else event_type.vocabulary
         self._type_token: dict[str | None, int] = {n: t for t, n in enumerate(names, start=1)}
@@ -117,21 +112,6 @@ class LeanGRU:
             self._profile = FoldedProfile(network.profile, network.items.bags)
         self.states = states
         self._key_M = np.arange(len(index)) if key_M is None else key_M
-
-    def _sizes(self) -> list[int]:
-        """Widths of the parts of the encoder's input, in the network's order."""
-        network = self._network
-        sizes = [network.settings.embedding]
-        if network.control is not None:
-            sizes += [network.settings.control, 1]
-        if network.feedback is not None:
-            if network.feedback.type_embedding is not None:
-                sizes.append(network.feedback.TYPE_SIZE)
-            if network.feedback.with_value:
-                sizes.append(2)
-        if network.user is not None:
-            sizes.append(network.user.output_size)
-        return sizes
 
     def read(self, query: Query, events: Sequence[Event]) -> Read:
         """The vector of one query; see `read_all`."""
@@ -153,10 +133,8 @@ class LeanGRU:
         gate_NG = self._inputs(pasts)
         steps_B = np.array([past.steps for past in pasts])
         first_B = np.cumsum(steps_B) - steps_B
-        if user_BG is None:
-            gate_NG += self._bias_G
-        else:
-            gate_NG += np.repeat(self._bias_G + user_BG, steps_B, axis=0)
+        if user_BG is not None:
+            gate_NG += np.repeat(user_BG, steps_B, axis=0)
         # The last position is the request's; the state before it is worth keeping.
         h_BH = self._states_before_last(gate_NG, first_B, steps_B, pasts)
         for past, h_H in zip(pasts, h_BH, strict=True):
@@ -215,36 +193,36 @@ class LeanGRU:
         return user_BU @ self._user_UG
 
     def _inputs(self, pasts: Sequence["_Past"]) -> Float32:
-        """W_i·x of all queries' open positions, without bias and user: float32 `[N, G]`."""
+        """W_i·x + b of all queries' open positions, without the user: float32 `[N, G]`."""
         network = self._network
         # Position k reads event k − 1; the first one has none.
         none = np.array([network.num_items])
         previous_N = np.concatenate([p.previous(p.item_L, none) for p in pasts])
-        # Torch's product keeps to the threads it was given; NumPy's BLAS takes every core, and
-        # waits for all of them when they are busy.
-        item_ND = torch.from_numpy(self._item_MD.take(previous_N, axis=0))
-        gate_NG: Float32 = torch.mm(item_ND, torch.from_numpy(self._item_DG)).numpy()
+        # In the order in which the network puts its inputs side by side.
+        inputs: list[NDArray[Any]] = [self._item_MD.take(previous_N, axis=0)]
         if network.control is not None:
             has_previous_N = np.concatenate([p.has_previous() for p in pasts])
             delta_N = np.concatenate([p.deltas() for p in pasts])
-            gate_NG += self._bucket_KG[time_bucket(delta_N, has_previous_N)]
+            inputs.append(self._bucket_KC.take(time_bucket(delta_N, has_previous_N), axis=0))
             starts_N = ~has_previous_N | (delta_N > self._encodings.session_gap)
-            gate_NG[starts_N] += self._session_G
+            inputs.append(starts_N[:, None].astype(np.float32))
         if network.feedback is not None:
             if network.feedback.type_embedding is not None:
                 zero = np.zeros(1, dtype=np.int64)
-                gate_NG += self._type_KG[
-                    np.concatenate([p.previous(p.type_L, zero) for p in pasts])
-                ]
+                type_N = np.concatenate([p.previous(p.type_L, zero) for p in pasts])
+                inputs.append(self._type_KC.take(type_N, axis=0))
             if network.feedback.with_value:
                 nothing = np.array([np.nan])
                 value_N = np.concatenate([p.previous(p.value_L, nothing) for p in pasts])
                 mean, std = self._encodings.value_mean or 0.0, self._encodings.value_std
                 z_N = np.clip((value_N - mean) / std, -MAX_DEVIATIONS, MAX_DEVIATIONS)
-                z_N = z_N.astype(np.float32)
                 known_N = ~np.isnan(z_N)
-                gate_NG += np.nan_to_num(z_N)[:, None] * self._value_2G[0]
-                gate_NG[known_N] += self._value_2G[1]
+                inputs += [np.nan_to_num(z_N)[:, None], known_N[:, None]]
+        inputs.append(np.ones((len(previous_N), 1), dtype=np.float32))
+        x_NI = np.concatenate(inputs, axis=1, dtype=np.float32)
+        # Torch's product keeps to the threads it was given; NumPy's BLAS takes every core, and
+        # waits for all of them when they are busy.
+        gate_NG: Float32 = torch.mm(torch.from_numpy(x_NI), self._input_IG).numpy()
         return gate_NG
 
     def _steps(self, gate_KG: Float32, h_H: Float32) -> Float32:
