@@ -1,5 +1,6 @@
 """Prometheus metrics of both processes. Labels are bounded and never hold ids."""
 
+import gc
 import json
 import time
 from collections.abc import Iterator
@@ -91,6 +92,14 @@ EXPLORED = Counter(
     "hrnn_explored_items_total",
     "Those of them that are there because of exploration alone",
 )
+EXPLORATION_LINES_DROPPED = Counter(
+    "hrnn_exploration_lines_dropped_total",
+    "Lines of the exploration log that were not written because too many waited to be",
+)
+FROZEN = Gauge(
+    "hrnn_gc_frozen_objects", "Objects of the start that the garbage collector looks at no more"
+)
+FROZEN.set_function(gc.get_freeze_count)
 UNKNOWN_ITEMS = Counter(
     "hrnn_unknown_items_total",
     "Items in histories and in lists to rank or rate that the model does not know",

@@ -133,10 +133,17 @@ class LoadedModel:
             Query(history=history, timestamp=1000.0, exclude_seen=True),
         ]
         trending = self._scorer.listed(self._scorer.trend.item_ids)
-        for batch in (queries[:1], queries[2:], queries, queries * 5):
+        # Few results and many are searched for in different ways, as are few queries and many.
+        for batch, top_n in (
+            (queries[:1], 25),
+            (queries[2:], 256),
+            (queries, 25),
+            (queries * 5, 25),
+            (queries * 5, 256),
+        ):
             restrictions = [self._scorer.restriction(query) for query in batch]
             more = [items[:10]] * len(batch)
-            asks = self._scorer.asks(batch, restrictions, [256] * len(batch), [None] * len(batch))
+            asks = self._scorer.asks(batch, restrictions, [top_n] * len(batch), [None] * len(batch))
             self._scorer.retrieve(asks, more, [trending] * len(batch))
             if self._scorer.rates:
                 self._scorer.rate(batch, more)

@@ -9,14 +9,15 @@ import gc
 import json
 import logging
 import os
+import queue
 import signal
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 import uvicorn
@@ -25,6 +26,9 @@ from model.errors import UnavailableError
 from serving.settings import ServeSettings
 
 log = logging.getLogger("hrnn.serving")
+
+LINES_WAITING = 512  # two requests of 256 instances; 1,000 items in a line are some 150 kB
+CLOSE_SECONDS = 2.0
 
 
 def log_failure(error: BaseException) -> None:
@@ -112,6 +116,49 @@ def configure_logging(role: str) -> None:
         logger.handlers = [logging.NullHandler()]
         logger.setLevel(logging.WARNING)
         logger.propagate = True
+
+
+class BackgroundHandler(logging.Handler):
+    """Has records written by a thread of its own, so that who logs never waits for the reader.
+
+    At most LINES_WAITING wait to be written; further ones are dropped.
+    """
+
+    def __init__(self, handlers: Sequence[logging.Handler], dropped: Callable[[], None]) -> None:
+        """
+        Args:
+            handlers: what writes.
+            dropped: called for each record that is not written.
+        """
+        super().__init__()
+        self._handlers, self._dropped = handlers, dropped
+        self._waiting: queue.Queue[logging.LogRecord | None] = queue.Queue(LINES_WAITING)
+        self._thread = threading.Thread(target=self._write, name="log", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._waiting.put_nowait(record)
+        except queue.Full:
+            self._dropped()
+
+    def _write(self) -> None:
+        while (record := self._waiting.get()) is not None:
+            for handler in self._handlers:
+                handler.handle(record)
+
+    def close(self) -> None:
+        """Write what waits, for CLOSE_SECONDS at most."""
+        with suppress(queue.Full):
+            self._waiting.put(None, timeout=CLOSE_SECONDS)
+            self._thread.join(CLOSE_SECONDS)
+        super().close()
+
+
+def log_in_background(logger: logging.Logger, dropped: Callable[[], None]) -> None:
+    """Have a logger's lines written where all others are, but by a thread of its own."""
+    logger.addHandler(BackgroundHandler(logging.getLogger().handlers, dropped))
+    logger.propagate = False
 
 
 def exit_with_parent(grace_seconds: float) -> None:

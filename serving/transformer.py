@@ -20,7 +20,7 @@ from model.trends import TrendSnapshot
 from serving import metrics
 from serving.coverage import Coverage
 from serving.features import Features, Reader, UserFeatures
-from serving.process import freeze_garbage_collection, leave
+from serving.process import freeze_garbage_collection, leave, log_in_background
 from serving.ranking import Search, Trend, ranked
 from serving.schemas import Filter, Instance, parse_instances, to_history
 from serving.scoring import PredictorClient, PredictorError
@@ -410,6 +410,8 @@ def build(settings: ServeSettings) -> Transformer:
         freeze_garbage_collection()
         return reader
 
+    # Many lines of a thousand items are not to hold up the event loop, nor is a slow reader.
+    log_in_background(exploration_log, metrics.EXPLORATION_LINES_DROPPED.inc)
     transformer = Transformer(settings, open_reader)
     transformer.load()
     return transformer

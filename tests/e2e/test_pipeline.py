@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -110,8 +111,11 @@ def test_a_model_of_a_log_without_values_refuses_to_rate(service):
 def test_metrics_are_exported_by_both_processes(service):
     serving, client = service
     client.recommend("somebody")
-    for url in serving.metrics_urls.values():
-        assert "hrnn_requests_total" in httpx.get(url, timeout=5).text
+    for role, url in serving.metrics_urls.items():
+        text = httpx.get(url, timeout=5).text
+        assert "hrnn_requests_total" in text
+        (frozen,) = re.findall(r"^hrnn_gc_frozen_objects (\S+)$", text, re.MULTILINE)
+        assert float(frozen) > 100_000, f"{role}: imports are looked through again and again"
 
 
 COLUMNS = {"ingest.columns": "{user_id: customer, item_id: product_id, timestamp: when}"}

@@ -2,7 +2,10 @@
 
 import asyncio
 import gc
+import io
 import json
+import logging
+import os
 import re
 import time
 import weakref
@@ -18,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
+from model import approximate
 from model.errors import InputError, UnavailableError
 from model.query import Event, Query
 from model.recommender import Retrieved
@@ -27,7 +31,7 @@ from serving import collector_metrics, metrics, wire
 from serving.exploration import uncertainty, uniform
 from serving.kserve_api import ModelRepository
 from serving.predictor import LoadedModel, Predictor
-from serving.process import freeze_garbage_collection, parse_arguments
+from serving.process import BackgroundHandler, freeze_garbage_collection, parse_arguments
 from serving.schemas import parse_instances
 from serving.scoring import PredictorError
 from serving.server import Plane, Rest
@@ -1055,3 +1059,42 @@ def test_what_is_there_at_start_is_left_to_no_garbage_collection():
         assert started
     finally:
         gc.unfreeze()
+
+
+def test_lines_wait_for_a_slow_reader_in_a_thread_of_their_own_and_not_without_end(monkeypatch):
+    """The other end of the pipe is not read until all has been logged."""
+    monkeypatch.setattr("serving.process.LINES_WAITING", 3)
+    dropped, lines, text = [], 50, "x" * 65_536  # as much as a pipe holds
+    read_end, write_end = os.pipe()
+    with os.fdopen(read_end) as reader, os.fdopen(write_end, "w") as writer:
+        handler = BackgroundHandler([logging.StreamHandler(writer)], lambda: dropped.append(1))
+        for k in range(lines):
+            handler.handle(logging.makeLogRecord({"msg": f"{k} {text}"}))
+        assert lines - 5 <= len(dropped) < lines
+        written = [reader.readline() for _ in range(lines - len(dropped))]
+        handler.close()
+    assert all(line.endswith(text + "\n") for line in written)
+    numbers = [int(line.split()[0]) for line in written]
+    assert numbers == sorted(set(numbers))
+
+
+def test_what_is_logged_before_the_end_is_written():
+    written = io.StringIO()
+    handler = BackgroundHandler([logging.StreamHandler(written)], lambda: None)
+    for k in range(100):
+        handler.handle(logging.makeLogRecord({"msg": str(k)}))
+    handler.close()
+    assert written.getvalue().split() == [str(k) for k in range(100)]
+
+
+def test_a_model_is_warm_for_few_results_and_for_many(monkeypatch):
+    asked = []
+    scorer = FakeScorer()
+    search = scorer.asks
+    monkeypatch.setattr(
+        scorer, "asks", lambda q, r, n, e: asked.append((len(q), n[0])) or search(q, r, n, e)
+    )
+    LoadedModel(scorer)
+    for queries in (1, 8):
+        assert any(b >= queries and n <= approximate.MEASURED_TOP for b, n in asked)
+    assert any(n > approximate.MEASURED_TOP for _, n in asked)
