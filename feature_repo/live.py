@@ -34,11 +34,12 @@ from feature_repo.names import (
 )
 from feature_repo.online import (
     erase_traces,
+    is_wrong_type,
     overwrite,
     protos,
-    read_row,
     read_rows,
     relax,
+    remove_wrong_types,
     write_rows,
 )
 from feature_repo.settings import FeatureStoreSettings
@@ -73,6 +74,7 @@ class LiveFeatures:
         self._events = events
         self._done: int | None = None  # the last change known to be applied
         self._unsure: int | None = None  # what came later may be overwritten with older rows
+        self.replaced = 0  # keys of the online store that held no features
         self._traces = True  # of deleted rows may be in the store's files
         with unavailable("open the feature store"):
             self._use(Session.open(settings))
@@ -149,7 +151,7 @@ class LiveFeatures:
     def _checkpoint(self) -> Checkpoint:
         """An empty `log_id`: this store has not followed any log."""
         with unavailable("read the live features' checkpoint"):
-            row = read_row(self._session.store, self._views[LIVE_CHECKPOINT], CATALOGUE_ID)
+            (row,) = self._read(LIVE_CHECKPOINT, [CATALOGUE_ID])
         return Checkpoint(row.get("log_id") or "", row.get("seq") or 0, row.get("generation") or 0)
 
     def _set_checkpoint(self, turn: Turn, at: Checkpoint) -> None:
@@ -227,7 +229,17 @@ class LiveFeatures:
             self._traces = self._traces or not gone.isdisjoint(batch)
 
     def _write(self, view: str, rows: Any) -> None:
-        write_rows(self._session.store, self._views[view], rows)
+        self.replaced += write_rows(self._session.store, self._views[view], rows)
+
+    def _read(self, name: str, keys: Sequence[str], *features: str) -> list[dict[str, Any]]:
+        store, view = self._session.store, self._views[name]
+        try:
+            return read_rows(store, view, keys, features)
+        except Exception as error:
+            if not is_wrong_type(error):
+                raise
+            self.replaced += remove_wrong_types(store, view, keys)
+            return read_rows(store, view, keys, features)
 
 
 def _row(state: UserState, generation: int) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Rows into the online store, as they are: one level below Feast's data frames."""
 
+import logging
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -11,6 +12,8 @@ from feature_repo.names import JOIN_KEY, VIEW_ENTITY
 
 if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView
+
+log = logging.getLogger("hrnn.features")
 
 Row = tuple[str, dict[str, Any], float]  # key, value protos by feature, event time (Unix seconds)
 
@@ -42,14 +45,18 @@ def protos(row: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def write_rows(store: "FeatureStore", view: "str | FeatureView", rows: Iterable[Row]) -> None:
+def write_rows(store: "FeatureStore", view: "str | FeatureView", rows: Iterable[Row]) -> int:
     """Write rows as they are; missing features become null.
 
     One level below `write_to_online_store`, which takes pandas frames only (ten times slower for
-    one row) and refuses rows of nulls.
+    one row) and refuses rows of nulls. What else lies under a row's key in Redis is replaced: one
+    such key would keep all others from being written.
 
     Args:
         view: its name, or the view, which saves the 3 ms that Feast takes to look it up.
+
+    Returns:
+        How many keys held something else.
     """
     from feast.protos.feast.types.Value_pb2 import Value
 
@@ -57,36 +64,64 @@ def write_rows(store: "FeatureStore", view: "str | FeatureView", rows: Iterable[
         view = store.get_feature_view(view)
     features = [f.name for f in view.features]
     provider = store._get_provider()
+    replaced = 0
     for batch in batches(rows):
-        provider.online_write_batch(
-            store.config,
-            view,
-            [
-                (
-                    _entity_key(view, key),
-                    {name: values.get(name, Value()) for name in features},
-                    datetime.fromtimestamp(time, UTC),
-                    None,
-                )
-                for key, values, time in batch
-            ],
-            None,
-        )
+        data: list[Any] = [
+            (
+                _entity_key(view, key),
+                {name: values.get(name, Value()) for name in features},
+                datetime.fromtimestamp(time, UTC),
+                None,
+            )
+            for key, values, time in batch
+        ]
+        try:
+            provider.online_write_batch(store.config, view, data, None)
+        except Exception as error:
+            if not is_wrong_type(error):
+                raise
+            replaced += remove_wrong_types(store, view, [key for key, _, _ in batch])
+            provider.online_write_batch(store.config, view, data, None)
+    return replaced
+
+
+def is_wrong_type(error: Exception) -> bool:
+    """Whether Redis says that a key holds something that is no hash, so no row of Feast's."""
+    from redis.exceptions import ResponseError
+
+    return isinstance(error, ResponseError) and "WRONGTYPE" in str(error)
+
+
+def remove_wrong_types(store: "FeatureStore", view: "FeatureView", keys: Sequence[str]) -> int:
+    """Remove what is no row where rows of these keys belong (Redis); returns how many."""
+    online: Any = store._get_provider().online_store
+    own = online._generate_redis_keys_for_entities(
+        store.config, [_entity_key(view, key) for key in keys]
+    )
+    client = online._get_client(store.config.online_store)
+    with client.pipeline(transaction=False) as pipe:
+        for key in own:
+            pipe.type(key)
+        kinds = pipe.execute()
+    wrong = [key for key, kind in zip(own, kinds, strict=True) if kind not in (b"hash", b"none")]
+    if wrong:
+        client.delete(*wrong)
+        log.warning("%d keys in Redis held no features: removed", len(wrong))
+    return len(wrong)
 
 
 def read_row(store: "FeatureStore", view: "FeatureView", key: str) -> dict[str, Any]:
     """The scalars of one row by feature; nulls are absent, and so is all of an unknown row."""
-    (row,) = read_rows(store, view, [key], [f.name for f in view.features])
-    return row
+    return read_rows(store, view, [key])[0]
 
 
 def read_rows(
-    store: "FeatureStore", view: "FeatureView", keys: Sequence[str], features: list[str]
+    store: "FeatureStore", view: "FeatureView", keys: Sequence[str], features: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-    """The same of several rows, and of these features alone."""
-    found = store._get_provider().online_read(
-        store.config, view, [_entity_key(view, key) for key in keys], features
-    )
+    """The same of several rows; of these features alone, if any are named."""
+    entities = [_entity_key(view, key) for key in keys]
+    names = list(features) or [f.name for f in view.features]
+    found = store._get_provider().online_read(store.config, view, entities, names)
     return [
         {
             name: getattr(value, kind)

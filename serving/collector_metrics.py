@@ -61,6 +61,10 @@ FOLLOW_ERRORS = Counter(
     "hrnn_collector_follow_errors_total",
     "Attempts to bring the online store up to date that failed",
 )
+REPLACED = Counter(
+    "hrnn_collector_replaced_keys_total",
+    "Keys of the online store that held something that is no row of features, and were replaced",
+)
 ERASING = Gauge(
     "hrnn_collector_erasing",
     "Whether the log's file still holds bytes of deleted rows (SQLite; PostgreSQL's VACUUM is its "

@@ -22,6 +22,8 @@ COMMITS = 10_000  # remembered while the online store cannot be written
 class Live(Protocol):
     """feature_repo.live.LiveFeatures as used here."""
 
+    @property
+    def replaced(self) -> int: ...
     def follow(self, progress: Callable[[int], None]) -> int: ...
     def lag(self) -> tuple[int, float | None] | None: ...
     def close(self) -> None: ...
@@ -119,7 +121,11 @@ class Follower:
     def _follow(self) -> None:
         if self._live is None:
             self._live = self._open_live()
-        self._live.follow(self._reached)
+        before = self._live.replaced
+        try:
+            self._live.follow(self._reached)
+        finally:
+            metrics.REPLACED.inc(self._live.replaced - before)
         self._current_at = time.time()
         self._oldest = None
         metrics.LAG_CHANGES.set(0)

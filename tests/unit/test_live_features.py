@@ -8,6 +8,7 @@ from contextlib import closing
 from dataclasses import replace
 
 import pytest
+import redis
 import sqlalchemy as sa
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from feature_repo.event_tables import log_head, metadata, users
 from feature_repo.histories import events_of, merge, values_of
 from feature_repo.live import LiveFeatures
 from feature_repo.names import LIVE_CHECKPOINT, LIVE_VIEWS
+from feature_repo.settings import FeatureStoreSettings
 from feature_repo.store import UserFeatures, ViewOptions, apply, forget, materialise
 from model.errors import UnavailableError
 from model.query import Event
@@ -419,6 +421,57 @@ class TestAnOlderLog:
     def test_a_deletion_is_not_taken_back(self, restored, store):
         materialise(store, AS_OF)
         assert not FeatureReader(store).user("u1").known
+
+
+class TestKeysOfAnotherType:
+    """Something else wrote where rows of users, or the checkpoint, belong in Redis."""
+
+    @pytest.fixture
+    def store(self, tmp_path, redis_server):
+        url = redis_server.database()
+        settings = FeatureStoreSettings(root=str(tmp_path / "f"), online="redis", redis_url=url)
+        write_sources(settings)
+        apply(settings, SCHEMA)
+        materialise(settings, AS_OF)
+        return settings
+
+    def spoil(self, store, part):
+        with redis.Redis.from_url(store.redis_url) as connection:
+            (key,) = (key for key in connection.scan_iter() if part in key)
+            connection.delete(key)
+            connection.rpush(key, "no hash")
+
+    def test_a_users_holds_up_nobody_and_is_mended(self, log, follower, store, caplog):
+        append(log, *(event(n, user=user) for n, user in enumerate(("harry", "sally", "joe"))))
+        follower.follow()
+        self.spoil(store, b"sally")
+        append(log, *(event(9 + n, user=u) for n, u in enumerate(("harry", "sally", "joe"))))
+        assert follower.follow() == log.position().seq
+        reader = FeatureReader(store)
+        assert [items(reader, u) for u in ("harry", "sally", "joe")] == [
+            ["i0", "i9"],
+            ["i1", "i10"],
+            ["i2", "i11"],
+        ]
+        assert follower.replaced == 1
+        assert "1 keys in Redis held no features" in caplog.text
+        assert "sally" not in caplog.text
+
+    @pytest.mark.parametrize("part", [b"catalogue_id", b"sally"])
+    def test_nor_the_checkpoints_or_one_in_a_rebuild(self, log, follower, store, part):
+        append(log, event(1, user="sally"))
+        follower.follow()
+        self.spoil(store, part)
+        with closing(LiveFeatures(store, log)) as other:
+            if part == b"sally":
+                other.rebuild()
+            append(log, event(2, user="joe"))
+            assert other.follow() == log.position().seq
+            assert other.replaced == 1
+        users = FeatureReader(store)
+        materialise(store, AS_OF)
+        users.trend()
+        assert (items(users, "sally"), items(users, "joe")) == (["i1"], ["i2"])
 
 
 def test_live_views_are_not_materialised(store):
