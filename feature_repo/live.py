@@ -185,7 +185,7 @@ class LiveFeatures:
         before the deletion has them again."""
         for batch in batches(users):
             with unavailable("read live features"):
-                rows = read_rows(self._session.store, self._views[USER_LIVE], batch, ["deleted_at"])
+                rows = self._read(USER_LIVE, batch, "deleted_at")
             online = {
                 u: row["deleted_at"]
                 for u, row in zip(batch, rows, strict=True)

@@ -233,7 +233,7 @@ class FeatureReader:
                 if _is_the_stores(error):
                     raise
                 # Feast does not tell which row it stumbled over.
-                rows = [_read_or_error(session, user_id) for user_id in user_ids]
+                rows = _in_halves(session, user_ids, error)
             return [self._user_or_error(session, row) for row in rows]
 
     async def read_users(self, user_ids: Sequence[str]) -> list[UserFeatures | UnavailableError]:
@@ -432,13 +432,22 @@ class Session:
         return {name: v for name, v in {**profile, **fitting}.items() if v is not None}
 
 
-def _read_or_error(session: Session, user_id: str) -> dict[str, Any] | Exception:
-    try:
-        return session.read_one(session.user, USER, user_id)
-    except Exception as error:
-        if _is_the_stores(error):
-            raise
-        return error
+def _in_halves(
+    session: Session, user_ids: Sequence[str], error: Exception
+) -> list[dict[str, Any] | Exception]:
+    """Rows of users whose reading together failed: b bad ones of n take 2·b·log2(n) reads or so."""
+    if len(user_ids) == 1:
+        return [error]
+    middle = len(user_ids) // 2
+    rows: list[dict[str, Any] | Exception] = []
+    for half in (user_ids[:middle], user_ids[middle:]):
+        try:
+            rows += session.read(session.user, USER, half)
+        except Exception as problem:
+            if _is_the_stores(problem):
+                raise
+            rows += _in_halves(session, half, problem)
+    return rows
 
 
 def _is_the_stores(error: Exception) -> bool:

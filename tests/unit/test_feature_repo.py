@@ -35,6 +35,7 @@ from feature_repo.settings import FeatureStoreSettings, redis_connection
 from feature_repo.snapshot import truncate
 from feature_repo.store import FeatureReader as AnyReader
 from feature_repo.store import (
+    Session,
     UserFeatures,
     ViewOptions,
     apply,
@@ -171,6 +172,20 @@ def test_a_row_that_cannot_be_read_is_that_users_alone(store, spoil):
     assert others == before[1:] and others[0].known
     with pytest.raises(UnavailableError, match="row cannot be read"):
         reader.user("u1")
+
+
+def test_a_row_that_cannot_be_read_costs_its_neighbours_few_reads(store, monkeypatch):
+    users = ["u1", "u2", *(f"stranger {n}" for n in range(62))]
+    of_noise(store, "u2")
+    reader, reads = FeatureReader(store), []
+    read = Session.read
+    monkeypatch.setattr(
+        Session, "read", lambda self, *of: (reads.append(len(of[-1])), read(self, *of))[1]
+    )
+    found = AnyReader.users(reader, users)
+    assert [k for k, one in enumerate(found) if isinstance(one, UnavailableError)] == [1]
+    assert found[0].known
+    assert len(reads) <= 2 + 2 * 6  # one for the trend; halves of 64 until it is alone
 
 
 @pytest.fixture

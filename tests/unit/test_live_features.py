@@ -305,7 +305,7 @@ class TestTheLock:
             def write(store, view, rows):
                 if store is follower._session.store and view.name == "user_live":
                     before()
-                write_rows(store, view, rows)
+                return write_rows(store, view, rows)
 
             monkeypatch.setattr(live_module, "write_rows", write)
 
