@@ -36,7 +36,7 @@ class Batcher(Generic[T, R]):
         self._work = work
         self._most, self._limit, self._size = most, limit, size
         self._waiting: deque[tuple[T, asyncio.Future[R]]] = deque()
-        self._running: set[asyncio.Task[None]] = set()
+        self._running: dict[asyncio.Task[None], list[asyncio.Future[R]]] = {}
         self._due = False
 
     async def ask(self, item: T) -> R:
@@ -48,6 +48,14 @@ class Batcher(Generic[T, R]):
             self._due = True
             loop.call_soon(self._start)  # after all that this turn of the loop brings
         return await future
+
+    def release(self, error: Exception) -> None:
+        """Let go everybody who waits, also for what is being worked on."""
+        for future in [f for _, f in self._waiting] + [
+            f for b in self._running.values() for f in b
+        ]:
+            if not future.done():
+                future.set_exception(error)
 
     async def close(self) -> None:
         """Stop working; who still waits is cancelled."""
@@ -72,11 +80,11 @@ class Batcher(Generic[T, R]):
                 self._waiting.popleft()
             if batch:
                 task = asyncio.get_running_loop().create_task(self._run(batch))
-                self._running.add(task)
+                self._running[task] = [future for _, future in batch]
                 task.add_done_callback(self._ended)
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
-        self._running.discard(task)
+        del self._running[task]
         self._start()
 
     async def _run(self, batch: list[tuple[T, "asyncio.Future[R]"]]) -> None:

@@ -31,6 +31,10 @@ class _FullError(UnavailableError):
     """Every thread is stuck in the store."""
 
 
+class _OpenError(UnavailableError):
+    """The store did not answer others."""
+
+
 class _RowError(UnavailableError):
     """The store answers, but what it holds of this user cannot be read."""
 
@@ -141,12 +145,19 @@ class Features:
             raise UnavailableError("the feature store is not connected")
         if not self._breaker.allows():
             metrics.FEATURE_ERRORS.labels("user", "open_circuit").inc()
-            raise UnavailableError("the feature store failed several times just now")
+            raise _open()
         try:
             async with asyncio.timeout(self._settings.feature_deadline_seconds):
                 return await self._reads.ask(user_id)
         except TimeoutError:
             kind, failure = "deadline", UnavailableError("the feature store missed its deadline")
+            # Each that waited in vain counts, in a read or for one; and once it is clear that the
+            # store hangs, nobody waits on.
+            self._breaker.failed()
+            if self._breaker.open:
+                self._reads.release(_open())
+        except _OpenError as error:
+            kind, failure = "open_circuit", error
         except _FullError as error:
             kind, failure = "full", error
         except _RowError as error:
@@ -165,6 +176,8 @@ class Features:
         """Users that were asked for at the same time, by one read: one result of the breaker's."""
         try:
             found = await self._read_distinct(list(dict.fromkeys(user_ids)))
+        except TimeoutError:
+            raise  # those who asked count it
         except Exception:
             self._breaker.failed()
             raise
@@ -255,6 +268,10 @@ class Features:
         if self._healthy:  # once, not every few seconds
             log.warning("cannot read the trend snapshot: %s", type(error).__name__)
             self._healthy = False
+
+
+def _open() -> _OpenError:
+    return _OpenError("the feature store failed several times just now")
 
 
 def _same(a: TrendSnapshot, b: TrendSnapshot) -> bool:

@@ -42,7 +42,7 @@ class Breaker:
     def allows(self) -> bool:
         """Whether to ask; after True, call `succeeded`, `failed` or `gave_up`.
 
-        Several askers may share an outcome, which is told once; `gave_up` after it is harmless.
+        Several askers may share an outcome; `gave_up` after it is harmless.
         """
         if not self.open:
             return True
