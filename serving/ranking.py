@@ -155,23 +155,22 @@ class Search:
         weight: float = 1.0,
         first_ask: int | None = None,
         explored: bool = False,
-        one_round: bool = False,
+        afresh: bool = False,
     ) -> None:
         """
         Args:
             first_ask: N and T of the first round; None: deep enough for most requests.
             explored: answers hold bonuses, so the first item that does not come is to be known.
-            one_round: ask at once for all that may be needed: more than most searches need, but
-                the first answer ends it, whoever gives it.
+            afresh: each question asks for all that its answer needs to be judged by itself, so
+                that every round may be answered by another model. An answer that does not prove
+                the top k is forgotten, and twice as much is asked for.
         """
         self._k, self._trend, self._weight = k, trend, weight
         self._to_prove = k + explored
         length = len(trend.items)
         depth = top_n = first_ask or 0
-        self._one_round = one_round
-        if one_round:
-            depth, top_n = length, self._to_prove + (length if weight else 0)
-        elif first_ask is None and length <= MAX_ASK:
+        self.afresh = afresh
+        if first_ask is None and length <= MAX_ASK:
             depth, top_n = length, k + SPARE
         elif first_ask is None:
             depth = top_n = min(
@@ -193,7 +192,7 @@ class Search:
         part = None
         # An empty part names the trend all the same: β depends on it.
         if self._weight != 0 and len(self._trend.items):
-            part = Part(self._trend.items, self._asked, self._depth)
+            part = Part(self._trend.items, 0 if self.afresh else self._asked, self._depth)
         return Question(self._top_n, part)
 
     def tell(self, answer: Scored) -> None:
@@ -205,6 +204,8 @@ class Search:
         assert self.question is not None  # noqa: S101 - callers loop on it
         self.rounds += 1
         part = self.question.part
+        if self.afresh:
+            self._affinity_T, self._extra_T, self._limit_T = np.empty(0), None, None
         if len(answer.affinity_T) != (0 if part is None else part.end - part.first):
             raise AnswerError("not as many affinities as items of the list")
         self.coefficient = self._weight * answer.beta
@@ -252,7 +253,8 @@ class Search:
         if self.coefficient == 0:
             # The predictor orders by affinity and item id, which is then the final order.
             return len(answer.item_ids) >= self._to_prove
-        if self._one_round and len(self._item_ids) >= self._to_prove:
+        whole = self._asked == len(self._trend.items)
+        if self.afresh and whole and len(self._item_ids) >= self._to_prove:
             # All of the list, and as many others, whose order the floor leaves as it is (but for
             # affinities so close that the sum makes them equal: then any of them may come).
             return True

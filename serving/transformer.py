@@ -100,14 +100,14 @@ class Work:
         self._search: Search | None = None
         self._begin()
 
-    def _begin(self, one_round: bool = False) -> None:
+    def _begin(self, afresh: bool = False) -> None:
         if self.instance.task == "recommend":
             self._search = Search(
                 self._k,
                 self.trend,
                 self.instance.trend_weight,
                 explored=self.instance.exploration_weight > 0,
-                one_round=one_round,
+                afresh=afresh,
             )
 
     @property
@@ -139,12 +139,13 @@ class Work:
             AnswerError: it makes no sense.
         """
         self.rounds += 1
-        if self.version not in (None, scored.model_version):
+        afresh = self._search is not None and self._search.afresh
+        if self.version not in (None, scored.model_version) and not afresh:
             # Affinities do not mix: the predictor changed its model between two rounds, or another
             # replica answers that never held this one. As replicas may differ for as long as they
-            # like, the search begins again once, so that one answer ends it.
+            # like, the search begins again once, with questions whose answers stand alone.
             self.version = None
-            self._begin(one_round=True)
+            self._begin(afresh=True)
             return
         self.version = scored.model_version
         self.unknown_items = scored.unknown_items + scored.unknown_asked

@@ -1,7 +1,9 @@
 """The threshold algorithm equals brute force over the whole catalogue."""
 
 import asyncio
+import itertools
 import math
+import random
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from model.query import Recommendation
 from model.trends import snapshot_from_counts
-from serving.ranking import AnswerError, Search, Trend, top_k
+from serving.ranking import MAX_ASK, AnswerError, Search, Trend, top_k
 from serving.wire import ItemList, Scored
 
 
@@ -97,19 +99,46 @@ def test_equals_brute_force(catalogue, k, weight, beta, first_ask):
     catalogue=catalogues(),
     k=st.integers(1, 80),
     weight=st.sampled_from([0.0, 0.3, 5.0]),
-    beta=st.sampled_from([-1.0, 0.0, 1.0]),
+    betas=st.lists(st.sampled_from([-1.0, 0.0, 0.5, 1.0]), min_size=1, max_size=4),
+    first_ask=st.none() | st.integers(1, 8),
+    seed=st.integers(0, 99),
 )
-@settings(max_examples=300, deadline=None)
-def test_one_round_is_enough_when_all_is_asked_for_at_once(catalogue, k, weight, beta):
+@settings(max_examples=400, deadline=None)
+def test_answers_of_different_models_end_a_search_that_judges_each_alone(
+    catalogue, k, weight, betas, first_ask, seed
+):
+    """Round after round by another replica with other affinities, β and allowed items: the top k
+    is that of the one whose answer ended it."""
     affinity, counts, allowed = catalogue
     # Not so close together that only adding the floor makes them equal: see `_proved`.
-    affinity = {item: round(value, 3) for item, value in affinity.items()}
-    oracle = Oracle(affinity, beta, allowed)
+    values = [round(value, 3) for value in affinity.values()]
+    rng = random.Random(seed)
+    replicas = []
+    for beta in betas:
+        rng.shuffle(values)
+        blocked = set(rng.sample(sorted(affinity), len(affinity) - len(allowed)))
+        replicas.append(
+            Oracle(dict(zip(affinity, values, strict=True)), beta, set(affinity) - blocked)
+        )
     trend = trend_of(counts, len(affinity) + 6)
-    search = Search(k, trend, weight, one_round=True)
-    search.tell(asyncio.run(oracle.ask(search.question)))
-    assert search.question is None
+    search = Search(k, trend, weight, first_ask, afresh=True)
+    sizes = []
+    while search.question is not None:
+        part = search.question.part
+        assert part is None or part.first == 0
+        sizes.append((search.question.top_n, part.end if part else 0))
+        oracle = replicas[search.rounds % len(replicas)]
+        search.tell(asyncio.run(oracle.ask(search.question)))
     assert search.results() == oracle.brute_force(k, trend, weight)
+    for (n, t), (next_n, next_t) in itertools.pairwise(sizes):
+        assert next_n == 2 * n and next_t <= max(1, 2 * t)
+    assert search.rounds <= math.ceil(math.log2(len(affinity) + 1)) + 2
+
+
+def test_a_long_list_is_not_asked_for_whole():
+    trend = trend_of({f"i{j:07}": 10**6 - j for j in range(50_000)}, 50_000)
+    question = Search(10, trend, afresh=True).question
+    assert question.part.end <= MAX_ASK and question.top_n <= MAX_ASK
 
 
 @example(weight=1.0)
