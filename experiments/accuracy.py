@@ -105,6 +105,7 @@ class Task:
     train: Histories
     valid: Histories | Cases
     test: Cases
+    trend_log: Histories | None = None  # of validation, where it is later than training
 
     @property
     def num_items(self) -> int:
@@ -127,7 +128,7 @@ def trend_task(log: Log, min_events: int) -> Task:
     """The first 70% of the log by time is trained on, its last tenth to validate."""
     split = split_time(log.histories)
     inner = split_time(split.train, 0.9)
-    return Task(log, inner.train, inner.test, split.test)
+    return Task(log, inner.train, inner.test, split.test, split.train)
 
 
 def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
@@ -154,6 +155,7 @@ def fit_variant(task: Task, name: str, overrides: dict[str, Any], seed: int) -> 
         trend,
         task.log.schema,
         progress=lambda line: print(f"  {name} seed {seed} {line}", file=sys.stderr, flush=True),
+        trend_log=task.trend_log,
     )
 
 
@@ -169,7 +171,8 @@ def fit_with_new_items(
     position_M = np.full(task.num_items, -1, dtype=np.int64)
     position_M[known_J] = np.arange(len(known_J))
     log = Log(task.log.schema, catalogue, task.train.with_items(position_M))
-    known = Task(log, log.histories, task.valid.with_items(position_M), task.test)
+    counted = None if task.trend_log is None else task.trend_log.with_items(position_M)
+    known = Task(log, log.histories, task.valid.with_items(position_M), task.test, counted)
     return with_catalogue(fit_variant(known, name, overrides, seed), catalogue, task.log.catalogue)
 
 

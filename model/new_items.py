@@ -3,8 +3,8 @@
 What is learned of an item holds, with hindsight, some of its popularity, so in a fast catalogue
 (news) the learned β is small. Of items that come after training nothing of the kind is known: how
 popular they are only the trend says. So, when training has ended, half of its items are made as new
-as those that `model.extension` adds, and the validation events say which weight of the trend and
-which bias of new items are right then:
+as those that `model.extension` adds, then the other half, and the validation events say which
+weight of the trend and which bias of new items are right in both:
 
     p(a | h, t) ∝ exp(φ̃_a + β_s·log q_a(t) + δ·[a is new]),    s = Σ_{new a} q_a(t).
 
@@ -15,6 +15,7 @@ Shapes: N events, M items, J items made new, F features (log q, is new).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from model.hrnn import TrainedHRNN
 from model.splits import Cases
 
 MAX_EVENTS = 2000
-MAX_CELLS = 2**26  # scores that are kept, and as many log q: 512 MB
+MAX_CELLS = 2**26  # scores of both halves that are kept, and as many log q: 512 MB
 BLOCK = 256
 # So many nats of validation a change of 1 in β or δ has to win: what a few events say is noise.
 PRECISION = 10.0
@@ -44,44 +45,54 @@ def fit_new_items(
         valid: events that training did not descend on.
         known_J: int64, positions of the items that training met, two or more.
     """
-    count = min(len(valid), MAX_EVENTS, max(1, MAX_CELLS // model.network.num_items))
+    count = min(len(valid), MAX_EVENTS, max(1, MAX_CELLS // 2 // model.network.num_items))
     some = Cases(valid.histories, valid.event_N[np.linspace(0, len(valid) - 1, count).astype(int)])
     table = model.trend_table(some.histories)
     if table is None or len(known_J) < 2:
         return
-    new_J = np.random.default_rng(seed).permutation(known_J)[: len(known_J) // 2]
-    grown = as_new(model, new_J)
-    new_M = grown.network.items.new_M.cpu()
-    grown.network.items.new_bias.zero_()
-    grown.trend_log = None  # affinities alone
+    shuffled_J = np.random.default_rng(seed).permutation(known_J)
     row_E = torch.from_numpy(table.row_of(some.histories.timestamp_E))
     item_E = torch.from_numpy(some.histories.item_E)
     blocks = []
-    for event_N, score_NM in grown.iter_scores_at(some.histories, BLOCK, some.event_N):
-        log_q_NM = table.every_item(row_E[event_N])
-        blocks.append((score_NM, log_q_NM, item_E[event_N]))
+    for new_J in np.array_split(shuffled_J, 2):
+        grown = as_new(model, new_J)
+        new_M = grown.network.items.new_M.cpu()
+        grown.network.items.new_bias.zero_()
+        grown.trend_log = None  # affinities alone
+        for event_N, score_NM in grown.iter_scores_at(some.histories, BLOCK, some.event_N):
+            log_q_NM = table.every_item(row_E[event_N])
+            blocks.append(_Block(score_NM, log_q_NM, item_E[event_N], new_M))
     beta = float(model.network.beta.detach())
-    fitted_beta, bias = _fitted(blocks, new_M, beta)
-    share = torch.cat([q_NM[:, new_M].exp().sum(dim=1) for _, q_NM, _ in blocks]).mean()
+    fitted_beta, bias = _fitted(blocks, beta)
     network = model.network
     network.new_beta.fill_(fitted_beta - beta)
-    network.new_share.copy_(share)
+    network.new_share.copy_(torch.cat([block.new_share_N for block in blocks]).mean())
     network.items.new_bias.fill_(bias)
 
 
-def _fitted(
-    blocks: Sequence[tuple[Tensor, Tensor, Tensor]], new_M: Tensor, beta: float
-) -> tuple[float, float]:
+@dataclass(frozen=True)
+class _Block:
+    """Some events under one choice of new items."""
+
+    score_NM: Tensor  # affinities
+    log_q_NM: Tensor
+    item_N: Tensor  # chosen
+    new_M: Tensor  # bool
+
+    @property
+    def new_share_N(self) -> Tensor:
+        """Of q(t), what new items have."""
+        return self.log_q_NM[:, self.new_M].exp().sum(dim=1)
+
+
+def _fitted(blocks: Sequence[_Block], beta: float) -> tuple[float, float]:
     """β ≥ 0 and δ of the largest likelihood, held to (β learned, 0) by `PRECISION`.
 
     The loss is convex in both; Newton's steps are halved until it falls.
-
-    Args:
-        blocks: affinities and log q `[N, M]`, the chosen items `[N]`.
     """
     prior_F = torch.tensor([beta, 0.0], dtype=torch.float64)
     at_F = prior_F.clone()
-    loss, slope_F, curve_FF = _loss(blocks, new_M, at_F, prior_F)
+    loss, slope_F, curve_FF = _loss(blocks, at_F, prior_F)
     for _ in range(STEPS):
         step_F = torch.linalg.solve(curve_FF, slope_F)
         size = 1.0
@@ -89,7 +100,7 @@ def _fitted(
             next_F = at_F - size * step_F
             next_F[0].clamp_(min=0.0)
             next_F[1].clamp_(min=-LARGEST_BIAS, max=LARGEST_BIAS)
-            found = _loss(blocks, new_M, next_F, prior_F)
+            found = _loss(blocks, next_F, prior_F)
             if found[0] <= loss or size < 1e-3:
                 break
             size /= 2
@@ -99,16 +110,15 @@ def _fitted(
     return float(at_F[0]), float(at_F[1])
 
 
-def _loss(
-    blocks: Sequence[tuple[Tensor, Tensor, Tensor]], new_M: Tensor, at_F: Tensor, prior_F: Tensor
-) -> tuple[float, Tensor, Tensor]:
+def _loss(blocks: Sequence[_Block], at_F: Tensor, prior_F: Tensor) -> tuple[float, Tensor, Tensor]:
     """−log likelihood − log prior in nats, its gradient `[F]` and Hessian `[F, F]`."""
     away_F = at_F - prior_F
     loss = 0.5 * PRECISION * float(away_F @ away_F)
     slope_F, curve_FF = PRECISION * away_F, PRECISION * torch.eye(2, dtype=torch.float64)
     beta, bias = at_F.tolist()
-    new_1M = new_M.float()[None]
-    for score_NM, log_q_NM, item_N in blocks:
+    for block in blocks:
+        score_NM, log_q_NM, item_N = block.score_NM, block.log_q_NM, block.item_N
+        new_M, new_1M = block.new_M, block.new_M.float()[None]
         log_p_NM = torch.log_softmax(score_NM + beta * log_q_NM + bias * new_1M, dim=1)
         row_N = torch.arange(len(item_N))
         loss -= float(log_p_NM[row_N, item_N].double().sum())

@@ -47,6 +47,7 @@ def fit(
     progress: Callable[[str], None] = lambda line: None,
     checkpoints: Path | None = None,
     start: Start | None = None,
+    trend_log: Histories | None = None,
 ) -> TrainedHRNN:
     """Train until the validation loss stops improving; the best epoch's weights are kept.
 
@@ -58,6 +59,8 @@ def fit(
         checkpoints: a folder of this run's own; every few minutes what is needed to go on is
             written there, and a run that finds it goes on from it. It is removed at the end.
         start: an older model to begin with; None: at random.
+        trend_log: what log q(t) is counted from in validation (before each event's period only);
+            None: `train`, which says little of events later than all of it.
 
     Raises:
         InputError: nothing to train on, a setting needs what the log does not have, the loss
@@ -75,7 +78,7 @@ def fit(
     file = None
     if checkpoints is not None:
         file = CheckpointFile(
-            checkpoints, _fingerprint(train, valid, catalogue, settings, trend, schema)
+            checkpoints, _fingerprint(train, valid, catalogue, settings, trend, schema, trend_log)
         )
     saved = None if file is None else file.read()  # before the long preparation
     torch.manual_seed(settings.seed)
@@ -84,6 +87,7 @@ def fit(
         known = int((start.catalogue.encode(catalogue.item_ids) >= 0).sum())
         anew = f"; new weights: {', '.join(trainer.anew)}" if trainer.anew else ""
         progress(f"starting from an older model: {known:,} of {len(catalogue):,} items{anew}")
+    trainer.model.trend_log = trend_log or train
     run = _Run(trainer, _few(valid, len(catalogue)), progress, file)
     if saved is not None:
         run.restore(saved)
@@ -261,6 +265,7 @@ def _fingerprint(
     settings: TrainSettings,
     trend: ResolvedTrend | None,
     schema: Schema,
+    trend_log: Histories | None,
 ) -> dict[str, str]:
     """What a run is: whatever its weights depend on."""
     cases = valid if isinstance(valid, Cases) else Cases(valid, later_events(valid))
@@ -271,6 +276,7 @@ def _fingerprint(
         "catalogue": digest_of(list(catalogue.item_ids), catalogue.fields, schema.model_dump()),
         "training events": _digest_log(train),
         "validation events": digest_of(cases.event_N, _digest_log(cases.histories)),
+        "events of the trend": digest_of() if trend_log is None else _digest_log(trend_log),
     }
 
 

@@ -10,7 +10,7 @@ from model import bundle as bundles
 from model.catalogue import Catalogue
 from model.evaluation import perplexity
 from model.extension import as_new, with_catalogue
-from model.new_items import PRECISION, _fitted, _loss
+from model.new_items import PRECISION, _Block, _fitted, _loss
 from model.recommender import Recommender
 from model.schema import Schema
 from model.splits import Cases
@@ -80,29 +80,29 @@ def _blocks(rng, beta, bias, num_events=600, num_items=30):
     p_NM = torch.softmax(score_NM + beta * log_q_NM + bias * new_M.float(), 1).double().numpy()
     item_N = torch.tensor([rng.choice(num_items, p=p / p.sum()) for p in p_NM])
     parts = zip(score_NM.split(256), log_q_NM.split(256), item_N.split(256), strict=True)
-    return list(parts), new_M
+    return [_Block(*part, new_M) for part in parts]
 
 
 @pytest.mark.parametrize(("beta", "bias"), [(1.0, 1.5), (0.3, -2.0), (0.0, 0.0)])
 def test_what_was_planted_is_found(beta, bias):
-    blocks, new_M = _blocks(np.random.default_rng(1), beta, bias, num_events=4000)
-    found = _fitted(blocks, new_M, 0.5)
+    blocks = _blocks(np.random.default_rng(1), beta, bias, num_events=4000)
+    found = _fitted(blocks, 0.5)
     np.testing.assert_allclose(found, (beta, bias), atol=0.12)
 
 
 def test_slope_and_curvature_are_those_of_the_loss():
-    blocks, new_M = _blocks(np.random.default_rng(2), 0.8, 1.0)
+    blocks = _blocks(np.random.default_rng(2), 0.8, 1.0)
     prior_F = torch.tensor([0.5, 0.0], dtype=torch.float64)
 
     def brute_force(at_F):
         total = 0.5 * PRECISION * (at_F - prior_F).square().sum()
-        for score_NM, log_q_NM, item_N in blocks:
-            z_NM = score_NM.double() + at_F[0] * log_q_NM.double() + at_F[1] * new_M.double()
-            total = total + torch.nn.functional.cross_entropy(z_NM, item_N, reduction="sum")
+        for b in blocks:
+            z_NM = b.score_NM.double() + at_F[0] * b.log_q_NM.double() + at_F[1] * b.new_M.double()
+            total = total + torch.nn.functional.cross_entropy(z_NM, b.item_N, reduction="sum")
         return total
 
     at_F = torch.tensor([0.7, -0.4], dtype=torch.float64)
-    loss, slope_F, curve_FF = _loss(blocks, new_M, at_F, prior_F)
+    loss, slope_F, curve_FF = _loss(blocks, at_F, prior_F)
     np.testing.assert_allclose(loss, brute_force(at_F), rtol=1e-5)
     np.testing.assert_allclose(
         slope_F, torch.autograd.functional.jacobian(brute_force, at_F), rtol=1e-3
@@ -113,8 +113,8 @@ def test_slope_and_curvature_are_those_of_the_loss():
 
 
 def test_few_events_change_little():
-    blocks, new_M = _blocks(np.random.default_rng(3), 1.5, 3.0, num_events=3)
-    beta, bias = _fitted(blocks, new_M, 0.5)
+    blocks = _blocks(np.random.default_rng(3), 1.5, 3.0, num_events=3)
+    beta, bias = _fitted(blocks, 0.5)
     assert abs(beta - 0.5) < 0.5 and abs(bias) < 0.5
 
 
