@@ -118,6 +118,22 @@ def test_metrics_are_exported_by_both_processes(service):
         assert float(frozen) > 100_000, f"{role}: imports are looked through again and again"
 
 
+def test_an_answer_that_explored_has_a_line_in_the_log(service):
+    serving, client = service
+    answer = client.recommend("somebody", num_results=5, exploration_weight=2.0)
+    deadline = time.monotonic() + 60
+    while True:  # another thread writes it
+        lines = serving.log_file("transformer").read_text().splitlines()
+        found = [json.loads(line) for line in lines if answer.recommendation_id in line]
+        if found:
+            break
+        assert time.monotonic() < deadline, "no line of this answer"
+        time.sleep(0.05)
+    (line,) = found
+    assert line["logger"] == "hrnn.exploration"
+    assert [item for item, _, _ in line["items"]] == [i.item_id for i in answer.items]
+
+
 COLUMNS = {"ingest.columns": "{user_id: customer, item_id: product_id, timestamp: when}"}
 WORSE = {
     "train.max_epochs": 1,
