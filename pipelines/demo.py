@@ -86,10 +86,13 @@ def _ask(client: Client, events: EventClient, catalogue: Catalogue, history: lis
         "event_type": history[-1].event_type,
         "event_value": history[-1].value and 5.0,
     }
+    # The same question before and after the event: nothing else differs.
+    asked: dict[str, Any] = {"timestamp": now + 60, "num_results": SHOWN, "exclude_seen": True}
+    before = client.recommend(USER, **asked)
     sending = time.monotonic()
     sent = _until_visible(events, {k: v for k, v in event.items() if v is not None})
     seconds = time.monotonic() - sending
-    more = client.recommend(USER, timestamp=now + 60, num_results=SHOWN, exclude_seen=True)
+    more = client.recommend(USER, **asked)
     new = client.recommend("nobody-yet", num_results=SHOWN, timestamp=now)
     sequel: dict[str, Any] = {n: v[catalogue.index[watched]] for n, v in catalogue.fields.items()}
     if catalogue.title_field is not None:
@@ -105,7 +108,7 @@ def _ask(client: Client, events: EventClient, catalogue: Catalogue, history: lis
     out.print(
         f"\nPOST /events: user {USER} watches {titles.get(watched, watched)}"
         f" ({'stored' if sent.stored else 'known from an earlier demo'} and visible after"
-        f" {1000 * seconds:.0f} ms)",
+        f" {1000 * seconds:.0f} ms); {effect(before, more, watched)}",
         markup=False,
     )
     came = "not recommended in time"
@@ -128,6 +131,20 @@ def _ask(client: Client, events: EventClient, catalogue: Catalogue, history: lis
         },
         "Recommendations over HTTP",
         sys.stdout,
+    )
+
+
+def effect(before: Prediction, after: Prediction, item_id: str) -> str:
+    """What the event with an item has changed in the answer to the same question."""
+    affinity = {item.item_id: item.affinity for item in before.items}
+    common = [item for item in after.items if item.item_id in affinity]
+    moved = sum(abs(item.affinity - affinity[item.item_id]) > 1e-5 for item in common)
+    new = len(after.items) - len(common)
+    if not moved + new or item_id in {item.item_id for item in after.items}:
+        return "the next answer does not show it"
+    return (
+        f"the next answer leaves it out: {new} of {len(after.items)} are others,"
+        f" {moved} have another affinity"
     )
 
 

@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from model.errors import InputError
-from model.query import Event
+from model.query import Event, Recommendation
 from model.store import ModelStore
 from pipelines import demo
+from serving.client import Prediction
 from serving.event_client import EventClient
 from tests import synthetic
 from tests.planted import FAST, HRNN_RUN, ITEMS, hrnn_run, interruptible, write_log
@@ -216,10 +217,27 @@ def test_the_demo_ends_with_the_reports_path(deployed, tmp_path, monkeypatch, ca
     demo.main(tmp_path, lambda _: None)
     out = capsys.readouterr().out
     assert "User u7 watched last:" in out
+    # What the event has done, told from two answers to the same question.
+    told = " ".join(out.split())
+    changed = re.findall(r"the next answer leaves it out: \d+ of 8 are others, (\d+) have", told)
+    assert changed, out
+    assert int(changed[0]) > 0
     assert "PUT /items" in out and "not recommended in time" not in out
     assert "Recommendations over HTTP" in out
     assert out.rstrip("\n").splitlines()[-1].endswith(f": {result['report']}")
     assert Path(result["report"]).is_file()
+
+
+def test_the_demo_says_so_when_an_event_changes_nothing():
+    def answer(*affinities):
+        items = [Recommendation(f"i{n}", -float(n), a, 0.0) for n, a in affinities]
+        return Prediction("r", "v", None, (), tuple(items))
+
+    before = answer((1, 0.5), (2, 0.4))
+    for after in (before, answer((2, 0.4)), answer((1, 0.6), (2, 0.5))):
+        assert demo.effect(before, after, "i1") == "the next answer does not show it"
+    told = demo.effect(before, answer((2, 0.3), (3, 0.2)), "i1")
+    assert told == "the next answer leaves it out: 1 of 2 are others, 1 have another affinity"
 
 
 def test_ctrl_c_stops_everything(tmp_path):
