@@ -40,6 +40,7 @@ from feature_repo.online import (
     read_rows,
     relax,
     remove_wrong_types,
+    rows_or_errors,
     write_rows,
 )
 from feature_repo.settings import FeatureStoreSettings
@@ -74,7 +75,7 @@ class LiveFeatures:
         self._events = events
         self._done: int | None = None  # the last change known to be applied
         self._unsure: int | None = None  # what came later may be overwritten with older rows
-        self.replaced = 0  # keys of the online store that held no features
+        self.replaced = 0  # keys or rows of the online store that held no features
         self._traces = True  # of deleted rows may be in the store's files
         with unavailable("open the feature store"):
             self._use(Session.open(settings))
@@ -232,14 +233,24 @@ class LiveFeatures:
         self.replaced += write_rows(self._session.store, self._views[view], rows)
 
     def _read(self, name: str, keys: Sequence[str], *features: str) -> list[dict[str, Any]]:
+        """Rows; one that cannot be read is as good as none, and is written anew by who asked."""
         store, view = self._session.store, self._views[name]
+
+        def read(some: Sequence[str]) -> list[dict[str, Any]]:
+            return read_rows(store, view, some, features)
+
         try:
-            return read_rows(store, view, keys, features)
+            rows = rows_or_errors(read, keys)
         except Exception as error:
             if not is_wrong_type(error):
                 raise
             self.replaced += remove_wrong_types(store, view, keys)
-            return read_rows(store, view, keys, features)
+            rows = rows_or_errors(read, keys)
+        readable = [{} if isinstance(row, Exception) else row for row in rows]
+        if unreadable := sum(isinstance(row, Exception) for row in rows):
+            self.replaced += unreadable
+            log.warning("%d rows of the online store could not be read: replaced", unreadable)
+        return readable
 
 
 def _row(state: UserState, generation: int) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 import logging
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from feature_repo.batches import batches
 from feature_repo.event_tables import ERASE_WAIT_MILLISECONDS
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("hrnn.features")
 
+R = TypeVar("R")
 Row = tuple[str, dict[str, Any], float]  # key, value protos by feature, event time (Unix seconds)
 
 
@@ -130,6 +131,34 @@ def read_rows(
         }
         for _, values in found
     ]
+
+
+def rows_or_errors(
+    read: Callable[[Sequence[str]], Sequence[R]], keys: Sequence[str]
+) -> list[R | Exception]:
+    """What `read` gives of keys; of each that cannot be decoded, why.
+
+    Feast does not tell which row it stumbled over, so it is looked for by halves: b bad ones of n
+    take 2·b·log2(n) reads or so.
+
+    Raises:
+        Exception: of `read`, where it is about the store and not about what a row holds.
+    """
+    try:
+        return list(read(keys))
+    except Exception as error:
+        if _is_the_stores(error):
+            raise
+        if len(keys) == 1:
+            return [error]
+    middle = len(keys) // 2
+    return rows_or_errors(read, keys[:middle]) + rows_or_errors(read, keys[middle:])
+
+
+def _is_the_stores(error: Exception) -> bool:
+    from redis.exceptions import RedisError
+
+    return isinstance(error, OSError | MemoryError | sqlite3.Error | RedisError)
 
 
 def relax(store: "FeatureStore") -> None:

@@ -56,7 +56,15 @@ from feature_repo.names import (
     VIEW_ENTITY,
     ViewOptions,
 )
-from feature_repo.online import Row, erase_traces, overwrite, protos, read_row, write_rows
+from feature_repo.online import (
+    Row,
+    erase_traces,
+    overwrite,
+    protos,
+    read_row,
+    rows_or_errors,
+    write_rows,
+)
 from feature_repo.settings import FeatureStoreSettings, redis_connection
 from feature_repo.sources import APPLIED
 from model.errors import UnavailableError
@@ -225,15 +233,7 @@ class FeatureReader:
             self.trend()
         with unavailable("read users' features"):
             session = self._session
-            try:
-                rows: Sequence[Mapping[str, Any] | Exception] = session.read(
-                    session.user, USER, user_ids
-                )
-            except Exception as error:
-                if _is_the_stores(error):
-                    raise
-                # Feast does not tell which row it stumbled over.
-                rows = _in_halves(session, user_ids, error)
+            rows = rows_or_errors(lambda some: session.read(session.user, USER, some), user_ids)
             return [self._user_or_error(session, row) for row in rows]
 
     async def read_users(self, user_ids: Sequence[str]) -> list[UserFeatures | UnavailableError]:
@@ -430,31 +430,6 @@ class Session:
         kinds = dict(self.profile_fields.values())
         fitting = {n: v for n, v in live.items() if n in kinds and (v is None or fits(kinds[n], v))}
         return {name: v for name, v in {**profile, **fitting}.items() if v is not None}
-
-
-def _in_halves(
-    session: Session, user_ids: Sequence[str], error: Exception
-) -> list[dict[str, Any] | Exception]:
-    """Rows of users whose reading together failed: b bad ones of n take 2·b·log2(n) reads or so."""
-    if len(user_ids) == 1:
-        return [error]
-    middle = len(user_ids) // 2
-    rows: list[dict[str, Any] | Exception] = []
-    for half in (user_ids[:middle], user_ids[middle:]):
-        try:
-            rows += session.read(session.user, USER, half)
-        except Exception as problem:
-            if _is_the_stores(problem):
-                raise
-            rows += _in_halves(session, half, problem)
-    return rows
-
-
-def _is_the_stores(error: Exception) -> bool:
-    """Whether it is not about what a row holds."""
-    from redis.exceptions import RedisError
-
-    return isinstance(error, OSError | sqlite3.Error | RedisError)
 
 
 def _materialise_histories(store: "FeatureStore", settings: FeatureStoreSettings) -> int:

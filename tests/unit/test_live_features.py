@@ -1,6 +1,7 @@
 """Online features that follow the event log: both logs, both online stores, real servers."""
 
 import random
+import sqlite3
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from dataclasses import replace
 import pytest
 import redis
 import sqlalchemy as sa
+from feast.infra.online_stores.helpers import _mmh3
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -472,6 +474,65 @@ class TestKeysOfAnotherType:
         materialise(store, AS_OF)
         users.trend()
         assert (items(users, "sally"), items(users, "joe")) == (["i1"], ["i2"])
+
+
+class TestUnreadableRows:
+    """Values of the online store that are none of Feast's; both stores."""
+
+    def spoil(self, store, view, feature, part):
+        if store.online == "redis":
+            field = _mmh3(f"{view}:{feature}")
+            with redis.Redis.from_url(store.redis_url) as connection:
+                (key,) = (key for key in connection.scan_iter() if part in key)
+                assert connection.hexists(key, field)
+                connection.hset(key, field, b"\xff\xff")
+        else:
+            with closing(sqlite3.connect(store.online_path)) as connection, connection:
+                assert connection.execute(
+                    f"UPDATE hrnn_{view} SET value = x'ffff'"  # noqa: S608 - our own name
+                    " WHERE feature_name = ? AND instr(entity_key, ?)",
+                    (feature, part),
+                ).rowcount
+
+    @pytest.fixture
+    def spoilt(self, log, follower, store):
+        append(log, *(event(n, user=user) for n, user in enumerate(("harry", "sally", "joe"))))
+        with log.write() as transaction:
+            transaction.delete_user("u1")
+        follower.follow()
+        self.spoil(store, "user_live", "deleted_at", b"sally")
+
+    def test_one_holds_up_no_rebuild_and_is_mended_by_it(
+        self, log, follower, store, spoilt, caplog
+    ):
+        follower.rebuild()
+        assert follower.follow() == log.position().seq
+        reader = FeatureReader(store)
+        assert [items(reader, u) for u in ("harry", "sally", "joe")] == [["i0"], ["i1"], ["i2"]]
+        assert not reader.user("u1").known
+        assert follower.replaced == 1
+        assert "1 rows of the online store could not be read" in caplog.text
+        assert "sally" not in caplog.text
+
+    def test_nor_does_it_hide_the_deletions_of_its_neighbours(self, log, follower, store, spoilt):
+        with log.write() as transaction:
+            transaction._connection.execute(metadata.tables["deleted_users"].delete())
+            transaction._connection.execute(sa.update(log_head).values(log_id="restored"))
+            transaction.append([event(9)])
+        follower.follow()
+        assert log.states(["u1"], 1)["u1"].deleted_at is not None
+        assert items(FeatureReader(store), "sally") == ["i1"]
+
+    def test_an_unreadable_checkpoint_is_as_good_as_none(self, log, follower, store):
+        append(log, event(1, user="sally"))
+        follower.follow()
+        self.spoil(store, LIVE_CHECKPOINT, "seq", b"catalogue_id")
+        append(log, event(2, user="joe"))
+        with closing(LiveFeatures(store, log)) as other:
+            assert other.follow() == log.position().seq
+            assert other.replaced == 1
+        reader = FeatureReader(store)
+        assert (items(reader, "sally"), items(reader, "joe")) == (["i1"], ["i2"])
 
 
 def test_live_views_are_not_materialised(store):
