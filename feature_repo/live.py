@@ -163,6 +163,8 @@ class LiveFeatures:
 
     def _apply(self, turn: Turn, at: Checkpoint) -> Checkpoint:
         changes = turn.changes(at.seq, PORTION)
+        # Their rows may hold the only record of a deletion, which this would overwrite.
+        self._repeat_deletions(turn, changes.users)
         self._write_users(turn, changes.users, at.generation, changes.deleted)
         return replace(at, seq=changes.upto)
 

@@ -420,6 +420,42 @@ class TestAnOlderLog:
         assert "lacked 2 deletions" in caplog.text
         assert not any(word in caplog.text for word in ("gone", "back"))
 
+    @pytest.mark.parametrize("when", ["while all are written", "after that"])
+    def test_nor_are_they_lost_to_events_of_users_not_written_yet(
+        self, log, follower, store, monkeypatch, when
+    ):
+        append(log, event(1, user="first"), event(2, user="gone"))
+        follower.follow()
+        now = int(time.time())
+        with log.write() as transaction:
+            transaction.delete_user("gone")
+        follower.follow()
+        late = event(7, user="gone", at=now + 100)
+        with log.write() as transaction:
+            transaction._connection.execute(metadata.tables["deleted_users"].delete())
+            transaction._connection.execute(metadata.tables["deleted_events"].delete())
+            transaction._connection.execute(sa.update(log_head).values(log_id="restored"))
+            if when == "while all are written":  # the backup is of before the deletion
+                transaction.append([event(2, user="gone")])
+        monkeypatch.setattr(live_module, "PORTION", 1)
+        write_users, written = LiveFeatures._write_users, []
+
+        def write(self, turn, page, *rest):
+            write_users(self, turn, page, *rest)
+            if when == "while all are written" and not written:
+                append(log, late)
+            written.extend(page)
+
+        monkeypatch.setattr(LiveFeatures, "_write_users", write)
+        follower.follow()
+        if when == "after that":  # the backup is of before the user came
+            assert "gone" not in written
+            append(log, late, event(8, user="gone", at=now - 100))
+            follower.follow()
+        follower.follow()
+        assert items(FeatureReader(store), "gone") == ["i7"]
+        assert log.states(["gone"], 9)["gone"].deleted_at is not None
+
     def test_a_deletion_is_not_taken_back(self, restored, store):
         materialise(store, AS_OF)
         assert not FeatureReader(store).user("u1").known
