@@ -130,7 +130,11 @@ def load(path: Path) -> Bundle:
             )
         item_bags = FieldBags.encode(encodings.item_fields, catalogue.fields, len(catalogue))
         network = HRNNMeta(settings.network, encodings, item_bags, with_trend=trend is not None)
-        network.load_state_dict(load_file(path / "weights.safetensors"))
+        weights = load_file(path / "weights.safetensors")
+        if manifest.format_version == 5:
+            fresh = network.state_dict()  # what is not there yet changes nothing as it begins
+            weights |= {n: fresh[n] for n in ("new_beta", "new_share", "items.new_bias")}
+        network.load_state_dict(weights)
         network.eval()
         transitions = None
         if network.prior is not None:

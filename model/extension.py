@@ -79,8 +79,13 @@ def as_new(model: TrainedHRNN, item_J: NDArray[np.int64]) -> TrainedHRNN:
     """The model as if these items had come after training; the catalogue stays."""
     position_M = np.arange(model.network.num_items)
     position_M[item_J] = -1
-    extended = _moved(model, position_M, position_M, model.network.items.bags)
-    return replace(extended, trend_log=model.trend_log)  # their popularity is known
+    transitions = model.transitions
+    if transitions is not None:
+        transitions = transitions.without(torch.from_numpy(item_J))
+    # Their popularity is known; the counts, which may be large, keep their order.
+    alone = replace(model, transitions=None, trend_log=None)
+    extended = _moved(alone, position_M, position_M, model.network.items.bags)
+    return replace(extended, transitions=transitions, trend_log=model.trend_log)
 
 
 def _extended(model: TrainedHRNN, old: Catalogue, new: Catalogue, bags: FieldBags) -> TrainedHRNN:

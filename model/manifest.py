@@ -12,6 +12,7 @@ from model.errors import BundleError
 
 FORMAT = "hrnn-meta-bundle"
 FORMAT_VERSION = 6
+READ_VERSIONS = (5, 6)  # 5 knows nothing of what `model.new_items` fits
 MANIFEST = "manifest.json"
 
 
@@ -38,10 +39,11 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
         raise BundleError(f"{where}/{MANIFEST} is not a bundle manifest: {error}") from None
     if manifest.format != FORMAT:
         raise BundleError(f"{where} holds a {manifest.format!r}, not a {FORMAT}")
-    if manifest.format_version != FORMAT_VERSION:
+    if manifest.format_version not in READ_VERSIONS:
         raise BundleError(
             f"{where} has bundle format {manifest.format_version}; this release reads "
-            f"{FORMAT_VERSION}: retrain, or serve it with the release that wrote it"
+            f"{' and '.join(map(str, READ_VERSIONS))}: retrain, or serve it with the release that "
+            "wrote it"
         )
     if not isinstance(manifest.files, dict):
         raise BundleError(f"{where}/{MANIFEST}: 'files' is not an object")

@@ -48,7 +48,7 @@ def fit_new_items(
     count = min(len(valid), MAX_EVENTS, max(1, MAX_CELLS // 2 // model.network.num_items))
     some = Cases(valid.histories, valid.event_N[np.linspace(0, len(valid) - 1, count).astype(int)])
     table = model.trend_table(some.histories)
-    if table is None or len(known_J) < 2:
+    if table is None or len(known_J) < 2 or not count:
         return
     shuffled_J = np.random.default_rng(seed).permutation(known_J)
     row_E = torch.from_numpy(table.row_of(some.histories.timestamp_E))
@@ -62,6 +62,7 @@ def fit_new_items(
         for event_N, score_NM in grown.iter_scores_at(some.histories, BLOCK, some.event_N):
             log_q_NM = table.every_item(row_E[event_N])
             blocks.append(_Block(score_NM, log_q_NM, item_E[event_N], new_M))
+        del grown  # before the next one is made
     beta = float(model.network.beta.detach())
     fitted_beta, bias = _fitted(blocks, beta)
     network = model.network
@@ -93,13 +94,17 @@ def _fitted(blocks: Sequence[_Block], beta: float) -> tuple[float, float]:
     prior_F = torch.tensor([beta, 0.0], dtype=torch.float64)
     at_F = prior_F.clone()
     loss, slope_F, curve_FF = _loss(blocks, at_F, prior_F)
+    least_F = torch.tensor([0.0, -LARGEST_BIAS], dtype=torch.float64)
+    most_F = torch.tensor([torch.inf, LARGEST_BIAS], dtype=torch.float64)
     for _ in range(STEPS):
-        step_F = torch.linalg.solve(curve_FF, slope_F)
+        # What is at its bound, and would go beyond, stays there; the other is solved for alone.
+        held_F = ((at_F <= least_F) & (slope_F > 0)) | ((at_F >= most_F) & (slope_F < 0))
+        free_F = (~held_F).nonzero()[:, 0]
+        step_F = torch.zeros_like(at_F)
+        step_F[free_F] = torch.linalg.solve(curve_FF[free_F][:, free_F], slope_F[free_F])
         size = 1.0
         while True:
-            next_F = at_F - size * step_F
-            next_F[0].clamp_(min=0.0)
-            next_F[1].clamp_(min=-LARGEST_BIAS, max=LARGEST_BIAS)
+            next_F = torch.clamp(at_F - size * step_F, least_F, most_F)
             found = _loss(blocks, next_F, prior_F)
             if found[0] <= loss or size < 1e-3:
                 break

@@ -276,8 +276,7 @@ def _fingerprint(
         "catalogue": digest_of(list(catalogue.item_ids), catalogue.fields, schema.model_dump()),
         "training events": _digest_log(train),
         "validation events": digest_of(cases.event_N, _digest_log(cases.histories)),
-        "events of the trend": digest_of() if trend_log is None else _digest_log(trend_log),
-    }
+    } | ({} if trend_log is None else {"events of the trend": _digest_log(trend_log)})
 
 
 def _digest_log(log: Histories) -> str:

@@ -9,7 +9,7 @@ Shapes: M items, Z stored entries, N positions, R recent items, F folds of the u
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -92,6 +92,9 @@ def _sum_sorted(
         return key, value
     first = np.flatnonzero(np.diff(key, prepend=key[0] - 1))
     return key[first], np.add.reduceat(value, first)
+
+
+ROWS_AT_ONCE = 65_536  # of the counts, where all of them are gone through
 
 
 @dataclass(frozen=True)
@@ -211,6 +214,18 @@ class Transitions:
             n_Z, item_Z, value_Z = n_Z[found_Z], place_Z[found_Z], value_Z[found_Z]
         out = value_Z.new_zeros(len(row_NR) * columns)
         return out.index_add_(0, n_Z * columns + item_Z, value_Z).view(len(row_NR), columns)
+
+    def without(self, item_J: Tensor) -> "Transitions":
+        """The same counts, but for those of some items: nothing follows them, nor do they."""
+        gone_M = torch.zeros(self.num_items, dtype=torch.bool)
+        gone_M[item_J] = True
+        probability_Z = self.probability_Z.clone()
+        for start in range(0, self.num_items, ROWS_AT_ONCE):
+            row_R1 = self.offset_R1[start : start + ROWS_AT_ONCE + 1]
+            part = slice(int(row_R1[0]), int(row_R1[-1]))
+            from_Z = torch.repeat_interleave(gone_M[start : start + ROWS_AT_ONCE], row_R1.diff())
+            probability_Z[part][from_Z | gone_M[self.item_Z[part].long()]] = 0.0
+        return replace(self, probability_Z=probability_Z)
 
     def followers(
         self, row_BR: NDArray[np.int64], weight_R: NDArray[np.float32]

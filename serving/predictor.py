@@ -10,10 +10,10 @@ import os
 import time
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -100,8 +100,13 @@ class Scorer(Protocol):
 class _Prepared:
     """A list of trending items as one model reads it."""
 
-    listed: Any  # of Scorer.listed
     beta: float  # while this is the trend
+    list_items: Callable[[], Any]  # Scorer.listed: large, and not every question needs it
+
+    @cached_property
+    def listed(self) -> Any:
+        """The items, ready to be scored."""
+        return self.list_items()
 
 
 class LoadedModel:
@@ -205,8 +210,8 @@ class LoadedModel:
         found = self._lists.get(name)
         if found is None:
             found = self._lists[name] = _Prepared(
-                self._scorer.listed(items.item_ids),
                 self._scorer.beta_under(items.item_ids, items.log_q_T, items.floor),
+                partial(self._scorer.listed, items.item_ids),
             )
             while len(self._lists) > LISTS_KEPT:
                 self._lists.popitem(last=False)

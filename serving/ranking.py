@@ -191,7 +191,7 @@ class Search:
     def _next(self) -> Question:
         part = None
         # An empty part names the trend all the same: β depends on it.
-        if self._weight != 0 and len(self._trend.items):
+        if self._weight != 0:
             part = Part(self._trend.items, 0 if self.afresh else self._asked, self._depth)
         return Question(self._top_n, part)
 

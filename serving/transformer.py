@@ -119,7 +119,7 @@ class Work:
         instance, search = self.instance, self._search
         question = None if search is None else search.question
         part = None if question is None else question.part
-        if instance.task == "rank" and instance.trend_weight != 0 and len(self.trend.items):
+        if instance.task == "rank" and instance.trend_weight != 0:
             part = Part(self.trend.items, 0, 0)  # β depends on the trend
         return Asked(
             "rate" if instance.task == "rate" else "score",

@@ -10,7 +10,7 @@ from model import bundle as bundles
 from model.catalogue import Catalogue
 from model.evaluation import perplexity
 from model.extension import as_new, with_catalogue
-from model.new_items import PRECISION, _Block, _fitted, _loss
+from model.new_items import LARGEST_BIAS, PRECISION, _Block, _fitted, _loss, fit_new_items
 from model.recommender import Recommender
 from model.schema import Schema
 from model.splits import Cases
@@ -110,6 +110,25 @@ def test_slope_and_curvature_are_those_of_the_loss():
     np.testing.assert_allclose(
         curve_FF, torch.autograd.functional.hessian(brute_force, at_F), rtol=1e-3
     )
+
+
+@pytest.mark.parametrize(("beta", "bias"), [(-0.3, 0.0), (-1.0, -2.0), (0.5, 14.0)])
+def test_beyond_a_bound_the_rest_is_still_the_best(beta, bias):
+    blocks = _blocks(np.random.default_rng(4), beta, bias, num_events=1000)
+    found = torch.tensor(_fitted(blocks, 0.5), dtype=torch.float64)
+    prior_F = torch.tensor([0.5, 0.0], dtype=torch.float64)
+    loss = _loss(blocks, found, prior_F)[0]
+    for step in ([0.02, 0.0], [-0.02, 0.0], [0.0, 0.02], [0.0, -0.02], [0.02, 0.02], [0.02, -0.02]):
+        near = found + torch.tensor(step, dtype=torch.float64)
+        if near[0] >= 0 and abs(float(near[1])) <= LARGEST_BIAS:
+            assert _loss(blocks, near, prior_F)[0] > loss - 1e-3
+
+
+def test_no_validation_events_leave_the_learned_weight(trained):
+    model, valid, _ = trained
+    before = float(model.network.new_beta)
+    fit_new_items(model, Cases(valid, np.empty(0, dtype=np.int64)), np.arange(10))
+    assert float(model.network.new_beta) == before
 
 
 def test_few_events_change_little():

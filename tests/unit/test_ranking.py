@@ -32,7 +32,7 @@ class Oracle:
         best, part = order[: question.top_n], question.part
         return Scored(
             "v",
-            self.beta,
+            self.beta + (part is None),  # which β is right depends on the trend, which a part names
             best,
             affinity_C=self.phi(best),
             affinity_T=self.phi(part.of.item_ids[part.first : part.end] if part else ()),
