@@ -51,7 +51,7 @@ class TrainSettings(SettingsBase):
     max_epochs: int = 60
     patience: int = 2  # epochs without a better validation loss, and PATIENT_STEPS steps at least
     learning_rate: float = 0.002
-    row_learning_rate: float = 0.05  # of tables updated by rows (sampled softmax): Adagrad's
+    row_learning_rate: float = 0.1  # of tables updated by rows (sampled softmax): Adagrad's
     plateaus: int = 3  # after each but the last, the learning rate falls; the last ends training
     plateau_factor: float = 0.3  # by which it falls
     weight_decay: float = 0.0
