@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from feature_repo.names import feature_names
+from feature_repo.store import apply, materialise
 from model.schema import Schema
 from model.trends import snapshot_from_counts
 
@@ -19,6 +20,14 @@ SCHEMA = Schema.parse(
         "item_title": "title",
     }
 )
+
+
+def filled(settings):
+    """A store with the sources of `write_sources`, applied and materialised; its settings."""
+    write_sources(settings)
+    apply(settings, SCHEMA)
+    materialise(settings, AS_OF)
+    return settings
 
 
 def moments(*seconds):

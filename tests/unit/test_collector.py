@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 
 from feature_repo import event_tables
 from feature_repo.event_log import EventLog
-from feature_repo.store import FeatureReader, apply, materialise
+from feature_repo.store import FeatureReader
 from model.errors import InputError, UnavailableError
 from serving.collector import Collector, application
 from serving.collector_http import Intake, ProblemError
 from serving.settings import ServeSettings
-from tests.feature_sources import AS_OF, HARSH, SCHEMA, write_sources
+from tests.feature_sources import AS_OF, HARSH, filled
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +30,7 @@ def features(tmp_path_factory):
     from feature_repo.settings import FeatureStoreSettings
 
     settings = FeatureStoreSettings(root=str(tmp_path_factory.mktemp("features")))
-    write_sources(settings)
-    apply(settings, SCHEMA)
-    materialise(settings, AS_OF)
-    return settings
+    return filled(settings)
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])

@@ -46,7 +46,7 @@ from model.errors import InputError, UnavailableError
 from model.query import Event
 from model.schema import FieldKind, Schema
 from model.trends import TrendSnapshot
-from tests.feature_sources import AS_OF, HARSH, SCHEMA, snapshot, write_sources
+from tests.feature_sources import AS_OF, HARSH, SCHEMA, filled, snapshot, write_sources
 from tests.feature_store import CheckedReader as FeatureReader
 
 REPO = Path(__file__).resolve().parents[2]
@@ -54,10 +54,7 @@ REPO = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def store(settings):
-    write_sources(settings)
-    apply(settings, SCHEMA)
-    materialise(settings, AS_OF)
-    return settings
+    return filled(settings)
 
 
 def test_data_of_1998_is_served_exactly_as_written(store):
@@ -192,10 +189,7 @@ def test_a_row_that_cannot_be_read_costs_its_neighbours_few_reads(store, monkeyp
 def redis_store(tmp_path, redis_server):
     url = redis_server.database()
     settings = FeatureStoreSettings(root=str(tmp_path / "f"), online="redis", redis_url=url)
-    write_sources(settings)
-    apply(settings, SCHEMA)
-    materialise(settings, AS_OF)
-    return settings
+    return filled(settings)
 
 
 def read_users(settings, *steps):
@@ -486,9 +480,7 @@ class TestRegistryInADatabase:
 
     def test_a_running_reader_notices_a_new_schema_at_once(self, settings):
         """Also within the second that Feast's own times are of."""
-        write_sources(settings)
-        apply(settings, SCHEMA)
-        materialise(settings, AS_OF)
+        filled(settings)
         reader = FeatureReader(settings)
         assert "age" in reader.user("u1").profile
         apply(settings, Schema.parse({"users": {"tags": "multi_categorical"}}))
@@ -496,9 +488,7 @@ class TestRegistryInADatabase:
         assert reader.user("u1").profile == {"tags": HARSH}
 
     def test_a_registry_that_is_away_changes_nothing_for_readers(self, settings, monkeypatch):
-        write_sources(settings)
-        apply(settings, SCHEMA)
-        materialise(settings, AS_OF)
+        filled(settings)
         reader = FeatureReader(settings)
         engine = connection._registry_engine(settings.registry_url)
         with engine.begin() as database:  # as if somebody had dropped it

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
 from feature_repo.settings import FeatureStoreSettings
-from feature_repo.store import FeatureReader, apply, materialise
+from feature_repo.store import FeatureReader
 from model.errors import UnavailableError
 from serving.features import Features
 from serving.guards import Breaker, Gate, OverloadedError
 from serving.settings import ServeSettings
-from tests.feature_sources import AS_OF, SCHEMA, write_sources
+from tests.feature_sources import filled
 from tests.servers import RedisServer
 
 
@@ -85,9 +85,7 @@ def test_few_wait_in_vain_for_a_store_that_hangs(tmp_path):
     where = FeatureStoreSettings(
         root=str(tmp_path / "features"), online="redis", redis_url=redis.database()
     )
-    write_sources(where)
-    apply(where, SCHEMA)
-    materialise(where, AS_OF)
+    filled(where)
     settings = ServeSettings(feature_deadline_seconds=1.0, breaker_seconds=0.2)
 
     async def stream(features, requests):

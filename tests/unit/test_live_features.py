@@ -27,16 +27,13 @@ from feature_repo.settings import FeatureStoreSettings
 from feature_repo.store import UserFeatures, ViewOptions, apply, forget, materialise
 from model.errors import UnavailableError
 from model.query import Event
-from tests.feature_sources import AS_OF, HARSH, SCHEMA, write_sources
+from tests.feature_sources import AS_OF, HARSH, SCHEMA, filled, write_sources
 from tests.feature_store import CheckedReader as FeatureReader
 
 
 @pytest.fixture
 def store(settings):
-    write_sources(settings)
-    apply(settings, SCHEMA)
-    materialise(settings, AS_OF)
-    return settings
+    return filled(settings)
 
 
 @pytest.fixture
@@ -468,10 +465,7 @@ class TestKeysOfAnotherType:
     def store(self, tmp_path, redis_server):
         url = redis_server.database()
         settings = FeatureStoreSettings(root=str(tmp_path / "f"), online="redis", redis_url=url)
-        write_sources(settings)
-        apply(settings, SCHEMA)
-        materialise(settings, AS_OF)
-        return settings
+        return filled(settings)
 
     def spoil(self, store, part):
         with redis.Redis.from_url(store.redis_url) as connection:
