@@ -173,7 +173,9 @@ class Features:
         raise failure
 
     async def _read(self, user_ids: list[str]) -> list[UserFeatures | Exception]:
-        """Users that were asked for at the same time, by one read: one result of the breaker's."""
+        """Users that were asked for at the same time, by one read: one result of the breaker's, but
+        for a read that hangs (see `user`).
+        """
         try:
             found = await self._read_distinct(list(dict.fromkeys(user_ids)))
         except TimeoutError:

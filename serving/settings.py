@@ -62,7 +62,9 @@ class ServeSettings(SettingsBase):
     trend_stale_seconds: PositiveFloat = 60.0  # without a successful read: answers are labelled
     trend_stale_periods: PositiveFloat = 3.0  # of the log since the trend was counted: the same
     feature_threads: PositiveInt = 8
-    breaker_failures: PositiveInt = 5  # in a row, until a dependency is not asked any more
+    # In a row, until a dependency is not asked any more. Requests that wait for one read of users
+    # in vain count each, or a store that hangs would keep many waiting.
+    breaker_failures: PositiveInt = 5
     breaker_seconds: PositiveFloat = 1.0  # until one request tries it again
     exploration_log: bool = True  # a line for every answer that explores
     max_in_flight: PositiveInt = 24  # requests of one process at a time; the rest get 503
