@@ -29,7 +29,8 @@ from model.splits import Cases
 MAX_EVENTS = 2000
 MAX_CELLS = 2**26  # scores of both halves that are kept, and as many log q: 512 MB
 BLOCK = 256
-# So many nats of validation a change of 1 in β or δ has to win: what a few events say is noise.
+# Of the prior of β and δ: a change of 1 has to win half as many nats of validation, as what a few
+# events say is noise.
 PRECISION = 10.0
 STEPS = 30  # Newton's, at most
 LARGEST_BIAS = 10.0

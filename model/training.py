@@ -87,7 +87,8 @@ def fit(
         known = int((start.catalogue.encode(catalogue.item_ids) >= 0).sum())
         anew = f"; new weights: {', '.join(trainer.anew)}" if trainer.anew else ""
         progress(f"starting from an older model: {known:,} of {len(catalogue):,} items{anew}")
-    trainer.model.trend_log = trend_log or train
+    if trend_log is not None:
+        trainer.model.trend_log = trend_log
     run = _Run(trainer, _few(valid, len(catalogue)), progress, file)
     if saved is not None:
         run.restore(saved)

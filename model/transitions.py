@@ -224,7 +224,7 @@ class Transitions:
             row_R1 = self.offset_R1[start : start + ROWS_AT_ONCE + 1]
             part = slice(int(row_R1[0]), int(row_R1[-1]))
             from_Z = torch.repeat_interleave(gone_M[start : start + ROWS_AT_ONCE], row_R1.diff())
-            probability_Z[part][from_Z | gone_M[self.item_Z[part].long()]] = 0.0
+            probability_Z[part][from_Z | gone_M[self.item_Z[part]]] = 0.0
         return replace(self, probability_Z=probability_Z)
 
     def followers(
