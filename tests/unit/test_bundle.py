@@ -7,6 +7,8 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from components.train import steps
@@ -208,6 +210,23 @@ def test_damaged_bundles_are_refused(case, copy):
     damage, message = DAMAGE[case]
     damage(copy)
     with pytest.raises(BundleError, match=message):
+        bundles.load(copy)
+
+
+def test_a_bundle_of_the_format_before_is_read_as_it_was_meant(copy):
+    """Format 5 knew nothing of new items: β is the learned one, whatever is new."""
+    weights = load_file(copy / "weights.safetensors")
+    for name in ("new_beta", "new_share", "items.new_bias"):
+        del weights[name]
+    save_file(weights, copy / "weights.safetensors")
+    _edit_manifest(copy, format_version=5)
+    _resign(copy)
+    network = bundles.load(copy).model.network
+    with torch.no_grad():
+        assert float(network.beta_at(torch.tensor(1.0))) == float(network.beta)
+    assert float(network.items.new_bias) == 0.0
+    _edit_manifest(copy, format_version=6)
+    with pytest.raises(BundleError, match="new_beta"):
         bundles.load(copy)
 
 
