@@ -44,12 +44,12 @@ def main(arguments: list[str] | None = None) -> int:
     first = History.of(history[: options.events])  # as the feature store gives it
     query = Query(first, 1e9 + 1e7)
     hidden = options.hidden
-    weight = rng.standard_normal((3 * hidden, hidden), dtype=np.float32)
-    state, out = weight[0].copy(), np.empty(3 * hidden, dtype=np.float32)
+    weight = rng.standard_normal((hidden, 3 * hidden), dtype=np.float32)
+    state, out = weight[:, 0].copy(), np.empty(3 * hidden, dtype=np.float32)
 
     def products() -> None:
         for _ in range(options.events):
-            np.dot(weight, state, out=out)
+            np.dot(state, weight, out=out)
 
     gru = torch.nn.GRU(settings.embedding + settings.control + 3, hidden)
     x = torch.randn(options.events, 1, gru.input_size)

@@ -2,7 +2,7 @@
 
 The same numbers as `model.network` (to rounding) from NumPy on one user's events: inputs of all
 positions come from one matrix product, then one matrix-vector product per step.
-σ(x) = (1 + tanh(x / 2)) / 2, and the halves are folded into the weights.
+σ(x) = 1 / (1 + exp(−x)), and the minus is folded into the weights of r and z.
 
 The states of histories read lately are kept. Position k reads event k − 1 and the time of event
 k, so the state *before* the last event is consumed depends on the past alone and not on the
@@ -36,7 +36,6 @@ from model.query import Event, History, Query
 Float32 = NDArray[np.float32]
 
 LOCKSTEP = 4  # histories from which one step for all is faster than each by itself
-PADDING = 8  # columns beside the weights: the bias, and zeros
 LOOK_BACK = 8  # events that may have come since a state was kept
 
 
@@ -77,14 +76,12 @@ class LeanGRU:
         weight_GI, weight_GH, bias_i_G, bias_h_G = (
             p.detach().numpy() for p in network.encoder.gru.parameters()
         )
-        # σ(x) = (1 + tanh(x/2)) / 2; r ⊙ g = tanh(·) ⊙ g/2 + g/2 with g = W_n h + b_n.
-        half_G = np.full(3 * hidden, 0.5, dtype=np.float32)
-        scaled_GH = weight_GH * half_G[:, None]
-        self._bias_h_n_H = bias_h_G[2 * hidden :] * np.float32(0.5)
-        half_G[2 * hidden :] = 1.0
-        weight_IG = np.ascontiguousarray((weight_GI * half_G[:, None]).T)
-        bias_G = bias_i_G * half_G
-        bias_G[: 2 * hidden] += 0.5 * bias_h_G[: 2 * hidden]
+        sign_G = np.ones(3 * hidden, dtype=np.float32)
+        sign_G[: 2 * hidden] = -1.0
+        weight_IG = np.ascontiguousarray((weight_GI * sign_G[:, None]).T)
+        # Biases of h go with those of the inputs, but for that of n, which r multiplies.
+        bias_G = bias_i_G * sign_G
+        bias_G[: 2 * hidden] -= bias_h_G[: 2 * hidden]
         self._hidden = hidden
         with torch.no_grad():
             self._item_MD = network.items.inputs(torch.arange(network.num_items + 1)).numpy()
@@ -100,11 +97,11 @@ class LeanGRU:
         names = () if event_type is None else event_type.vocabulary
         self._type_token: dict[str | None, int] = {n: t for t, n in enumerate(names, start=1)}
         self._begin_H = network.encoder.begin_state.detach().numpy()
-        self._weight_HG = np.ascontiguousarray(scaled_GH.T)
-        # With a column for the bias, and as many as keep rows aligned.
-        self._weight_GP = np.zeros((3 * hidden, hidden + PADDING), dtype=np.float32)
-        self._weight_GP[:, :hidden] = scaled_GH
-        self._weight_GP[2 * hidden :, hidden] = self._bias_h_n_H
+        # A row for each number of h, and one for the bias of n. (A vector times this is faster
+        # than its transpose times the vector.)
+        self._weight_PG = np.zeros((hidden + 1, 3 * hidden), dtype=np.float32)
+        self._weight_PG[:hidden] = (weight_GH * sign_G[:, None]).T
+        self._weight_PG[hidden, 2 * hidden :] = bias_h_G[2 * hidden :]
         self._query_HD = network.query.weight.detach().T.contiguous()
         self._query_D = network.query.bias.detach().numpy()
         self._profile: FoldedProfile | None = None
@@ -215,9 +212,11 @@ class LeanGRU:
                 nothing = np.array([np.nan])
                 value_N = np.concatenate([p.previous(p.value_L, nothing) for p in pasts])
                 mean, std = self._encodings.value_mean or 0.0, self._encodings.value_std
-                z_N = np.clip((value_N - mean) / std, -MAX_DEVIATIONS, MAX_DEVIATIONS)
-                known_N = ~np.isnan(z_N)
-                inputs += [np.nan_to_num(z_N)[:, None], known_N[:, None]]
+                z_N = (value_N - mean) / std
+                known_N = z_N == z_N
+                z_N[~known_N] = 0.0
+                z_N = np.minimum(np.maximum(z_N, -MAX_DEVIATIONS), MAX_DEVIATIONS)
+                inputs += [z_N[:, None], known_N[:, None]]
         inputs.append(np.ones((len(previous_N), 1), dtype=np.float32))
         x_NI = np.concatenate(inputs, axis=1, dtype=np.float32)
         # Torch's product keeps to the threads it was given; NumPy's BLAS takes every core, and
@@ -228,31 +227,33 @@ class LeanGRU:
     def _steps(self, gate_KG: Float32, h_H: Float32) -> Float32:
         """Run the recurrence over some positions; `h_H` is left as it is."""
         hidden = self._hidden
-        state = np.zeros(hidden + PADDING, dtype=np.float32)
-        state[:hidden], state[hidden] = h_H, 1.0  # the 1 adds the bias
+        state = np.ones(hidden + 1, dtype=np.float32)  # the last 1 adds the bias
+        state[:hidden] = h_H
         h_H = state[:hidden]
         recurrent_G = np.empty(3 * hidden, dtype=np.float32)
         rz, g_H = recurrent_G[: 2 * hidden], recurrent_G[2 * hidden :]
-        r_H, z_H = rz[:hidden], rz[hidden:]
+        r_H, z_H = rz[:hidden], rz[hidden:]  # their reciprocals
         n_H = np.empty(hidden, dtype=np.float32)
-        # As arrays: a scalar operand costs a conversion each time.
-        one, half = np.ones(2 * hidden, dtype=np.float32), np.full(hidden, 0.5, dtype=np.float32)
-        weight_GP = self._weight_GP
-        dot, add, subtract, multiply, tanh = np.dot, np.add, np.subtract, np.multiply, np.tanh
+        one = np.ones(2 * hidden, dtype=np.float32)  # a scalar costs a conversion each time
+        weight_PG = self._weight_PG
+        dot, exp, tanh = np.dot, np.exp, np.tanh
+        add, subtract, divide = np.add, np.subtract, np.divide
         # A call costs as much as its arithmetic: as few as can be, `out` given by position.
-        for gate_rz, gate_n in zip(gate_KG[:, : 2 * hidden], gate_KG[:, 2 * hidden :], strict=True):
-            dot(weight_GP, state, recurrent_G)
-            add(rz, gate_rz, rz)
-            tanh(rz, rz)
-            add(rz, one, rz)
-            multiply(r_H, g_H, n_H)
-            add(n_H, gate_n, n_H)
-            tanh(n_H, n_H)
-            # h' = n + z ⊙ (h − n) with z = (1 + tanh) / 2
-            multiply(z_H, half, z_H)
-            subtract(h_H, n_H, h_H)
-            multiply(h_H, z_H, h_H)
-            add(h_H, n_H, h_H)
+        with np.errstate(over="ignore"):  # what is divided by infinity is 0, as it should be
+            for gate_rz, gate_n in zip(
+                gate_KG[:, : 2 * hidden], gate_KG[:, 2 * hidden :], strict=True
+            ):
+                dot(state, weight_PG, recurrent_G)
+                add(rz, gate_rz, rz)
+                exp(rz, rz)
+                add(rz, one, rz)
+                divide(g_H, r_H, n_H)
+                add(n_H, gate_n, n_H)
+                tanh(n_H, n_H)
+                # h' = n + z ⊙ (h − n)
+                subtract(h_H, n_H, h_H)
+                divide(h_H, z_H, h_H)
+                add(h_H, n_H, h_H)
         return h_H.copy()
 
     def _states_before_last(
@@ -285,13 +286,14 @@ class LeanGRU:
     def _step(self, gate_BG: Float32, h_BH: Float32) -> Float32:
         """One step of the recurrence for B queries."""
         hidden = self._hidden
-        product_BG = torch.mm(torch.from_numpy(h_BH), torch.from_numpy(self._weight_HG)).numpy()
-        rz_BG = np.tanh(gate_BG[:, : 2 * hidden] + product_BG[:, : 2 * hidden])
-        r_BH, z_BH = rz_BG[:, :hidden], rz_BG[:, hidden:]
-        g_BH = product_BG[:, 2 * hidden :] + self._bias_h_n_H
-        n_BH = np.tanh(gate_BG[:, 2 * hidden :] + r_BH * g_BH + g_BH)
-        half_BH = (h_BH - n_BH) * np.float32(0.5)
-        result: Float32 = n_BH + half_BH + z_BH * half_BH
+        weight_HG, bias_H = self._weight_PG[:hidden], self._weight_PG[hidden, 2 * hidden :]
+        product_BG = torch.mm(torch.from_numpy(h_BH), torch.from_numpy(weight_HG)).numpy()
+        with np.errstate(over="ignore"):
+            rz_BG = np.exp(gate_BG[:, : 2 * hidden] + product_BG[:, : 2 * hidden])
+        rz_BG += np.float32(1.0)
+        r_BH, z_BH = rz_BG[:, :hidden], rz_BG[:, hidden:]  # their reciprocals
+        n_BH = np.tanh(gate_BG[:, 2 * hidden :] + (product_BG[:, 2 * hidden :] + bias_H) / r_BH)
+        result: Float32 = n_BH + (h_BH - n_BH) / z_BH
         return result
 
     def _queries(self, queries: Sequence[Query], h_BH: Float32) -> Float32:
