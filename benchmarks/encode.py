@@ -15,9 +15,10 @@ import torch
 from benchmarks.machine import seconds
 from model.fields import FieldBags
 from model.inputs import InputEncodings
-from model.lean import LeanGRU, States
+from model.lean import LeanGRU
 from model.network import HRNNMeta, NetworkSettings
 from model.query import Event, History, Query
+from model.states import States
 
 
 def main(arguments: list[str] | None = None) -> int:

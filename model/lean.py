@@ -15,8 +15,6 @@ gates (r, z, n), D embedding.
 """
 
 import hashlib
-import threading
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +30,7 @@ from model.inputs import MAX_DEVIATIONS
 from model.network import HRNNMeta
 from model.profile import FoldedProfile
 from model.query import Event, History, Query
+from model.states import States
 
 Float32 = NDArray[np.float32]
 
@@ -55,7 +54,7 @@ class LeanGRU:
         self,
         network: HRNNMeta,
         index: Mapping[str, int],
-        states: "States",
+        states: States,
         key_M: NDArray[np.int64] | None = None,
     ) -> None:
         """
@@ -134,9 +133,9 @@ class LeanGRU:
             gate_NG += np.repeat(user_BG, steps_B, axis=0)
         # The last position is the request's; the state before it is worth keeping.
         h_BH = self._states_before_last(gate_NG, first_B, steps_B, pasts)
-        for past, h_H in zip(pasts, h_BH, strict=True):
+        for query, past, h_H in zip(queries, pasts, h_BH, strict=True):
             if past.key is not None:
-                self.states.keep(past.key, h_H)
+                self.states.keep(past.key, h_H, query, past.found)
         last_BG = gate_NG[first_B + steps_B - 1]
         x_BD = self._queries(queries, self._step(last_BG, h_BH))
         if self._profile is not None:
@@ -174,7 +173,7 @@ class LeanGRU:
                     past.key = key
                 state = self.states.get(key)
                 if state is not None:
-                    past.first, past.h_H = first, state
+                    past.first, past.h_H, past.found = first, state, key
                     break
         return past
 
@@ -309,33 +308,6 @@ class LeanGRU:
         return x_BD + self._query_D
 
 
-class States:
-    """States `[H]` by the digest of what was read; the least recently used goes. Thread-safe."""
-
-    def __init__(self, limit: int) -> None:
-        """
-        Args:
-            limit: states kept, one row of H numbers each; 0: none.
-        """
-        self.limit = limit
-        self._states: OrderedDict[bytes, Float32] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: bytes) -> Float32 | None:
-        with self._lock:
-            state = self._states.get(key)
-            if state is not None:
-                self._states.move_to_end(key)
-            return state
-
-    def keep(self, key: bytes, h_H: Float32) -> None:
-        with self._lock:
-            self._states[key] = h_H.copy()  # not the whole batch
-            self._states.move_to_end(key)
-            while len(self._states) > self.limit:
-                self._states.popitem(last=False)
-
-
 @dataclass(slots=True)
 class _Past:
     """What the positions 0 … L of one query read; those before `first` are in `h_H`."""
@@ -349,6 +321,7 @@ class _Past:
     h_H: Float32
     first: int = 0
     key: bytes | None = None  # under which the state before the last position is kept
+    found: bytes | None = None  # under which `h_H` was
 
     @property
     def steps(self) -> int:

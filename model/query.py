@@ -105,6 +105,16 @@ class History(Sequence[Event]):
             None if value_L is None else value_L[rows],
         )
 
+    def copy(self) -> "History":
+        """The same events in memory of their own: columns may be parts of a whole message."""
+        value_L = self.value_L
+        return History(
+            self.item_ids.copy(),
+            self.time_L.copy(),
+            None if self.event_types is None else self.event_types.copy(),
+            None if value_L is None else value_L.copy(),
+        )
+
     def followed_by(self, other: "History") -> "History":
         """Both, one after the other."""
         types: list[str | None] | None = None

@@ -24,12 +24,13 @@ from model.errors import InputError
 from model.extension import with_items
 from model.hrnn import encode_batches
 from model.inputs import Positions
-from model.lean import LeanGRU, States
+from model.lean import LeanGRU
 from model.network import Encoded
 from model.query import Event, FieldValue, History, ItemFilter, Query, Recommendation
 from model.retrieval import Allowed, Ask, Listed, Retrieval, Scores
 from model.schema import FieldKind, fits
 from model.sequences import Histories
+from model.states import States
 from model.transitions import summed
 from model.trends import TrendSnapshot
 
@@ -280,6 +281,27 @@ class Recommender:
                 x_BD, top_n, restrictions, bonuses, extras, strict=True
             )
         ]
+
+    def recent(self) -> list[Query]:
+        """Histories that were read last, newest first; none where states are not kept."""
+        return [] if self._lean is None else self._lean.states.recent()
+
+    def read(self, queries: Sequence[Query]) -> None:
+        """Read histories before anybody asks, so that their states are kept.
+
+        Those of users with fields that the model cannot read are left out.
+        """
+        if self._lean is None:
+            return
+        readable = []
+        for query in queries:
+            try:
+                self.check(query)
+            except InputError:  # another model's fields were of other kinds: nothing to gain
+                continue
+            readable.append(query)
+        if readable:
+            self._lean.read_all(readable, [self._known(query.history) for query in readable])
 
     def listed(self, item_ids: Sequence[str]) -> Listed:
         """Prepare a list of items that many queries ask for; unknown ones are allowed."""

@@ -71,8 +71,12 @@ class Champions(Generic[M]):
         metrics.MODEL_IS_CHAMPION.set(1)
         return model
 
-    def next(self, in_use: str) -> M | None:
-        """The model to use instead of version `in_use`; None: go on with that one."""
+    def next(self, in_use: str, ready: Callable[[M], M] = lambda model: model) -> M | None:
+        """The model to use instead of version `in_use`; None: go on with that one.
+
+        Args:
+            ready: does what the model needs before its use; one for which it fails is refused.
+        """
         if self._store is None:
             return None
         champion = ""
@@ -84,7 +88,7 @@ class Champions(Generic[M]):
             elif champion == self._refused and self._clock() - self._refused_at < RETRY_SECONDS:
                 return None
             else:
-                model = self._load_version(champion, self._store)
+                model = ready(self._load_version(champion, self._store))
                 metrics.MODEL_REFRESHES.labels("swapped").inc()
             metrics.MODEL_IS_CHAMPION.set(1)
         except Exception as error:

@@ -10,7 +10,7 @@ import os
 import time
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -57,6 +57,11 @@ RATED_AT_ONCE = 20_000  # items over a batch; each takes 1.5 kB or so
 MOST_TOGETHER = 64  # questions by one use of the model, unless one caller asks more
 LISTS_KEPT = 8  # of trending items: those of the transformers there are, old and new
 MAX_LIST = 1_000_000
+# Before a swap the new model reads the histories that the old one has read last, so many at once,
+# each time followed by a pause so many times as long: answers go on meanwhile.
+READ_TOGETHER = 32
+READ_PAUSE = 2.0
+TAKE_OVER_SECONDS = 10.0  # at most; who is not read by then is read when he asks
 
 
 class Scorer(Protocol):
@@ -94,6 +99,8 @@ class Scorer(Protocol):
         self, items: Mapping[str, Mapping[str, FieldValue]]
     ) -> tuple[dict[str, Mapping[str, FieldValue]], int]: ...
     def with_items(self, items: Mapping[str, Mapping[str, FieldValue]]) -> "Scorer": ...
+    def recent(self) -> Sequence[Query]: ...
+    def read(self, queries: Sequence[Query]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -152,6 +159,29 @@ class LoadedModel:
             self._scorer.retrieve(asks, more, [trending] * len(batch))
             if self._scorer.rates:
                 self._scorer.rate(batch, more)
+
+    def prepare(self, lists: Iterable[ItemList]) -> None:
+        """Have trending items ready before anybody asks for them; not while it is in use."""
+        for items in lists:
+            prepared = self._prepared(Part(items, 0, len(items)))
+            if prepared is not None and len(items):
+                _ = prepared.listed
+
+    def read_as(self, before: "LoadedModel") -> None:
+        """Read the histories that another model has read last, while that one is in use.
+
+        A model without states would read every user's history anew in the seconds after a swap.
+        """
+        recent = before.scorer.recent()
+        end = time.monotonic() + TAKE_OVER_SECONDS
+        for start in range(0, len(recent), READ_TOGETHER):
+            began = time.monotonic()
+            self._scorer.read(recent[start : start + READ_TOGETHER])
+            now = time.monotonic()
+            if now > end:
+                log.info("%d of %d recent histories read ahead", start + READ_TOGETHER, len(recent))
+                break
+            time.sleep(READ_PAUSE * (now - began))
 
     def score(self, asked: Sequence[Asked]) -> list[Scored | InputError]:
         """One answer per question, or why the model cannot read it or do what it asks for."""
@@ -391,14 +421,12 @@ class Predictor(JsonModel):
         while True:
             await asyncio.sleep(self.settings.model_refresh_seconds)
             async with self._changing:
-                model = await loop.run_in_executor(self._loader, champions.next, self.version)
+                lists = list(self._lists.values())
+                ready = partial(self._made_ready, before=self._models[0], lists=lists)
+                before = self.version
+                model = await loop.run_in_executor(self._loader, champions.next, before, ready)
                 if model is None:
                     continue
-                if self._feed is not None:
-                    model = await loop.run_in_executor(
-                        self._loader, self._with_known_items, self._feed, model
-                    )
-                before = self.version
                 self._swap(model)
                 log.info("model %s replaces %s", model.bundle_version, before)
 
@@ -416,6 +444,9 @@ class Predictor(JsonModel):
                         self._loader, self._with_items, feed, self._models[0], False
                     )
                     if model is not None:
+                        await loop.run_in_executor(
+                            self._loader, model.prepare, list(self._lists.values())
+                        )
                         self._swap(model)
             except Exception as error:
                 step = "read" if isinstance(error, UnavailableError) else "build"
@@ -440,6 +471,19 @@ class Predictor(JsonModel):
             metrics.ITEM_FEED_ERRORS.labels("build").inc()
             log.error("new items cannot be served (build): %s", type(error).__name__)
             return model
+
+    def _made_ready(
+        self, model: LoadedModel, before: LoadedModel, lists: Sequence[ItemList]
+    ) -> LoadedModel:
+        """A new champion as it goes into use: with new items, and what answers would wait for.
+
+        Blocking, in the loader's thread.
+        """
+        if self._feed is not None:
+            model = self._with_known_items(self._feed, model)
+        model.read_as(before)
+        model.prepare(lists)
+        return model
 
     def _with_items(self, feed: ItemFeed, model: LoadedModel, anew: bool) -> LoadedModel | None:
         """The model with the items that are new now; None: it is up to date.

@@ -78,6 +78,24 @@ def test_a_refused_champion_is_tried_again_later_and_the_one_after_it_at_once(
     assert following.next(first).version == second
 
 
+def test_a_champion_that_cannot_be_made_ready_is_refused(bundles, tmp_path, caplog):
+    store = ModelStore(str(tmp_path))
+    first, second = (store.publish(bundle, Lineage()) for bundle in bundles)
+    store.promote(first)
+    following = Champions(str(tmp_path), load)
+    following.first()
+    store.promote(second)
+
+    def fails(model):
+        assert model.version == second
+        raise RuntimeError("it reads no history")
+
+    assert following.next(first, fails) is None
+    assert f"champion {second} is refused, {first} stays in use: RuntimeError" in caplog.text
+    following = Champions(str(tmp_path), load)
+    assert following.next(first, lambda model: SimpleNamespace(of=model)).of.version == second
+
+
 def test_an_unreadable_store_is_reported_once(bundles, tmp_path, caplog):
     store = ModelStore(str(tmp_path))
     first = store.publish(bundles[0], Lineage())

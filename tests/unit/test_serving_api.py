@@ -115,6 +115,12 @@ class FakeScorer:
     def listed(self, item_ids):
         return item_ids
 
+    def recent(self):
+        return []
+
+    def read(self, queries):
+        raise AssertionError("there are none")
+
     def retrieve(self, asks, items, lists):
         answers = []
         for (query, allowed, n, extra_M), more, listed in zip(asks, items, lists, strict=True):
