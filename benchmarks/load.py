@@ -39,6 +39,15 @@ class Result:
     def add(self, outcome, seconds):
         self.seconds.setdefault(outcome, []).append(seconds)
 
+    def __iadd__(self, other):
+        for outcome, seconds in other.seconds.items():
+            self.seconds.setdefault(outcome, []).extend(seconds)
+        self.elapsed += other.elapsed
+        self.degraded += other.degraded
+        self.lag += other.lag
+        self.busy += other.busy
+        return self
+
     @property
     def counts(self):
         return Counter({outcome: len(s) for outcome, s in self.seconds.items()})

@@ -59,7 +59,7 @@ LISTS_KEPT = 8  # of trending items: those of the transformers there are, old an
 MAX_LIST = 1_000_000
 # Before a swap the new model reads the histories that the old one has read last, so many at once,
 # each time followed by a pause so many times as long: answers go on meanwhile.
-READ_TOGETHER = 32
+READ_TOGETHER = 8
 READ_PAUSE = 2.0
 TAKE_OVER_SECONDS = 10.0  # at most; who is not read by then is read when he asks
 
