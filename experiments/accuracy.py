@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from model.baselines.ratings import (
     RollingAverage,
 )
 from model.baselines.transition_counts import TransitionCounts
-from model.bootstrap import UserSums, identity, intervals, paired_ratio
+from model.bootstrap import UserSums, identity, intervals, paired_difference, paired_ratio
 from model.evaluation import (
     NextItemModel,
     ValueModel,
@@ -60,6 +60,8 @@ from model.training import TrainSettings, fit
 from model.trend_table import TrendTable
 from model.trends import ResolvedTrend, TrendSettings, choose_trend
 
+# The paper's network alone: without the priors that this implementation adds to its scores.
+NO_PRIORS = {"transitions": False, "repeats": False, "profile": False}
 # What each ablation changes in the training settings.
 VARIANTS: dict[str, dict[str, Any]] = {
     "hrnn": {},
@@ -71,6 +73,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no-profile": {"network": {"profile": False}},
     "no-repeats": {"network": {"repeats": False}},
     "no-trend": {"trend_decomposition": False},
+    "no-priors": {"network": NO_PRIORS},
+    "no-priors no-time": {"network": NO_PRIORS | {"time_input": False}},
+    "no-priors no-item-fields": {"network": NO_PRIORS | {"item_fields": False}},
     "no-context": {
         "network": {
             "time_input": False,
@@ -95,6 +100,27 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hgru": {"network": {"encoder": "hgru"}},
     "multi-hot": {"network": {"encoder": "multi_hot"}},
 }
+
+
+def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `change` on top, section by section."""
+    result = dict(base)
+    for key, value in change.items():
+        nested = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if nested else value
+    return result
+
+
+def assigned(assignments: Sequence[str]) -> dict[str, Any]:
+    """Training settings from `a.b=value` texts."""
+    overrides: dict[str, Any] = {}
+    for assignment in assignments:
+        key, value = assignment.split("=", 1)
+        nested: Any = yaml.safe_load(value)
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        overrides = merged(overrides, nested)
+    return overrides
 
 
 @dataclass(frozen=True)
@@ -129,15 +155,6 @@ def trend_task(log: Log, min_events: int) -> Task:
     split = split_time(log.histories)
     inner = split_time(split.train, 0.9)
     return Task(log, inner.train, inner.test, split.test, split.train)
-
-
-def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `change` on top, section by section."""
-    result = dict(base)
-    for key, value in change.items():
-        nested = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = merged(result[key], value) if nested else value
-    return result
 
 
 def fit_variant(task: Task, name: str, overrides: dict[str, Any], seed: int) -> TrainedHRNN:
@@ -194,7 +211,7 @@ def ranking(task: Task, model: NextItemModel) -> tuple[Row, dict[str, NDArray[np
         row |= _figure(prefix + "hit@10", hit_N.astype(np.float64), task.test)
         row |= _figure(prefix + "ndcg@10", ndcg_N, task.test)
         row[prefix + "coverage@10"] = result.coverage[10]
-        per_case[prefix + "nll"] = nll_N
+        per_case |= {prefix + "nll": nll_N, prefix + "ndcg": ndcg_N}
     return row | on_lists(task, model), per_case
 
 
@@ -240,7 +257,12 @@ def _figure(
 def run_ranking(options: argparse.Namespace, log: Log, overrides: Row) -> None:
     """Protocols `user` and `loo`: every model on the same cases, compared with the first."""
     task = {"user": user_task, "loo": loo_task}[options.protocol](log, options.min_events)
-    reference: dict[int, NDArray[np.float64]] = {}
+    run_models(options, task, overrides)
+
+
+def run_models(options: argparse.Namespace, task: Task, overrides: Row) -> None:
+    """Every model on one task, compared case by case with the first."""
+    reference: dict[int, dict[str, NDArray[np.float64]]] = {}
     for name in options.models:
         for seed in range(options.first_seed, options.first_seed + options.seeds):
             started = time.perf_counter()
@@ -252,20 +274,16 @@ def run_ranking(options: argparse.Namespace, log: Log, overrides: Row) -> None:
             row |= _training_facts(model)
             row["seconds"] = time.perf_counter() - started
             if name != options.models[0]:
-                against = paired_ratio(
-                    per_case["nll"],
-                    reference.get(seed, reference[min(reference)]),
-                    task.test.user_N,
-                )
-                row["ppl_ratio"] = [against.value, against.low, against.high]
+                other = reference.get(seed, reference[min(reference)])
+                ratio = paired_ratio(per_case["nll"], other["nll"], task.test.user_N)
+                row["ppl_ratio"] = [ratio.value, ratio.low, ratio.high]
+                gain = paired_difference(per_case["ndcg"], other["ndcg"], task.test.user_N)
+                row["ndcg_difference"] = [gain.value, gain.low, gain.high]
                 row["against"] = options.models[0]
-            elif name == options.models[0]:
-                reference[seed] = per_case["nll"]
+            else:
+                reference[seed] = per_case
             report(options, name, seed, row, overrides)
             if name in BASELINES:
-                reference.update(
-                    {s: per_case["nll"] for s in range(99) if name == options.models[0]}
-                )
                 break  # one seed: those that have one hardly depend on it
 
 
@@ -454,13 +472,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], help="train setting: a.b=value")
     parser.add_argument("--results", type=Path, help="file to append JSON lines to")
     options = parser.parse_args(arguments)
-    overrides: Row = {}
-    for assignment in options.set:
-        key, value = assignment.split("=", 1)
-        nested: Any = yaml.safe_load(value)
-        for part in reversed(key.split(".")):
-            nested = {part: nested}
-        overrides = merged(overrides, nested)
+    overrides = assigned(options.set)
     lists = TrainSettings.parse(overrides).feedback.lists
     PROTOCOLS[options.protocol](options, Log.read(options.clean, shown=lists), overrides)
     return 0
