@@ -301,15 +301,27 @@ def evaluate(
     }
 
 
-def perplexity(model: NextItemModel, histories: Histories | Cases, num_items: int) -> float:
-    """PPL of the cases, or of every event but each user's first; NaN without any."""
+def perplexity(
+    model: NextItemModel,
+    histories: Histories | Cases,
+    num_items: int,
+    worth_E: NDArray[np.float32] | None = None,
+) -> float:
+    """PPL of the cases, or of every event but each user's first; NaN without any.
+
+    Args:
+        worth_E: what each event of the histories counts; None: all the same.
+    """
     if isinstance(histories, Histories):
         histories = Cases(histories, later_events(histories))
     nll_E = np.full(histories.histories.num_events, np.nan)
     for event_B, score_BM in _chunks(model, histories, num_items):
         target_B = torch.from_numpy(histories.histories.item_E[event_B])
         nll_E[event_B] = negative_log_likelihood(score_BM, target_B)
-    return float(np.exp(nll_E[histories.event_N].mean())) if len(histories) else float("nan")
+    worth_N = np.ones(len(histories)) if worth_E is None else worth_E[histories.event_N]
+    if not worth_N.any():
+        return float("nan")
+    return float(np.exp(np.average(nll_E[histories.event_N], weights=worth_N)))
 
 
 def cold_item_metrics(

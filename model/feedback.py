@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from pydantic import Field, FiniteFloat, field_validator
 
 from model.errors import InputError
+from model.sequences import Histories
 from model.settings import SettingsBase
 
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
@@ -90,6 +91,25 @@ def event_rewards(
     return _by_type(settings.rewards, "rewards", num_events, event_type_E) * _by_value(
         settings.reward_from_value, "reward_from_value", num_events, value_E
     )
+
+
+def event_worth(settings: FeedbackSettings, log: Histories) -> NDArray[np.float32]:
+    """Weight times reward of each event of held-out users, float32 `[E]`.
+
+    How much it says, as training sees it, of what should be recommended. Types that these users
+    happen not to have are no mistake.
+    """
+    types = set() if log.event_type_E is None else {t for t in log.event_type_E if t is not None}
+    met = settings.model_copy(
+        update={
+            name: {t: v for t, v in getattr(settings, name).items() if t in types}
+            for name in ("weights", "rewards")
+        }
+    )
+    columns = log.num_events, log.event_type_E, log.value_E
+    worth_E = _by_type(met.weights, "weights", *columns[:2])
+    worth_E = worth_E * _by_value(met.weight_from_value, "weight_from_value", *columns[::2])
+    return worth_E * event_rewards(met, *columns)
 
 
 def _by_value(

@@ -3,7 +3,7 @@
 For new items this is all that tells a likely success from a likely failure. An MLP learns the
 popularity of the items it is trained on by heart, and guesses badly for others; a ridge regression
 does not (docs/results.md, cold items). So the bias of eq. 2 is linear in the fields, and training
-begins at that regression; with a trend, whose log q holds the popularity, at 0.
+begins at that regression.
 
 Shapes: R rows, M items, V values of all fields together.
 """

@@ -104,13 +104,19 @@ class Loader(Generic[R]):
         return Part(log, self._read(log, user_U), rng)
 
 
+def sample_users(log: Histories, num_events: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Users at random, ascending, who have about `num_events` events together; or all users."""
+    if log.num_events <= num_events:
+        return np.arange(len(log))
+    order_U = rng.permutation(len(log))
+    total_U = np.cumsum(np.diff(log.offset_U1)[order_U])
+    return np.sort(order_U[: int(np.searchsorted(total_U, num_events)) + 1])
+
+
 def sample_of(log: Histories, num_events: int, rng: np.random.Generator) -> Histories:
-    """Whole users at random, of about `num_events` events in all; the log itself if it has fewer.
+    """The log of `sample_users`; the log itself if it has fewer events.
 
     What is fitted to a log (vocabularies, knots, gaps) does not need all of a large one.
     """
-    if log.num_events <= num_events:
-        return log
-    order_U = rng.permutation(len(log))
-    total_U = np.cumsum(np.diff(log.offset_U1)[order_U])
-    return log.subset(np.sort(order_U[: int(np.searchsorted(total_U, num_events)) + 1]))
+    users = sample_users(log, num_events, rng)
+    return log if len(users) == len(log) else log.subset(users)

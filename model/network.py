@@ -3,6 +3,7 @@
 Shapes: N packed positions, S segments (users), M items, D embedding, H hidden, R recent items.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -126,6 +127,11 @@ class HRNNMeta(nn.Module):
     def beta(self) -> Tensor:
         """β ≥ 0, the weight of log q(t); 0 without trend decomposition."""
         return self.query.bias.new_zeros(()) if self.log_beta is None else self.log_beta.exp()
+
+    def start_trend(self, beta: float) -> None:
+        """Let β begin here; above 0."""
+        if self.log_beta is not None:
+            self.log_beta.data.fill_(math.log(beta))
 
     def beta_at(self, new_share_N: Tensor) -> Tensor:
         """β where items that training did not have hold these shares of q(t): `[N]`."""

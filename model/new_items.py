@@ -42,17 +42,18 @@ def fit_new_items(
     """Set the network's β of new items and their bias.
 
     Args:
-        model: trained, with `trend_log`; without a trend nothing is changed.
+        model: trained, with `trend_log`; without a trend the bias alone is set.
         valid: events that training did not descend on.
         known_J: int64, positions of the items that training met, two or more.
     """
     count = min(len(valid), MAX_EVENTS, max(1, MAX_CELLS // 2 // model.network.num_items))
     some = Cases(valid.histories, valid.event_N[np.linspace(0, len(valid) - 1, count).astype(int)])
     table = model.trend_table(some.histories)
-    if table is None or len(known_J) < 2 or not count:
+    if len(known_J) < 2 or not count:
         return
     shuffled_J = np.random.default_rng(seed).permutation(known_J)
-    row_E = torch.from_numpy(table.row_of(some.histories.timestamp_E))
+    if table is not None:
+        row_E = torch.from_numpy(table.row_of(some.histories.timestamp_E))
     item_E = torch.from_numpy(some.histories.item_E)
     blocks = []
     for new_J in np.array_split(shuffled_J, 2):
@@ -61,14 +62,18 @@ def fit_new_items(
         grown.network.items.new_bias.zero_()
         grown.trend_log = None  # affinities alone
         for event_N, score_NM in grown.iter_scores_at(some.histories, BLOCK, some.event_N):
-            log_q_NM = table.every_item(row_E[event_N])
+            if table is None:  # β has no slope, and stays 0
+                log_q_NM = torch.zeros(1, 1).expand_as(score_NM)
+            else:
+                log_q_NM = table.every_item(row_E[event_N])
             blocks.append(_Block(score_NM, log_q_NM, item_E[event_N], new_M))
         del grown  # before the next one is made
     beta = float(model.network.beta.detach())
     fitted_beta, bias = _fitted(blocks, beta)
     network = model.network
-    network.new_beta.fill_(fitted_beta - beta)
-    network.new_share.copy_(torch.cat([block.new_share_N for block in blocks]).mean())
+    if table is not None:
+        network.new_beta.fill_(fitted_beta - beta)
+        network.new_share.copy_(torch.cat([block.new_share_N for block in blocks]).mean())
     network.items.new_bias.fill_(bias)
 
 

@@ -32,6 +32,10 @@ from model.shown import Shown
 from model.transitions import Transitions
 from model.trend_table import TrendTable
 
+# λ from which on a step is without transition counts: what is scored mostly by its fields is to be
+# learned without knowing what followed what, as nothing ever followed on a new item.
+FOLLOWERS_UNTIL = 0.8
+
 
 @dataclass(frozen=True)
 class EventTargets:
@@ -87,6 +91,7 @@ class Draws:
 
     lambda_mix: Tensor
     negative_S: Tensor | None  # distinct items, ascending; None: dense softmax
+    followers: bool = True  # whether transition counts are read
 
 
 @dataclass
@@ -133,7 +138,8 @@ class Objective:
         negative_S = None
         if self.sampler is not None:
             negative_S = self.sampler.negatives(self.negatives, self.generator)
-        return Draws(lambda_mix, negative_S)
+        with_fields = self.network.items.output_tower is not None
+        return Draws(lambda_mix, negative_S, not with_fields or bool(lambda_mix < FOLLOWERS_UNTIL))
 
     def loss(
         self,
@@ -155,7 +161,9 @@ class Objective:
         """
         target_N, weight_N = positions.target[event_N], targets.weight[event_N]
         reward_N = None if targets.reward is None else targets.reward[event_N]
-        rows_NR = self._transition_rows(positions, targets, event_N)
+        rows_NR = None
+        if draws.followers:
+            rows_NR = self._transition_rows(positions, targets, event_N)
         period_N = None if positions.trend_row is None else positions.trend_row[event_N]
         seen = None if self.network.repeats is None else encoded.seen
         softmax = self._dense if self.sampler is None else self._sampled

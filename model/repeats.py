@@ -108,22 +108,6 @@ class RepeatPrior(nn.Module):
         super().__init__()
         self.rho = nn.Parameter(torch.zeros(BUCKETS))
 
-    def start_at(self, seen: SeenItems, target_N: Tensor, p_M: Tensor) -> None:
-        """Begin where popularity alone would be right about how often items come back.
-
-        ρ_b = log of how often an item at this distance was chosen again, over how often its
-        popularity p would have it chosen. Steps of the learning rate's size would take thousands
-        to get there.
-        """
-        owner_Z = torch.repeat_interleave(seen.offset_N1.diff())
-        again_Z = (target_N[owner_Z] == seen.item_Z).double()
-        again_B = torch.zeros(BUCKETS, dtype=torch.float64).index_add(0, seen.bucket_Z, again_Z)
-        expected_B = torch.zeros_like(again_B).index_add(
-            0, seen.bucket_Z, p_M.double()[seen.item_Z]
-        )
-        with torch.no_grad():
-            self.rho.copy_(((again_B + 1.0) / (expected_B + 1.0)).log())
-
     def forward(self, seen: SeenItems, num_items: int) -> Tensor:
         """The bonus of every item `[N, M]`."""
         num_rows, value_Z = len(seen.offset_N1) - 1, self.rho[seen.bucket_Z]

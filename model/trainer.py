@@ -23,11 +23,18 @@ from model.distributed import Processes
 from model.fields import FieldBags
 from model.hrnn import TrainedHRNN, encode_batch
 from model.inputs import InputEncodings, Positions
-from model.loader import Loader, sample_of
+from model.loader import Loader, sample_of, sample_users
 from model.network import HRNNMeta
 from model.novelty import new_item_share
 from model.objective import EventTargets, Objective
-from model.repeats import SeenItems
+from model.prior_start import (
+    POPULARITY_CELLS,
+    POPULARITY_EVENTS,
+    Facts,
+    Popularities,
+    popularity_start,
+    start_priors,
+)
 from model.rows import RowwiseAdagrad, StepRows, clip_gradients
 from model.sampling import AliasSampler, frequency_sampler
 from model.schema import Schema
@@ -42,7 +49,7 @@ from model.warm_start import Start, warm_start
 
 FOLDS = 5  # of the users, for cross-fitted transition counts
 RATED_EVENTS = 5_000_000  # of whole users at random: means and tastes of a longer log's items
-REPEAT_SAMPLE = 50_000  # events, to see how often items come back before training begins
+START_SAMPLE = 20_000  # events, to see where the priors of transitions and repeats begin
 # Items. Sampled steps are faster from 5,000 on (`benchmarks.train_throughput --crossover`), but may
 # need more of them (docs/results.md): the dense softmax is kept until it takes six times as long.
 SAMPLED_ABOVE = 20_000
@@ -136,6 +143,7 @@ class Trainer:
             part_events=settings.part_events,
             shuffle_ties=self.shuffle_ties,
         )
+        self.reads_lists = train.shown is not None and settings.feedback.shown_weight > 0
         self.waiting = 0.0  # seconds of this epoch, or the last one, spent waiting for its data
 
     def _read(self, log: Histories, user_U: NDArray[np.int64]) -> tuple[Positions, EventTargets]:
@@ -161,12 +169,18 @@ class Trainer:
     def _objective(self, num_items: int, sample: Histories) -> Objective:
         settings, network = self.settings, self.network
         p_M = torch.from_numpy((self.count_M + 1.0) / (self.count_M.sum() + num_items)).float()
-        if self.trend_table is None:
-            # Start at the popularity model: learning begins with what is left.
-            network.items.bias.data = p_M.log()
-            if network.items.field_bias is not None:
-                known_M = torch.from_numpy(self.count_M > 0)
-                network.items.field_bias.start_at(network.items.bags, p_M.log(), known_M)
+        # Start at the popularity model: learning begins with what is left.
+        share = 1.0
+        if self.trend_table is not None:
+            size = min(POPULARITY_EVENTS, max(1, POPULARITY_CELLS // num_items), len(sample.item_E))
+            event_N = np.sort(self.rng.permutation(sample.num_events)[:size])
+            weighed = Popularities.of(self.trend_table, sample, event_N, self.count_M)
+            share, beta = popularity_start(weighed)
+            network.start_trend(beta)
+        network.items.bias.data = share * p_M.log()
+        if network.items.field_bias is not None:
+            known_M = torch.from_numpy(self.count_M > 0)
+            network.items.field_bias.start_at(network.items.bags, share * p_M.log(), known_M)
         self.fold_U = self.rng.permutation(len(self.train)) % FOLDS
         self.transitions: Transitions | None = None  # of all users: for answers
         transitions = None
@@ -175,11 +189,15 @@ class Trainer:
             self.transitions, transitions = Transitions.fitted(
                 self.train, num_items, self.fold_U, FOLDS
             )
-        if network.repeats is not None:
-            size = min(REPEAT_SAMPLE, sample.num_events)
-            event_N = torch.from_numpy(self.rng.permutation(sample.num_events)[:size])
-            target_N = torch.from_numpy(sample.item_E)[event_N]
-            network.repeats.start_at(SeenItems.of_log(sample, event_N), target_N, p_M)
+        if network.prior is not None or network.repeats is not None:
+            user_S = sample_users(self.train, START_SAMPLE, self.rng)
+            log = self.train if len(user_S) == len(self.train) else self.train.subset(user_S)
+            event_N = np.sort(self.rng.permutation(log.num_events)[:START_SAMPLE])
+            facts = Facts.of(log, event_N, p_M, network.prior, transitions, self.fold_U[user_S])
+            start_priors(facts, network.prior, network.repeats)
+        # And the network adds nothing yet, so that training begins at the priors' own prediction.
+        nn.init.zeros_(network.query.weight)
+        nn.init.zeros_(network.query.bias)
         sampler: AliasSampler | None = None
         negatives = settings.draws(num_items)
         if settings.softmax is Softmax.SAMPLED or (

@@ -18,6 +18,7 @@ from model.checkpoint import Checkpoint, CheckpointFile, digest_of
 from model.distributed import Processes
 from model.errors import InputError
 from model.evaluation import perplexity, squared_errors
+from model.feedback import event_worth
 from model.hrnn import TrainedHRNN
 from model.new_items import fit_new_items
 from model.schema import Schema
@@ -122,6 +123,9 @@ class _Run:
     ) -> None:
         self.trainer, self.valid, self.progress, self.file = trainer, valid, progress, file
         self.settings = trainer.settings
+        self.worth_E = event_worth(self.settings.feedback, valid.histories)
+        if not self.worth_E[valid.event_N].any():
+            self.worth_E = np.ones_like(self.worth_E)
         self.at = _Progress()
         self.best = _weights(trainer.model)
         self.done = trainer.start_epoch()
@@ -131,6 +135,12 @@ class _Run:
         """Whatever is left to do; the model of the best epoch."""
         trainer, at, model = self.trainer, self.at, self.trainer.model
         log = trainer.train
+        # What training begins with is kept unless an epoch is better. Where lists are descended on
+        # too, the validation loss lacks a part of what is descended, and does not judge that.
+        if at.best_loss is None and not trainer.reads_lists:
+            begin = self._validate()
+            at.best_loss = begin["valid_loss"]
+            self.progress(f"before training: valid PPL {begin['valid_ppl']:8.1f}")
         steps_per_epoch = max(1, log.num_events // self.settings.batch_events)
         patience = max(self.settings.patience, PATIENT_STEPS // steps_per_epoch)
         while at.epochs < self.settings.max_epochs and at.plateaus < self.settings.plateaus:
@@ -183,10 +193,10 @@ class _Run:
         return self.at.seconds + time.perf_counter() - self.started
 
     def _validate(self) -> dict[str, float]:
-        """What is descended, measured on the validation users."""
+        """What is descended, measured on the validation users: events count what they are worth."""
         model, settings = self.trainer.model, self.settings
         model.network.items.align(torch.from_numpy(self.trainer.count_M > 0))
-        ppl = perplexity(model, self.valid, model.network.num_items)
+        ppl = perplexity(model, self.valid, model.network.num_items, self.worth_E)
         measured = {"valid_loss": float(np.log(ppl)), "valid_ppl": ppl}
         if model.network.values is not None and settings.value_weight:
             mse = float(np.nanmean(squared_errors(model, self.valid)))
@@ -200,7 +210,7 @@ class _Run:
 
         def ppl(lambda_mix: float) -> float:
             trainer.set_lambda(network, lambda_mix)
-            return perplexity(trainer.model, self.valid, network.num_items)
+            return perplexity(trainer.model, self.valid, network.num_items, self.worth_E)
 
         trainer.set_lambda(network, min(LAMBDA_GRID, key=ppl))
 
@@ -251,12 +261,19 @@ def _set_weights(model: TrainedHRNN, weights: dict[str, Tensor]) -> None:
 
 def _few(valid: Histories | Cases, num_items: int) -> Cases:
     """The validation cases, or as many of them as may be scored per epoch, spread evenly."""
-    if isinstance(valid, Histories):
-        valid = Cases(valid, later_events(valid))
+    valid = _cases(valid)
     most = max(1, VALID_CELLS // num_items)
     if len(valid) <= most:
         return valid
     return Cases(valid.histories, valid.event_N[np.linspace(0, len(valid) - 1, most).astype(int)])
+
+
+def _cases(valid: Histories | Cases) -> Cases:
+    """Of users, every event but the first; where nobody has a second one, those."""
+    if isinstance(valid, Cases):
+        return valid
+    later_N = later_events(valid)
+    return Cases(valid, later_N if len(later_N) else np.arange(valid.num_events))
 
 
 def _fingerprint(
@@ -269,7 +286,7 @@ def _fingerprint(
     trend_log: Histories | None,
 ) -> dict[str, str]:
     """What a run is: whatever its weights depend on."""
-    cases = valid if isinstance(valid, Cases) else Cases(valid, later_events(valid))
+    cases = _cases(valid)
     chosen = settings.model_dump(mode="json", exclude=FREE_SETTINGS)
     return {
         "settings": digest_of(chosen, None if trend is None else asdict(trend)),

@@ -255,6 +255,11 @@ class Transitions:
         found_Z = item_N[n_Z] == item_Z
         return value_Z.new_zeros(len(row_NR)).index_add_(0, n_Z[found_Z], value_Z[found_Z])
 
+    def mass(self, row_NR: Tensor, weight_R: Tensor) -> Tensor:
+        """Σ_j Σ_r weight_r · P(j | row_r), of all stored followers together: `[N]`."""
+        n_Z, _, value_Z = self._entries(row_NR, weight_R)
+        return value_Z.new_zeros(len(row_NR)).index_add_(0, n_Z, value_Z)
+
     def _entries(self, row_NR: Tensor, weight_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Every stored follower of every row asked for: (n, item, weighted probability)."""
         n_F, r_F = (row_NR >= 0).nonzero(as_tuple=True)

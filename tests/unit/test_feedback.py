@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from model.errors import InputError
-from model.feedback import FeedbackSettings, event_rewards, event_weights
+from model.feedback import FeedbackSettings, event_rewards, event_weights, event_worth
+from tests import synthetic
 
 TYPES = np.array(["click", "view", None, "buy"], dtype=object)
 VALUES = np.array([1.0, 3.0, np.nan, 9.0])
@@ -91,3 +92,18 @@ def test_an_event_type_that_the_log_does_not_have_is_refused():
     types = np.array(["buy", "view", None], dtype=object)
     with pytest.raises(InputError, match=r"feedback\.weights\.purchase: .*\(it has: buy, view\)"):
         event_weights(settings, 3, types, None)
+
+
+def test_worth_of_held_out_events_is_weight_times_reward():
+    settings = FeedbackSettings.parse(
+        {
+            "weights": {"buy": 5, "gift": 2},  # nobody among the held-out users gave one
+            "rewards": {"view": 0.25, "skip": 0},
+            "reward_from_value": [1, 5],
+        }
+    )
+    log = synthetic.histories([[0, 1], [2, 3]], [[0, 1], [0, 1]])
+    log = synthetic.replace(log, event_type_E=TYPES, value_E=VALUES)
+    assert event_worth(settings, log).tolist() == [0, 0.125, 1, 5]
+    plain = synthetic.histories([[0, 1]], [[0, 1]])
+    assert event_worth(FeedbackSettings(), plain).tolist() == [1, 1]

@@ -72,24 +72,20 @@ def test_of_hardly_any_item_nothing_is_learned(known):
         torch.testing.assert_close(bias(bags), torch.full((M,), -3.0 * known))
 
 
-@pytest.mark.parametrize("trend", [False, True])
-def test_training_begins_there_where_no_trend_carries_popularity(trend):
+def test_training_begins_there_by_as_much_as_the_trend_does_not_say():
     log = synthetic.successor(40, 12, 10, seed=0)
     catalogue = synthetic.catalogue(10)
     catalogue.fields["genre"] = ["a"] * 5 + ["b"] * 5
     log = synthetic.replace(log, item_E=np.where(log.item_E < 5, log.item_E // 2, log.item_E))
     settings = TrainSettings(network=NetworkSettings(embedding=8, hidden=8, control=4))
-    trainer = Trainer(
-        log,
-        catalogue,
-        settings,
-        ResolvedTrend(3600, 0, 1.0) if trend else None,
-        Schema.parse({"items": {"genre": "categorical"}}),
-    )
-    with torch.no_grad():
-        _, b_M = trainer.network.items.outputs(1.0)
-    if trend:
-        assert not b_M.any()
-    else:  # items 3 and 4 are new; each a is chosen more than each b
+    schema = Schema.parse({"items": {"genre": "categorical"}})
+    ahead = {}
+    for trend in (None, ResolvedTrend(3600, 0, 1.0)):
+        trainer = Trainer(log, catalogue, settings, trend, schema)
+        with torch.no_grad():
+            _, b_M = trainer.network.items.outputs(1.0)
+        # Items 3 and 4 are new; each a is chosen more than each b.
         assert b_M[:5].unique().numel() == 1 == b_M[5:].unique().numel()
-        assert float(b_M[3] - b_M[7]) > 0.2
+        ahead[trend is not None] = float(b_M[3] - b_M[7])
+    assert ahead[False] > 0.2
+    assert 0.0 < ahead[True] < ahead[False]
