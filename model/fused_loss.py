@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -21,9 +22,11 @@ from torch.autograd.function import once_differentiable
 from model.lifts import Lifts
 from model.repeats import SeenItems
 
-CHUNK_CELLS = 2**22  # scores held at once: 16 MiB in float32, half of that in bfloat16
-CHUNK_ROWS = 64  # at least: matrix products of fewer rows are slow
-PADDING = 8  # columns that carry the bias in bfloat16
+# Scores held at once: few enough for the processor's cache, but rows enough for the columns' vectors
+# to be read seldom, as far as memory that the allocator keeps allows (`keep_freed_memory`).
+CHUNK_BYTES, MOST_BYTES = 2**22, 24 * 2**20
+CHUNK_ROWS, LEAST_ROWS = 512, 64  # matrix products of fewer rows are slow
+LANES = 16  # numbers a vector instruction takes: products of other widths waste some of them
 # Negatives are padded to a multiple of this: a library that makes its matrix products to measure
 # (oneDNN, for bfloat16) would otherwise make new ones for every batch.
 WIDTHS = 64
@@ -73,27 +76,29 @@ class _FusedLoss(Function):
         if hit_N is not None and w_RD is not None and place_N is not None:
             own_ND, grad_w_R = w_RD.index_select(0, place_N), torch.zeros_like(w_RD)
             hit_N = torch.linalg.vecdot(query_ND, own_ND).add_(hit_N)
-        size = w_SD.shape[1]
         half = given.dtype != torch.float32
         if half and len(b_S):  # a common offset means nothing, and costs the scores their digits
             offset = b_S.mean()
             b_S, hit_N = b_S - offset, None if hit_N is None else hit_N - offset
         columns = len(w_SD)
         if sampled:  # the target's column, filled in after the product, and empty ones after it
-            width = -(-(columns + 1) // WIDTHS) * WIDTHS
-            w_SD = torch.cat([w_SD, w_SD.new_zeros(width - columns, size)])
-            b_S = torch.cat([b_S, b_S.new_zeros(width - columns)])
-        product = _HalfProduct(w_SD, b_S, given.dtype) if half else _Product(w_SD, b_S)
-        grad_query = torch.empty_like(query_ND)
+            width = _multiple(columns + 1, WIDTHS)
+            w_SD, b_S = F.pad(w_SD, (0, 0, 0, width - columns)), F.pad(b_S, (0, width - columns))
+        product: _Product | _WideProduct
+        if half or w_SD.shape[1] % LANES:
+            product = _WideProduct(query_ND, w_SD, b_S, share_N, given.dtype)
+        else:
+            product = _Product(query_ND, w_SD, b_S, share_N)
         grad_hit = None if hit_N is None else torch.empty_like(hit_N)
         grad_beta, grad_gamma, grad_kappa = torch.zeros(3, device=query_ND.device).unbind()
         grad_rho = torch.zeros_like(rho)
         loss = query_ND.new_zeros(())
-        rows = _chunk_rows(len(query_ND), len(w_SD))
+        rows = _chunk_rows(len(query_ND), len(w_SD), given.dtype.itemsize)
+        score_CS = torch.empty(rows, len(w_SD), dtype=given.dtype, device=query_ND.device)
         for start in range(0, len(query_ND), rows):
             part = slice(start, start + rows)
             share_C = share_N[part]
-            logit_CS = product.scores(query_ND[part])
+            logit_CS = product.scores(part, score_CS[: len(share_C)])
             column_C = given.column_N[part]
             log_q_CS = lifted = None
             if given.lifts is not None:
@@ -122,7 +127,7 @@ class _FusedLoss(Function):
             mean_C = None
             if given.reward_N is not None and any_CS is None:
                 mean_C = logit_CS.mean(dim=1, dtype=torch.float32)
-            grad_CS = torch.softmax(logit_CS, dim=1)
+            grad_CS = torch.softmax(logit_CS, dim=1, out=logit_CS)
             tiny = torch.finfo(torch.float32).tiny
             flat = grad_CS.view(-1)
             share_of_target_C = flat.index_select(0, cell_C)
@@ -143,7 +148,7 @@ class _FusedLoss(Function):
                     lowered_C = flat.index_select(0, cell_C) - reward_C
                     flat.index_copy_(0, cell_C, lowered_C.to(flat.dtype))
             loss += torch.dot(share_C, loss_C)
-            grad_query[part] = product.backward(grad_CS, query_ND[part], share_C)
+            product.backward(grad_CS, part)
             if grad_hit is not None:
                 grad_hit[part] = share_C * grad_CS[:, columns]
             if lifted is not None:
@@ -156,7 +161,7 @@ class _FusedLoss(Function):
                 grad_rho.index_add_(0, seen.bucket_Z, grad_Z)
             if log_q_CS is not None:
                 grad_beta += torch.dot(share_C, (grad_CS[:, :columns] * log_q_CS).sum(dim=1))
-        grad_w, grad_b = product.grad_w[:columns], product.grad_b[:columns]
+        grad_query, grad_w, grad_b = product.gradients(columns)
         if own_ND is not None and grad_hit is not None:
             assert grad_w_R is not None and place_N is not None  # noqa: S101 - set together
             grad_query.addcmul_(own_ND, grad_hit[:, None])
@@ -169,12 +174,20 @@ class _FusedLoss(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
+        if grad.device.type == "cpu" and float(grad) == 1.0:  # nothing is added to the loss
+            return *saved, None
         return *(None if own is None else grad * own for own in saved), None
 
 
-def _chunk_rows(positions: int, width: int) -> int:
+def _multiple(number: int, of: int) -> int:
+    """The next multiple."""
+    return -(-number // of) * of
+
+
+def _chunk_rows(positions: int, width: int, itemsize: int) -> int:
     """As many as a chunk may hold, all chunks alike: a remainder of a few rows would be slow."""
-    most = max(CHUNK_ROWS, CHUNK_CELLS // width)
+    row = width * itemsize
+    most = max(CHUNK_BYTES // row, min(CHUNK_ROWS, MOST_BYTES // row), LEAST_ROWS)
     chunks = max(1, -(-positions // most))
     return max(1, -(-positions // chunks))
 
@@ -182,46 +195,70 @@ def _chunk_rows(positions: int, width: int) -> int:
 class _Product:
     """Scores q·w + b of chunks of queries, and their gradients added up."""
 
-    def __init__(self, w_SD: Tensor, b_S: Tensor) -> None:
-        self.w_SD, self.b_S = w_SD, b_S
-        self.grad_w, self.grad_b = torch.zeros_like(w_SD), torch.zeros_like(b_S)
+    def __init__(self, query_ND: Tensor, w_SD: Tensor, b_S: Tensor, share_N: Tensor) -> None:
+        self.query_ND, self.w_SD, self.b_S, self.share_N = query_ND, w_SD, b_S, share_N
+        self.weighted_ND = query_ND * share_N[:, None]
+        self.grad_query, self.grad_w = torch.empty_like(query_ND), torch.zeros_like(w_SD)
+        self.grad_b = torch.zeros_like(b_S)
 
-    def scores(self, query_CD: Tensor) -> Tensor:
-        return torch.addmm(self.b_S, query_CD, self.w_SD.t())
+    def scores(self, part: slice, out_CS: Tensor) -> Tensor:
+        return torch.addmm(self.b_S, self.query_ND[part], self.w_SD.t(), out=out_CS)
 
-    def backward(self, grad_CS: Tensor, query_CD: Tensor, share_C: Tensor) -> Tensor:
-        """The gradient of the queries; that of w and b is added to what there is."""
-        self.grad_w.addmm_(grad_CS.t(), query_CD * share_C[:, None])
-        self.grad_b.addmv_(grad_CS.t(), share_C)
-        return (grad_CS @ self.w_SD).mul_(share_C[:, None])
+    def backward(self, grad_CS: Tensor, part: slice) -> None:
+        """Take in the gradient of a chunk's scores, which its positions' shares weight."""
+        self.grad_w.addmm_(grad_CS.t(), self.weighted_ND[part])
+        self.grad_b.addmv_(grad_CS.t(), self.share_N[part])
+        torch.mm(grad_CS, self.w_SD, out=self.grad_query[part])
+
+    def gradients(self, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the queries, and of w and b of the first columns."""
+        grad_query = self.grad_query.mul_(self.share_N[:, None])
+        return grad_query, self.grad_w[:columns], self.grad_b[:columns]
 
 
-class _HalfProduct(_Product):
-    """The same with half-precision products; b enters through columns of its own, unrounded."""
+class _WideProduct:
+    """The same on vectors filled up to whole lanes; b enters through some of the columns there.
 
-    def __init__(self, w_SD: Tensor, b_S: Tensor, dtype: torch.dtype) -> None:
-        super().__init__(w_SD, b_S)
-        self.dtype = dtype
-        self.half_SD = w_SD.to(dtype)
+    In half precision b is two of them, the second what the first has lost by rounding.
+    """
+
+    def __init__(
+        self, query_ND: Tensor, w_SD: Tensor, b_S: Tensor, share_N: Tensor, dtype: torch.dtype
+    ) -> None:
+        self.size, self.share_N = w_SD.shape[1], share_N
         coarse_S = b_S.to(dtype)
         b_S2 = torch.stack([coarse_S, (b_S - coarse_S).to(dtype)], dim=1)
-        self.wide_SK = torch.cat([self.half_SD, b_S2, b_S2.new_zeros(len(b_S), PADDING - 2)], dim=1)
-
-    def scores(self, query_CD: Tensor) -> Tensor:
-        ones_C2 = torch.ones(len(query_CD), 2, dtype=self.dtype, device=query_CD.device)
-        rest = ones_C2.new_zeros(len(query_CD), PADDING - 2)
-        return torch.cat([query_CD.to(self.dtype), ones_C2, rest], dim=1) @ self.wide_SK.t()
-
-    def backward(self, grad_CS: Tensor, query_CD: Tensor, share_C: Tensor) -> Tensor:
-        size = query_CD.shape[1]
+        if dtype == torch.float32:
+            b_S2 = b_S2[:, :1]
+        filled = self.size + b_S2.shape[1]
+        empty = _multiple(filled, LANES) - filled
+        w_SD = w_SD.to(dtype)
+        self.wide_SK = torch.cat([w_SD, b_S2, w_SD.new_zeros(len(b_S), empty)], dim=1)
+        # What makes the queries' gradient needs b's columns only to be whole lanes.
+        self.back_SK = self.wide_SK if self.size % LANES else w_SD
+        ones_NK = F.pad(torch.ones_like(query_ND[:, : b_S2.shape[1]]), (0, empty))
+        query_NK = torch.cat([query_ND, ones_NK], dim=1)
+        self.query_NK = query_NK.to(dtype)
         # The shares sum to 1 over the batch: scaled up they are far from the smallest numbers.
-        scale = share_C.max().clamp(min=torch.finfo(torch.float32).tiny)
-        share_C1 = (share_C / scale)[:, None]
-        wide_CK = torch.cat([query_CD * share_C1, share_C1.expand(-1, PADDING)], dim=1)
-        grad_SK = grad_CS.t() @ wide_CK.to(self.dtype)
-        self.grad_w.add_(grad_SK[:, :size] * scale)
-        self.grad_b.add_(grad_SK[:, size] * scale)
-        return (grad_CS @ self.half_SD).float() * share_C[:, None]
+        self.scale = share_N.max().clamp(min=torch.finfo(torch.float32).tiny)
+        self.weighted_NK = (query_NK * (share_N / self.scale)[:, None]).to(dtype)
+        self.grad_query = query_ND.new_empty(len(query_ND), self.back_SK.shape[1], dtype=dtype)
+        self.grad_SK = torch.zeros_like(self.wide_SK, dtype=torch.float32)
+
+    def scores(self, part: slice, out_CS: Tensor) -> Tensor:
+        return torch.mm(self.query_NK[part], self.wide_SK.t(), out=out_CS)
+
+    def backward(self, grad_CS: Tensor, part: slice) -> None:
+        if grad_CS.dtype == torch.float32:
+            self.grad_SK.addmm_(grad_CS.t(), self.weighted_NK[part])
+        else:
+            self.grad_SK.add_(grad_CS.t() @ self.weighted_NK[part])
+        torch.mm(grad_CS, self.back_SK, out=self.grad_query[part])
+
+    def gradients(self, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+        grad_SK = self.grad_SK[:columns].mul_(self.scale)
+        grad_query = self.grad_query[:, : self.size] * self.share_N[:, None]
+        return grad_query, grad_SK[:, : self.size], grad_SK[:, self.size]
 
 
 def _mask(logit_CS: Tensor, column_C: Tensor) -> None:

@@ -18,15 +18,16 @@ from model.transitions import TransitionPrior, Transitions
 from tests import synthetic
 
 N, M, D = 13, 11, 5
+LANES = 16  # a size that needs no filling up
 CHUNKS = [1, 4, 100]
 
 
 class _Case:
     """Random scores of N positions, with everything that can be added to them."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = D) -> None:
         torch.manual_seed(0)
-        self.query, self.w, self.b = torch.randn(N, D), torch.randn(M, D), torch.randn(M)
+        self.query, self.w, self.b = torch.randn(N, size), torch.randn(M, size), torch.randn(M)
         self.beta = torch.tensor(0.7)
         self.prior = TransitionPrior(M)
         self.prior.inverse_p_M = torch.rand(M) + 0.5
@@ -81,15 +82,17 @@ def _assert_same(got, wanted, leaves):
 
 @pytest.fixture(params=CHUNKS)
 def chunk(request, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_ROWS", request.param)
-    monkeypatch.setattr(module, "CHUNK_CELLS", 1)
+    monkeypatch.setattr(module, "LEAST_ROWS", request.param)
+    monkeypatch.setattr(module, "CHUNK_ROWS", 1)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 1)
 
 
+@pytest.mark.parametrize("size", [D, LANES])
 @pytest.mark.parametrize("with_reward", [False, True])
 @pytest.mark.parametrize("with_extras", [False, True])
 @pytest.mark.usefixtures("chunk")
-def test_dense_value_and_gradients(with_reward, with_extras):
-    c = _Case()
+def test_dense_value_and_gradients(with_reward, with_extras, size):
+    c = _Case(size)
     phi, trend = torch.addmm(c.b, c.query, c.w.T), None
     given = {"column_N": c.target, "weight_N": c.weight}
     coefficients = {}
@@ -109,11 +112,12 @@ def test_dense_value_and_gradients(with_reward, with_extras):
     _assert_same(got, wanted, c.leaves)
 
 
+@pytest.mark.parametrize("size", [D, LANES])
 @pytest.mark.parametrize("with_reward", [False, True])
 @pytest.mark.parametrize("with_extras", [False, True])
 @pytest.mark.usefixtures("chunk")
-def test_sampled_value_and_gradients(with_reward, with_extras):
-    c = _Case()
+def test_sampled_value_and_gradients(with_reward, with_extras, size):
+    c = _Case(size)
     negative = torch.tensor([0, 2, 3, 7, 8])
     correction_N, correction_S = -torch.rand(N), -torch.rand(len(negative))
     item, place = c.target.unique(return_inverse=True)
@@ -170,13 +174,14 @@ def test_sampled_value_and_gradients(with_reward, with_extras):
     _assert_same(got, wanted, c.leaves)
 
 
+@pytest.mark.parametrize("size", [D, LANES])
 @pytest.mark.parametrize("sampled", [False, True])
-def test_half_precision_is_near(sampled):
-    c = _Case()
+def test_half_precision_is_near(sampled, size):
+    c = _Case(size)
     place = torch.arange(N) % 2
     targets = {}
     if sampled:
-        targets = {"w_RD": torch.randn(2, D), "hit_N": torch.randn(N) - 300.0}
+        targets = {"w_RD": torch.randn(2, size), "hit_N": torch.randn(N) - 300.0}
     column = torch.where(torch.arange(N) % 3 > 0, -1, c.target) if sampled else c.target
     bias = c.b - 300.0  # bfloat16 alone would round the scores to multiples of 2
     results = []
@@ -196,6 +201,14 @@ def test_no_negatives_leave_nothing_to_compare_with():
     loss = fused_loss(c.query, c.w[:0], c.b[:0], given, w_RD=w_RD, hit_N=hit_N)
     loss.backward()
     assert float(loss.detach()) == 0.0 and not hit_N.grad.any() and not c.query.grad.any()
+
+
+def test_chunks_are_alike_and_as_long_as_memory_allows():
+    rows = module._chunk_rows
+    assert rows(100, 1000, 4) == 100
+    assert rows(2100, 1024, 4) == 700 and rows(2100, 1024, 2) == 1050  # 4 MiB
+    assert rows(1024, 10_000, 4) == 512  # 20 MiB
+    assert rows(1024, 20_000, 4) == 256 and rows(1024, 10**6, 4) == 64
 
 
 def test_weights_of_zero_give_a_loss_of_zero():
