@@ -4,6 +4,8 @@
     python -m benchmarks.train_throughput --gru4rec FOLDER      # and the official GRU4Rec's step
     python -m benchmarks.train_throughput --only 1000000:128:sampled --profile
     python -m benchmarks.train_throughput --crossover     # dense or sampled, by catalogue size
+    python -m benchmarks.train_throughput --distinct --met 10000 --only 10000:128:sampled \
+        1000000:128:sampled                               # what the table's size alone costs
 
 Every configuration runs in a process of its own, on steps alone (no validation), on a log with
 Zipf-popular items; the network is the plain one that is compared (ids and times in, a GRU of the
@@ -16,10 +18,15 @@ hundred times a step, and a step takes a hundred times as long when one of them 
 processor. With `--rounds` everything is measured as often, in turn, and the fastest counts.
 OMP_NUM_THREADS sets the threads.
 
+Negatives are draws, and a small catalogue's are fewer distinct items, hence fewer scores; a larger
+catalogue's log has more distinct items too. With `--distinct` as many are drawn as make the wanted
+number of distinct ones on average, and with `--met` the log is that of a catalogue of so many items,
+spread over the table: then a step computes the same at every size.
+
 The limit is what the arithmetic of an event would allow at the float32 matrix-product speed
 measured beside it: 6 FLOPs per weight an event passes through (2 forward, 4 backward). FOLDER holds
 `gru4rec_pytorch.py` of the official PyTorch GRU4Rec (hidasib/GRU4Rec_PyTorch_Official); its model,
-loss and optimiser are stepped as its `fit` does, at batch 1,024.
+loss and optimiser are stepped as its `fit` does, at batch 1,024 or at those of `--gru4rec-batches`.
 """
 
 import argparse
@@ -30,17 +37,20 @@ import resource
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import brentq
 from torch import nn
 
 from benchmarks.machine import copy_bytes, gemm_flops
 from model.catalogue import Catalogue
 from model.network import NetworkSettings
+from model.sampling import frequency_sampler
 from model.schema import Schema
 from model.sequences import Histories
 from model.train_settings import Precision, Softmax, TrainSettings
@@ -50,11 +60,11 @@ BPTT, BATCH = 32, 1024
 LENGTH = 200  # events of a user
 
 
-def random_log(num_events: int, num_items: int, seed: int) -> Histories:
-    """Zipf-popular items, exponential gaps."""
+def random_log(num_events: int, num_items: int, seed: int, met: int | None = None) -> Histories:
+    """Zipf-popular items, exponential gaps; `met`: as in a catalogue of so many."""
     rng = np.random.default_rng(seed)
     num_users = max(2, num_events // LENGTH)
-    item_E = np.minimum(rng.zipf(1.1, num_users * LENGTH) - 1, num_items - 1)
+    item_E = np.minimum(rng.zipf(1.1, num_users * LENGTH) - 1, (met or num_items) - 1)
     gap_UL = rng.exponential(3600, (num_users, LENGTH))
     return Histories(
         user_ids=tuple(map(str, range(num_users))),
@@ -62,6 +72,16 @@ def random_log(num_events: int, num_items: int, seed: int) -> Histories:
         timestamp_E=(1e9 + np.cumsum(gap_UL, axis=1)).astype(np.int64).ravel(),
         offset_U1=np.arange(num_users + 1, dtype=np.int64) * LENGTH,
     )
+
+
+def draws_for(distinct: int, log: Histories, num_items: int) -> int:
+    """How many draws make so many distinct negatives on average."""
+    q_M = frequency_sampler(log.item_counts(num_items)).log_q_M.double().exp().numpy()
+
+    def missing(draws: float) -> float:
+        return distinct + np.expm1(-draws * q_M).sum()
+
+    return round(brentq(missing, distinct / 2, 1e3 * distinct))
 
 
 def peak_bytes() -> int:
@@ -96,18 +116,21 @@ def ours(config: dict[str, Any]) -> dict[str, Any]:
         repeats=config["full"],
         ratings=False,
     )
+    before = peak_bytes()
+    num_events = max(100_000, 40 * config["batch"])
+    log = random_log(num_events, items, seed=0, met=config["met"])
+    draws = config["negatives"]
+    if config["distinct"] and config["softmax"] == "sampled":
+        draws = draws_for(draws, log, items)
     settings = TrainSettings(
         network=network,
         softmax=Softmax(config["softmax"]),
-        negatives=config["negatives"],
+        negatives=draws,
         bptt=config["bptt"],
         batch_events=config["batch"],
         precision=Precision(config["precision"]),
         trend_decomposition=False,
     )
-    before = peak_bytes()
-    num_events = max(100_000, 40 * config["batch"])
-    log = random_log(num_events, items, seed=0)
     catalogue = Catalogue(tuple(map(str, range(items))))
     trainer = Trainer(log, catalogue, settings, None, Schema())
     done: EpochState = trainer.start_epoch()
@@ -195,7 +218,7 @@ def official(config: dict[str, Any]) -> dict[str, Any]:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    size, items, batch = config["hidden"], config["items"], 1024
+    size, items, batch = config["hidden"], config["items"], config["batch"]
     before = peak_bytes()
     model = module.GRU4RecModel(items, [size], embedding=size, constrained_embedding=False)
     if config["tied"]:
@@ -276,6 +299,8 @@ def crossover(options: argparse.Namespace) -> int:
                 full=options.full,
                 batch=options.batches[0],
                 profile=False,
+                distinct=False,
+                met=None,
             )
             speeds.append(got["events_per_second"])
         print(
@@ -317,15 +342,46 @@ def _runs(options: argparse.Namespace) -> list[tuple[str, str, dict[str, Any]]]:
         for batch in options.batches:
             own = {"precision": rest[0] if rest else "float32", "full": options.full}
             own |= {"batch": batch, "profile": options.profile}
+            own |= {"distinct": options.distinct, "met": options.met}
             runs.append(("ours", f"{softmax}{', full' * options.full}", shared | own))
         if options.plain and softmax == "dense":
             runs.append(("plain", "plain dense", shared | {"batch": options.batches[0]}))
         if options.gru4rec and softmax == "sampled" and not rest:
-            for tied in (True, False):
+            for tied, batch in product((True, False), options.gru4rec_batches):
                 name = f"official GRU4Rec, {'tied' if tied else 'untied'}"
-                own = {"gru4rec": options.gru4rec, "tied": tied, "batch": 1024}
+                own = {"gru4rec": options.gru4rec, "tied": tied, "batch": batch}
                 runs.append(("official", name, shared | own))
     return runs
+
+
+def ratios(rows: list[dict[str, Any]]) -> list[str]:
+    """What this run says of the rows that issue and documents compare, each batch with itself and
+    the best with the best."""
+    speeds: dict[tuple[int, int, str], dict[int, float]] = {}  # by step, then by batch
+    for row in rows:
+        key = row["items"], row["hidden"], row["step"].removesuffix(", full")
+        by_batch = speeds.setdefault(key, {})
+        by_batch[row["batch"]] = max(row["events_per_second"], by_batch.get(row["batch"], 0.0))
+    sizes = sorted({items for items, _, _ in speeds})
+
+    def compared(ours: tuple[int, int, str], theirs: tuple[int, int, str]) -> str | None:
+        a, b = speeds.get(ours), speeds.get(theirs)
+        if not a or not b:
+            return None
+        same = [f"{a[batch] / b[batch]:.2f} at {batch:,}" for batch in sorted(a.keys() & b.keys())]
+        best = [max(by_batch, key=lambda batch, s=by_batch: s[batch]) for by_batch in (a, b)]
+        ratio = a[best[0]] / b[best[1]]
+        return f"{'; '.join(same)}; {ratio:.2f} best over best ({best[0]:,}, {best[1]:,})"
+
+    lines = []
+    for items, hidden in sorted({(items, hidden) for items, hidden, _ in speeds}):
+        ours = items, hidden, "sampled"
+        for other in ("official GRU4Rec, tied", "official GRU4Rec, untied", "dense"):
+            if found := compared(ours, (items, hidden, other)):
+                lines.append(f"{items:,} x {hidden}, sampled over {other}: {found}")
+        if items != sizes[0] and (found := compared(ours, (sizes[0], hidden, "sampled"))):
+            lines.append(f"{items:,} over {sizes[0]:,} x {hidden}, sampled: {found}")
+    return lines
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -352,7 +408,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--rounds", type=int, default=1, help="measured as often, the best counts")
     parser.add_argument("--full", action="store_true", help="with transition counts")
+    parser.add_argument("--distinct", action="store_true", help="--negatives are distinct ones")
+    parser.add_argument("--met", type=int, metavar="M", help="the log is that of M items")
     parser.add_argument("--gru4rec", metavar="FOLDER")
+    parser.add_argument("--gru4rec-batches", type=int, nargs="+", default=[BATCH])
     parser.add_argument("--plain", action="store_true", help="the plain dense step beside ours")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--crossover", action="store_true")
@@ -393,6 +452,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         if "profile" in got:
             print(rows[-1].pop("profile"))
+    print("\n".join(["", *ratios(rows), ""]))
     print(json.dumps({"gemm_flops": limit, "bf16_flops": half, "copy": copied, "rows": rows}))
     return 0
 
