@@ -20,13 +20,13 @@ OMP_NUM_THREADS sets the threads.
 
 Negatives are draws, and a small catalogue's are fewer distinct items, hence fewer scores; a larger
 catalogue's log has more distinct items too. With `--distinct` as many are drawn as make the wanted
-number of distinct ones on average, and with `--met` the log is that of a catalogue of so many items,
-spread over the table: then a step computes the same at every size.
+number of distinct ones on average, and with `--met` the log is that of a catalogue of so many
+items, spread over the table: then a step computes nearly the same at every size.
 
 The limit is what the arithmetic of an event would allow at the float32 matrix-product speed
 measured beside it: 6 FLOPs per weight an event passes through (2 forward, 4 backward). FOLDER holds
 `gru4rec_pytorch.py` of the official PyTorch GRU4Rec (hidasib/GRU4Rec_PyTorch_Official); its model,
-loss and optimiser are stepped as its `fit` does, at batch 1,024 or at those of `--gru4rec-batches`.
+loss and optimiser are stepped as its `fit` does, at batch 1,024 or those of `--gru4rec-batches`.
 """
 
 import argparse
@@ -355,8 +355,7 @@ def _runs(options: argparse.Namespace) -> list[tuple[str, str, dict[str, Any]]]:
 
 
 def ratios(rows: list[dict[str, Any]]) -> list[str]:
-    """What this run says of the rows that issue and documents compare, each batch with itself and
-    the best with the best."""
+    """The quotients of speed that docs/results.md gives: at the same batch, and best over best."""
     speeds: dict[tuple[int, int, str], dict[int, float]] = {}  # by step, then by batch
     for row in rows:
         key = row["items"], row["hidden"], row["step"].removesuffix(", full")

@@ -22,8 +22,8 @@ from torch.autograd.function import once_differentiable
 from model.lifts import Lifts
 from model.repeats import SeenItems
 
-# Scores held at once: few enough for the processor's cache, but rows enough for the columns' vectors
-# to be read seldom, as far as memory that the allocator keeps allows (`keep_freed_memory`).
+# Scores held at once: few enough for the processor's cache, but rows enough for the columns'
+# vectors to be read seldom, in memory that the allocator keeps for the next (`keep_freed_memory`).
 CHUNK_BYTES, MOST_BYTES = 2**22, 24 * 2**20
 CHUNK_ROWS, LEAST_ROWS = 512, 64  # matrix products of fewer rows are slow
 LANES = 16  # numbers a vector instruction takes: products of other widths waste some of them

@@ -92,7 +92,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
             values.append(parameter.grad)
     norm = torch.nn.utils.get_total_norm(values)
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(values, factor)
+    if norm.device.type != "cpu" or float(factor) != 1.0:  # asking a GPU would be waiting for it
+        torch._foreach_mul_(values, factor)
 
 
 class RowwiseAdagrad(torch.optim.Optimizer):
