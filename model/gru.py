@@ -7,7 +7,7 @@ positions makes the weights'. Same equations and weight layout (r, z, n) as `tor
     r = σ(i_r + W_r h + b_r), z = σ(i_z + W_z h + b_z), n = tanh(i_n + r ⊙ (W_n h + b_n)),
     h' = (1 − z) ⊙ n + z ⊙ h.
 
-Shapes: N packed positions, S segments, T steps, H hidden, G = 3·H gates.
+Shapes: N packed positions, B of a block of steps, S segments, T steps, H hidden, G = 3·H gates.
 """
 
 from typing import Any
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+
+BLOCK = 1024  # positions whose factors are made at once: they are used while in the cache
 
 
 class _Scan(Function):
@@ -66,26 +68,26 @@ class _Scan(Function):
         gates_NG, n_NH, before_NH, weight_GH = ctx.saved_tensors
         hidden, sizes = n_NH.shape[1], ctx.batch_sizes
         r_NH, z_NH, recurrent_n_NH = gates_NG.split(hidden, dim=1)
-        # What a state's gradient is multiplied with on its way to W_n h + b_n and to the inputs of
-        # r, z and n: all steps at once.
-        factor_N4H = n_NH.new_empty(len(n_NH), 4, hidden)
-        to_recurrent, to_r, to_z, to_n = factor_N4H.unbind(dim=1)
-        torch.addcmul(n_NH.new_ones(()), n_NH, n_NH, value=-1.0, out=to_n)
-        to_n.addcmul_(to_n, z_NH, value=-1.0)
-        torch.mul(to_n, r_NH, out=to_recurrent)
-        torch.mul(to_recurrent, recurrent_n_NH, out=to_r)
-        to_r.addcmul_(to_r, r_NH, value=-1.0)
-        torch.sub(before_NH, n_NH, out=to_z)
-        to_z.mul_(torch.addcmul(z_NH, z_NH, z_NH, value=-1.0))
-        grad_N4H, state_NH = torch.empty_like(factor_N4H), grad_h_NH.clone()
+        grad_N4H, state_NH = n_NH.new_empty(len(n_NH), 4, hidden), grad_h_NH.clone()
         grad_h0_SH = grad_last_SH.clone()  # right where there was no step: it went through
-        factor, grads = factor_N4H.split(sizes), grad_N4H.split(sizes)
+        grads = grad_N4H.split(sizes)
         to_gates = grad_N4H.flatten(1)[:, : 3 * hidden].split(sizes)
         state, z = state_NH.split(sizes), z_NH.split(sizes)
         state_1 = state_NH[:, None].split(sizes)
         weight_nrz_GH, going_on = weight_GH.roll(hidden, 0), 0
+        blocks = _blocks(sizes)
+        factor_B4H = n_NH.new_empty(max((len(rows) for _, rows in blocks), default=0), 4, hidden)
+        factor: dict[int, Tensor] = {}
         for t in range(len(sizes) - 1, -1, -1):
             b = sizes[t]
+            if t not in factor:
+                steps, rows = blocks.pop()
+                part = slice(rows.start, rows.stop)
+                parts = (r_NH, z_NH, n_NH, recurrent_n_NH, before_NH)
+                factors = _factors(*(p[part] for p in parts), out_B4H=factor_B4H[: len(rows)])
+                factor = dict(
+                    zip(steps, factors.split(sizes[steps.start : steps.stop]), strict=True)
+                )
             if b > going_on:  # segments whose last step this is
                 state[t][going_on:].add_(grad_last_SH[going_on:b])
                 going_on = b
@@ -98,6 +100,39 @@ class _Scan(Function):
         grad_weight_GH = grad_weight_GH.to(weight_GH.dtype).roll(-hidden, 0)
         grad_bias_G = recurrent_NG.sum(dim=0).roll(-hidden)
         return grad_NG[:, hidden:], grad_h0_SH, grad_weight_GH, grad_bias_G, None, None
+
+
+def _blocks(sizes: list[int]) -> list[tuple[range, range]]:
+    """Runs of steps of about `BLOCK` positions, and their positions; a step is never divided."""
+    blocks, first, start, stop = [], 0, 0, 0
+    for t, b in enumerate(sizes):
+        stop += b
+        if stop - start >= BLOCK or t == len(sizes) - 1:
+            blocks.append((range(first, t + 1), range(start, stop)))
+            first, start = t + 1, stop
+    return blocks
+
+
+def _factors(
+    r_BH: Tensor,
+    z_BH: Tensor,
+    n_BH: Tensor,
+    recurrent_n_BH: Tensor,
+    before_BH: Tensor,
+    *,
+    out_B4H: Tensor,
+) -> Tensor:
+    """What a state's gradient is multiplied with on its way to W_n h + b_n and to the inputs of
+    r, z and n."""
+    to_recurrent, to_r, to_z, to_n = out_B4H.unbind(dim=1)
+    torch.addcmul(n_BH.new_ones(()), n_BH, n_BH, value=-1.0, out=to_n)
+    to_n.addcmul_(to_n, z_BH, value=-1.0)
+    torch.mul(to_n, r_BH, out=to_recurrent)
+    torch.mul(to_recurrent, recurrent_n_BH, out=to_r)
+    to_r.addcmul_(to_r, r_BH, value=-1.0)
+    torch.sub(before_BH, n_BH, out=to_z)
+    to_z.mul_(torch.addcmul(z_BH, z_BH, z_BH, value=-1.0))
+    return out_B4H
 
 
 def scan(

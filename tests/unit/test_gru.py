@@ -1,5 +1,7 @@
 """The written-out GRU equals `torch.nn.GRU`, values and gradients."""
 
+from unittest import mock
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,8 +12,17 @@ from model import gru
 
 
 @settings(max_examples=40, deadline=None)
-@given(lengths=st.lists(st.integers(1, 7), min_size=1, max_size=6), seed=st.integers(0, 99))
-def test_values_and_gradients_equal_those_of_torch(lengths, seed):
+@given(
+    lengths=st.lists(st.integers(1, 7), min_size=1, max_size=6),
+    seed=st.integers(0, 99),
+    block=st.sampled_from([1, 5, 1000]),
+)
+def test_values_and_gradients_equal_those_of_torch(lengths, seed, block):
+    with mock.patch.object(gru, "BLOCK", block):
+        _compare(lengths, seed)
+
+
+def _compare(lengths, seed):
     torch.manual_seed(seed)
     lengths = sorted(lengths, reverse=True)
     batch_size = torch.tensor([sum(n > t for n in lengths) for t in range(lengths[0])])
