@@ -1,6 +1,7 @@
 """HRNN-meta beside the baselines on generated logs: short sessions, sparse ones, odd shapes.
 
     python -m experiments.generated --logs followers sparse --results FILE
+    python -m experiments.generated --table FILE
 
 What a log's items depend on is known here: the last item, the last two, or nothing at all. So a
 baseline that reads just that is as good as any model can be, and HRNN-meta, whose defaults know
@@ -8,14 +9,15 @@ nothing of it, must not rank below it.
 """
 
 import argparse
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.accuracy import Task, assigned, run_models
+from experiments.accuracy import Row, Task, assigned, run_models
 from model.catalogue import Catalogue
 from model.schema import Schema
 from model.sequences import Histories
@@ -176,16 +178,43 @@ def generated_task(name: str, seed: int) -> Task:
     return Task(Log(Schema(), catalogue, log), split.train, split.valid, Cases(split.test, test_N))
 
 
+def table(lines: Sequence[str]) -> str:
+    """Markdown: a line per log; means over seeds, and the difference to the counts by seed."""
+    rows: dict[tuple[str, str, int], Row] = {}
+    for line in lines:
+        row = json.loads(line)
+        rows[row["data"], row["model"], row["seed"]] = row
+    models = list(dict.fromkeys(model for _, model, _ in rows))
+    header = ["log", *(f"{m}: PPL, NDCG@10" for m in models), f"NDCG@10 of hrnn less {models[0]}"]
+    out = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for name in dict.fromkeys(data for data, _, _ in rows):
+        cells = [name]
+        for model in models:
+            own = [r for (data, m, _), r in rows.items() if (data, m) == (name, model)]
+            ppl, ndcg = (np.mean([r[key] for r in own]) for key in ("ppl", "ndcg@10"))
+            cells.append(f"{ppl:.1f}, {ndcg:.4f}")
+        own = [r for (data, m, _), r in rows.items() if (data, m) == (name, "hrnn")]
+        cells.append(
+            "; ".join("{:+.4f} [{:+.4f}, {:+.4f}]".format(*r["ndcg_difference"]) for r in own)
+        )
+        out.append("| " + " | ".join(cells) + " |")
+    return "\n".join(out)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--logs", nargs="+", choices=LOGS, default=list(LOGS))
     parser.add_argument("--log-seed", type=int, default=0)
-    parser.add_argument("--models", nargs="+", default=["hrnn", "transition-counts", "popularity"])
+    parser.add_argument("--models", nargs="+", default=["transition-counts", "popularity", "hrnn"])
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], help="train setting: a.b=value")
     parser.add_argument("--results", type=Path, help="file to append JSON lines to")
+    parser.add_argument("--table", type=Path, help="print the results of this file, no more")
     options = parser.parse_args(arguments)
+    if options.table:
+        print(table(options.table.read_text().splitlines()))
+        return 0
     for name in options.logs:
         options.name, options.protocol = name, "user"
         run_models(options, generated_task(name, options.log_seed), assigned(options.set))

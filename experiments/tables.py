@@ -52,21 +52,25 @@ def mean_figure(rows: Sequence[Row], name: str) -> str:
     return text
 
 
-def comparison(rows: Sequence[Row], name: str) -> str:
-    """Mean ratio of PPL, and in how many seeds its interval excludes 1."""
+def comparison(rows: Sequence[Row], name: str, reference: str) -> str:
+    """Mean ratio of PPL, and in how many seeds its interval excludes 1; against which other model,
+    where that is not the table's."""
     ratios = [row[name] for row in rows if name in row]
     if not ratios:
         return ""
     told_apart = sum(low > 1 or high < 1 for _, low, high in ratios)
     change = 100 * (np.mean([value for value, _, _ in ratios]) - 1)
-    return f"{change:+.1f}% ({told_apart} of {len(ratios)})"
+    text = f"{change:+.1f}% ({told_apart} of {len(ratios)})"
+    against = next((row["against"] for row in rows if "against" in row), reference)
+    return text if against == reference else f"{text} against {against}"
 
 
 def table(rows: Sequence[Row], protocol: str) -> str:
     """One Markdown table: a line per model, in the order of the file."""
     columns = [c for c in COLUMNS[protocol] if any(c in row for row in rows)]
+    reference = next((row["against"] for row in rows if "against" in row), "")
     compared = {
-        "ppl_ratio": f"PPL against {next((r['against'] for r in rows if 'against' in r), '')}",
+        "ppl_ratio": f"PPL against {reference}",
         "current_over_frozen": "PPL, current over frozen trend",
     }
     compared = {k: v for k, v in compared.items() if any(k in row for row in rows)}
@@ -75,7 +79,7 @@ def table(rows: Sequence[Row], protocol: str) -> str:
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
         cells = [model, str(len(own)), *(mean_figure(own, c) for c in columns)]
-        cells += [comparison(own, name) for name in compared]
+        cells += [comparison(own, name, reference) for name in compared]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -115,21 +115,30 @@ class Facts:
         return (log_z_N - chosen_N).sum()
 
 
-def start_priors(facts: Facts, prior: TransitionPrior | None, repeats: RepeatPrior | None) -> None:
+def start_priors(
+    facts: Facts,
+    prior: TransitionPrior | None,
+    repeats: RepeatPrior | None,
+    without_counts: float = 0.0,
+) -> None:
     """Set γ = 1, and κ and ρ to what is most likely; what the network lacks stays 0.
 
     Both are held by one observation for and one against, so that neither leaves for infinity.
+
+    Args:
+        without_counts: share of the steps that will not read the counts. An item that follows
+            itself is a repeat: of known items the counts would say all of it, of new ones ρ alone.
     """
     log_kappa = torch.zeros((), dtype=torch.float64, requires_grad=prior is not None)
     rho_B = torch.zeros(BUCKETS, dtype=torch.float64, requires_grad=repeats is not None)
-    have_kappa = 0.0 if prior is None else 1.0
 
     def loss() -> Tensor:
-        kappa = have_kappa * log_kappa.exp()
+        kappa = log_kappa.exp() * (prior is not None)
         held = (rho_B.exp() - rho_B).sum()
         if prior is not None:
             held = held + 2.0 * torch.log1p(kappa) - log_kappa
-        return facts.loss(kappa, rho_B) + held
+        alone = without_counts * facts.loss(torch.zeros_like(kappa), rho_B)
+        return (1.0 - without_counts) * facts.loss(kappa, rho_B) + alone + held
 
     _minimise(loss, [t for t in (log_kappa, rho_B) if t.requires_grad])
     with torch.no_grad():

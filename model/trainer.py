@@ -26,7 +26,7 @@ from model.inputs import InputEncodings, Positions
 from model.loader import Loader, sample_of, sample_users
 from model.network import HRNNMeta
 from model.novelty import new_item_share
-from model.objective import EventTargets, Objective
+from model.objective import FOLLOWERS_UNTIL, EventTargets, Objective
 from model.prior_start import (
     POPULARITY_CELLS,
     POPULARITY_EVENTS,
@@ -189,12 +189,18 @@ class Trainer:
             self.transitions, transitions = Transitions.fitted(
                 self.train, num_items, self.fold_U, FOLDS
             )
+        fields_alone = settings.fields_alone
+        if fields_alone is None:
+            fields_alone = min(0.5, new_item_share(sample))
         if network.prior is not None or network.repeats is not None:
             user_S = sample_users(self.train, START_SAMPLE, self.rng)
             log = self.train if len(user_S) == len(self.train) else self.train.subset(user_S)
             event_N = np.sort(self.rng.permutation(log.num_events)[:START_SAMPLE])
             facts = Facts.of(log, event_N, p_M, network.prior, transitions, self.fold_U[user_S])
-            start_priors(facts, network.prior, network.repeats)
+            without_counts = 0.0
+            if network.items.output_tower is not None:
+                without_counts = 1.0 - FOLLOWERS_UNTIL * (1.0 - fields_alone)
+            start_priors(facts, network.prior, network.repeats, without_counts)
         # And the network adds nothing yet, so that training begins at the priors' own prediction.
         nn.init.zeros_(network.query.weight)
         nn.init.zeros_(network.query.bias)
@@ -204,9 +210,6 @@ class Trainer:
             settings.softmax is Softmax.AUTO and num_items > SAMPLED_ABOVE
         ):
             sampler = frequency_sampler(self.count_M)
-        fields_alone = settings.fields_alone
-        if fields_alone is None:
-            fields_alone = min(0.5, new_item_share(sample))
         network.to(self.device)
         columns = num_items if sampler is None else negatives
         self.dtype = choose_dtype(settings.precision, self.device, columns)

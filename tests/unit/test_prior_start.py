@@ -95,6 +95,28 @@ def test_start_is_the_likeliest():
             assert held(at[0], moved_B) > least
 
 
+def test_where_counts_are_not_read_repeats_are_the_priors_to_tell():
+    """Some items come four times in a row: of known ones the counts say which, of new ones only ρ
+    can say how often."""
+    rng = np.random.default_rng(0)
+    lists = []
+    for chosen in rng.integers(M, size=(60, 5)):
+        lists.append(np.repeat(chosen, np.where(chosen < 4, 4, 1)).tolist())
+    log = synthetic.histories(lists, [list(range(len(items))) for items in lists])
+    fold_U, transitions, p_M = _parts(log)
+    p_M = torch.full_like(p_M, 1.0 / M)
+    prior, repeats = TransitionPrior(M), RepeatPrior()
+    facts = Facts.of(log, np.arange(log.num_events), p_M, prior, transitions, fold_U)
+    rho = []
+    for without_counts in (0.0, 0.5, 1.0):
+        start_priors(facts, prior, repeats, without_counts)
+        rho.append(float(repeats.rho.detach()[0]))
+    alone = RepeatPrior()
+    start_priors(facts, None, alone)
+    assert rho[0] < rho[1] - 0.3 < rho[2]
+    assert rho[2] == pytest.approx(float(alone.rho.detach()[0]), abs=1e-3)
+
+
 def test_without_counts_or_without_repeats_the_other_starts_alone():
     log = _log()
     fold_U, transitions, p_M = _parts(log)
