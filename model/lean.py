@@ -7,8 +7,10 @@ positions come from one matrix product, then one matrix-vector product per step.
 The states of histories read lately are kept. Position k reads event k − 1 and the time of event
 k, so the state *before* the last event is consumed depends on the past alone and not on the
 request: it is kept under a digest of exactly what was read. A history that has grown is read on
-from there; one whose past has changed (a late event, the oldest one dropped) has another digest
-and is read from its beginning.
+from there; one whose past has changed (a late event) has another digest and is read from its
+beginning. A long history's beginning is not its oldest event (`model.states.beginning`), so that it
+can be read on from although it loses that one with each new one. What is no state, the profile and
+the counts of transitions and repeats, is of the whole history.
 
 Shapes: B queries, N open positions of all of them, L events of one history, H hidden, G = 3·H
 gates (r, z, n), D embedding.
@@ -30,7 +32,7 @@ from model.inputs import MAX_DEVIATIONS
 from model.network import HRNNMeta
 from model.profile import FoldedProfile
 from model.query import Event, History, Query
-from model.states import States
+from model.states import States, beginning
 
 Float32 = NDArray[np.float32]
 
@@ -107,6 +109,7 @@ class LeanGRU:
         if network.profile is not None:
             self._profile = FoldedProfile(network.profile, network.items.bags)
         self.states = states
+        self._user_fields = tuple(f.name for f in self._encodings.user_fields)
         self._key_M = np.arange(len(index)) if key_M is None else key_M
 
     def read(self, query: Query, events: Sequence[Event]) -> Read:
@@ -116,13 +119,17 @@ class LeanGRU:
         return self.read_all([query], [(history, known_L)])[0]
 
     def read_all(
-        self, queries: Sequence[Query], known: Sequence[tuple[History, NDArray[np.int64]]]
+        self,
+        queries: Sequence[Query],
+        known: Sequence[tuple[History, NDArray[np.int64]]],
+        asked_at: Sequence[float] | None = None,
     ) -> list[Read]:
         """The vectors of B queries; what they have in common is computed for all at once.
 
         Args:
             known: of each query the events that the catalogue knows, in order of time, and the
                 positions of their items there.
+            asked_at: monotonic seconds at which another model was asked; None: this one is.
         """
         user_BG = self._users(queries)
         pasts = [self._past(query, *one) for query, one in zip(queries, known, strict=True)]
@@ -133,14 +140,18 @@ class LeanGRU:
             gate_NG += np.repeat(user_BG, steps_B, axis=0)
         # The last position is the request's; the state before it is worth keeping.
         h_BH = self._states_before_last(gate_NG, first_B, steps_B, pasts)
-        for query, past, h_H in zip(queries, pasts, h_BH, strict=True):
+        for b, (query, past) in enumerate(zip(queries, pasts, strict=True)):
             if past.key is not None:
-                self.states.keep(past.key, h_H, query, past.found)
+                at = None if asked_at is None else asked_at[b]
+                self.states.keep(past.key, h_BH[b], query, self._user_fields, past.found, at)
         last_BG = gate_NG[first_B + steps_B - 1]
         x_BD = self._queries(queries, self._step(last_BG, h_BH))
         if self._profile is not None:
-            x_BD += self._profile([past.item_L for past in pasts])
-        return [Read(x_D, past.item_L, past.steps) for x_D, past in zip(x_BD, pasts, strict=True)]
+            x_BD += self._profile([item_L for _, item_L in known])
+        return [
+            Read(x_D, item_L, past.steps)
+            for x_D, (_, item_L), past in zip(x_BD, known, pasts, strict=True)
+        ]
 
     def _past(
         self,
@@ -149,6 +160,9 @@ class LeanGRU:
         item_L: NDArray[np.int64],
     ) -> "_Past":
         """What a query's positions read, and from where on they are to be read."""
+        first = beginning(history.time_L.astype(np.int64), self._key_M[item_L])
+        if first:
+            history, item_L = history[first:], item_L[first:]
         length = len(item_L)
         # Times of the events, then of the request: position k is asked for at time k.
         time_K = np.empty(length + 1, dtype=np.int64)

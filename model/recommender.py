@@ -30,7 +30,7 @@ from model.query import Event, FieldValue, History, ItemFilter, Query, Recommend
 from model.retrieval import Allowed, Ask, Listed, Retrieval, Scores
 from model.schema import FieldKind, fits
 from model.sequences import Histories
-from model.states import States
+from model.states import Recent, States, beginning
 from model.transitions import summed
 from model.trends import TrendSnapshot
 
@@ -97,18 +97,18 @@ class Recommender:
         w_MD, b_M = self._network.items.outputs()
         self._w_MD, self._b_M = w_MD.detach().contiguous(), b_M.detach()
         self._lean: LeanGRU | None = None  # other encoders are read as batches
+        self._key_M = np.arange(len(self._catalogue))
         if isinstance(self._network.encoder, GRUEncoder):
             index = bundle.catalogue.index
             states = States(self.kept_states)
-            key_M = None
             if of is not None and of._lean is not None:
                 states = of._lean.states
                 of_origin = self._origin.catalogue.index
                 found = (
                     (keys or {}).get(i, of_origin.get(i, -1)) for i in self._catalogue.item_ids
                 )
-                key_M = np.fromiter(found, np.int64, len(self._catalogue))
-            self._lean = LeanGRU(self._network, index, states, key_M)
+                self._key_M = np.fromiter(found, np.int64, len(self._catalogue))
+            self._lean = LeanGRU(self._network, index, states, self._key_M)
         self._masks: dict[tuple[str, str], NDArray[np.bool_]] = {}
         self.version: str = bundle.manifest.model_version
         self.item_ids: tuple[str, ...] = bundle.catalogue.item_ids
@@ -282,26 +282,28 @@ class Recommender:
             )
         ]
 
-    def recent(self) -> list[Query]:
+    def recent(self) -> list[Recent]:
         """Histories that were read last, newest first; none where states are not kept."""
         return [] if self._lean is None else self._lean.states.recent()
 
-    def read(self, queries: Sequence[Query]) -> None:
-        """Read histories before anybody asks, so that their states are kept.
+    def read_ahead(self, recent: Sequence[Recent]) -> None:
+        """Keep the states of histories that another model has read, newest first.
 
-        Those of users with fields that the model cannot read are left out.
+        Those of users with fields that this one cannot read are left out.
         """
         if self._lean is None:
             return
         readable = []
-        for query in queries:
+        for one in recent:
             try:
-                self.check(query)
+                self.check(one.query)
             except InputError:  # another model's fields were of other kinds: nothing to gain
                 continue
-            readable.append(query)
+            readable.append(one)
         if readable:
-            self._lean.read_all(readable, [self._known(query.history) for query in readable])
+            queries = [one.query for one in readable]
+            known = [self._known(query.history) for query in queries]
+            self._lean.read_all(queries, known, [one.at for one in readable])
 
     def listed(self, item_ids: Sequence[str]) -> Listed:
         """Prepare a list of items that many queries ask for; unknown ones are allowed."""
@@ -462,20 +464,48 @@ class Recommender:
             context_fields=context,
         )
         positions = self._network.positions(histories, None)
+        first_B = np.zeros(len(queries), dtype=np.int64)
+        if isinstance(self._network.encoder, GRUEncoder):
+            first_B += [
+                beginning(events.time_L.astype(np.int64), self._key_M[item_L])
+                for events, item_L in known
+            ]
+        parts, read = self._read_from(histories, positions, offset_B1[:-1] + first_B)
         ((batch, encoded),) = encode_batches(
-            self._network,
-            positions,
-            histories,
-            bptt=int(length_B.max()),
-            batch_events=len(item_E),
+            self._network, read, parts, bptt=int(length_B.max()), batch_events=len(item_E)
         )
-        order_B = np.argsort(histories.user_E[batch.event_N[batch.last_S]])
-        last_B = batch.last_S[order_B]
+        last_B = batch.last_S[np.argsort(batch.event_N[batch.last_S])]
+        last_B = last_B[np.isin(batch.event_N[last_B], offset_B1[1:] - 1)]
         return _Encoded(
             positions=positions,
             event_B=torch.from_numpy(batch.event_N[last_B]),
             encoded=encoded.rows(torch.from_numpy(last_B)),
         )
+
+    def _read_from(
+        self, histories: Histories, positions: Positions, first_B: NDArray[np.int64]
+    ) -> tuple[Histories, Positions]:
+        """Have the encoder begin each history at one of its events.
+
+        Returns:
+            The histories, those that do not begin there cut in two, and `positions` whose inputs
+            of the encoder know nothing of what is before the cut.
+        """
+        offset_U1 = np.union1d(histories.offset_U1, first_B)
+        if len(offset_U1) == len(histories.offset_U1):
+            return histories, positions
+        user_U = np.searchsorted(histories.offset_U1, offset_U1[:-1], side="right") - 1
+        parts = replace(
+            histories,
+            user_ids=tuple(map(str, range(len(user_U)))),
+            offset_U1=offset_U1,
+            user_fields={
+                name: [values[u] for u in user_U] for name, values in histories.user_fields.items()
+            },
+        )
+        cut = self._network.positions(parts, None)
+        names = ("previous_item", "previous_type", "previous_value", "bucket", "session_start")
+        return parts, replace(positions, **{name: getattr(cut, name) for name in names})
 
     def _known(self, events: Sequence[Event]) -> tuple[History, NDArray[np.int64]]:
         """The newest events of items that the catalogue holds, and these items' positions."""

@@ -13,6 +13,7 @@ from model.errors import BundleError, HrnnError, UnavailableError
 from model.manifest import MANIFEST
 from model.store import Champion, ModelStore
 from serving import metrics
+from serving.process import log_failure
 
 log = logging.getLogger("hrnn.serving")
 
@@ -103,6 +104,8 @@ class Champions(Generic[M]):
                 metrics.MODEL_IS_CHAMPION.set(0)
                 self._refused, self._refused_at = champion, self._clock()
                 log.error("champion %s is refused, %s stays in use: %s", champion, in_use, reason)
+                if not isinstance(error, HrnnError):
+                    log_failure(error)
             return None
         if not self._readable:
             log.info("the model store is readable again")

@@ -30,7 +30,7 @@ from serving.batching import Batcher
 from serving.champions import Champions
 from serving.exploration import uncertainty, uniform
 from serving.live_items import ItemFeed
-from serving.process import freeze_garbage_collection, leave
+from serving.process import freeze_garbage_collection, leave, log_failure
 from serving.schemas import ScoreInstance, parse_score_instances
 from serving.server import JsonModel, main
 from serving.settings import PREDICTOR, ServeSettings
@@ -99,8 +99,8 @@ class Scorer(Protocol):
         self, items: Mapping[str, Mapping[str, FieldValue]]
     ) -> tuple[dict[str, Mapping[str, FieldValue]], int]: ...
     def with_items(self, items: Mapping[str, Mapping[str, FieldValue]]) -> "Scorer": ...
-    def recent(self) -> Sequence[Query]: ...
-    def read(self, queries: Sequence[Query]) -> None: ...
+    def recent(self) -> Sequence[Any]: ...
+    def read_ahead(self, recent: Sequence[Any]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -174,14 +174,37 @@ class LoadedModel:
         """
         recent = before.scorer.recent()
         end = time.monotonic() + TAKE_OVER_SECONDS
+        failed = 0
         for start in range(0, len(recent), READ_TOGETHER):
             began = time.monotonic()
-            self._scorer.read(recent[start : start + READ_TOGETHER])
+            failed += self._read_ahead(recent[start : start + READ_TOGETHER], tell=not failed)
             now = time.monotonic()
             if now > end:
                 log.info("%d of %d recent histories read ahead", start + READ_TOGETHER, len(recent))
                 break
             time.sleep(READ_PAUSE * (now - began))
+        if failed:
+            log.error("%d of %d recent histories could not be read ahead", failed, len(recent))
+
+    def _read_ahead(self, recent: Sequence[Any], tell: bool) -> int:
+        """Read some; how many could not be read.
+
+        One user's history is no reason to refuse a champion; eight of eight are.
+        """
+        try:
+            self._scorer.read_ahead(recent)
+        except Exception as error:
+            if len(recent) == 1:
+                if tell:
+                    log_failure(error)
+                return 1
+            failed = 0
+            for one in recent:
+                failed += self._read_ahead([one], tell and not failed)
+            if failed == READ_TOGETHER:
+                raise
+            return failed
+        return 0
 
     def score(self, asked: Sequence[Asked]) -> list[Scored | InputError]:
         """One answer per question, or why the model cannot read it or do what it asks for."""
@@ -420,6 +443,7 @@ class Predictor(JsonModel):
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(self.settings.model_refresh_seconds)
+            self._models[0].scorer.recent()  # the old ones are forgotten also when nobody asks
             async with self._changing:
                 lists = list(self._lists.values())
                 ready = partial(self._made_ready, before=self._models[0], lists=lists)
@@ -440,13 +464,11 @@ class Predictor(JsonModel):
             try:
                 async with self._changing:
                     started = time.monotonic()
+                    lists = list(self._lists.values())
                     model = await loop.run_in_executor(
-                        self._loader, self._with_items, feed, self._models[0], False
+                        self._loader, self._with_items, feed, self._models[0], False, lists
                     )
                     if model is not None:
-                        await loop.run_in_executor(
-                            self._loader, model.prepare, list(self._lists.values())
-                        )
                         self._swap(model)
             except Exception as error:
                 step = "read" if isinstance(error, UnavailableError) else "build"
@@ -479,13 +501,23 @@ class Predictor(JsonModel):
 
         Blocking, in the loader's thread.
         """
-        if self._feed is not None:
-            model = self._with_known_items(self._feed, model)
-        model.read_as(before)
-        model.prepare(lists)
+        feed = self._feed
+        items = {} if feed is None else dict(feed.items)
+        try:
+            if feed is not None:
+                model = self._with_known_items(feed, model)
+            model.read_as(before)
+            model.prepare(lists)
+        except Exception:
+            if feed is not None:  # for the model that stays, again
+                feed.items = items
+                feed.rebase(before.scorer.readable)
+            raise
         return model
 
-    def _with_items(self, feed: ItemFeed, model: LoadedModel, anew: bool) -> LoadedModel | None:
+    def _with_items(
+        self, feed: ItemFeed, model: LoadedModel, anew: bool, lists: Iterable[ItemList] = ()
+    ) -> LoadedModel | None:
         """The model with the items that are new now; None: it is up to date.
 
         Blocking, in the loader's thread.
@@ -493,6 +525,7 @@ class Predictor(JsonModel):
         Args:
             anew: this model is not the one that the feed was read for; what is known has to do
                 where the collector cannot be asked.
+            lists: to be prepared.
 
         Raises:
             UnavailableError: the collector cannot be asked.
@@ -509,6 +542,7 @@ class Predictor(JsonModel):
             return None
         started = time.perf_counter()
         extended = LoadedModel(model.scorer.with_items(feed.items), feed.revision())
+        extended.prepare(lists)
         feed.changed = False
         metrics.LIVE_ITEMS_BUILD_SECONDS.set(time.perf_counter() - started)
         metrics.LIVE_ITEMS.set(len(feed.items))

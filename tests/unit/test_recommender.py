@@ -17,10 +17,9 @@ from model import retrieval
 from model.encoders import EncoderKind
 from model.errors import BundleError, InputError
 from model.manifest import MANIFEST, digest_of_file
-from model.query import Event, History, ItemFilter, Query
+from model.query import Event, ItemFilter, Query
 from model.recommender import Recommender
 from model.schema import Schema
-from model.states import States
 from model.tables import Log
 from model.training import TrainSettings, fit
 from model.trends import ResolvedTrend, snapshot_from_counts
@@ -506,38 +505,51 @@ def test_only_so_many_states_are_kept(kept):
 def test_another_model_reads_ahead_what_was_read_last(kept, path):
     recommender, fresh = kept
     history = long_history(30)
-    users = ({"group": "a", "age": 31.0}, {"group": "b"}, {})
+    users = ({"group": "a", "age": 31.0, "hobby": "x"}, {"group": "b"}, {})
     queries = [Query(history[: 10 + b], START + 10**5, user) for b, user in enumerate(users)]
     for query in queries:
         recommender._lean.read(query, query.history)
     grown = replace(queries[0], history=history[:12])
     recommender._lean.read(grown, grown.history)
     recent = recommender.recent()
-    assert [len(query.history) for query in recent] == [12, 12, 11], "the grown one once"
-    unreadable = replace(queries[1], user={"age": "old"})
-    other = Recommender.load(path)
-    other.read([unreadable, *recent])
+    assert [len(one.query.history) for one in recent] == [12, 12, 11], "the grown one once"
+    assert recent[0].query.user == {"group": "a", "age": 31.0}, "what the model reads"
+    unreadable = replace(recent[1], query=replace(queries[1], user={"age": "old"}))
+    other, third = Recommender.load(path), Recommender.load(path)
+    other.read_ahead([unreadable, *recent])
+    assert other.recent() == recent, "in the same order, asked for when they were"
+    third.read_ahead(other.recent())
+    assert third.recent() == recent
     for query in (grown, *queries[1:]):
-        read = other._lean.read(query, query.history)
-        assert read.steps == 1, "the request alone"
-        np.testing.assert_allclose(read.x_D, fresh._lean.read(query, query.history).x_D, atol=1e-5)
+        for one in (other, third):
+            read = one._lean.read(query, query.history)
+            assert read.steps == 1, "the request alone"
+            expected = fresh._lean.read(query, query.history)
+            np.testing.assert_allclose(read.x_D, expected.x_D, atol=1e-5)
     assert fresh.recent() == [], "keeps none"
 
 
-def test_what_another_model_reads_ahead_is_bounded_and_holds_no_message():
-    states = States(1000, recent_events=100)
-    message = np.arange(10_000.0)
-    for user in range(20):
-        events = History([f"i{k}" for k in range(300)], message[:300], None, message[300:600])
-        states.keep(bytes([user]), np.zeros(4, np.float32), Query(events[: 10 + user], 0.0))
-    assert [len(query.history) for query in states.recent()] == [29, 28, 27], "26 more do not fit"
-    assert all(query.history.time_L.base is None for query in states.recent())
-    states = States(1000)
-    states.keep(b"long", np.zeros(4, np.float32), Query(events, 0.0))
-    assert states.recent()[0].history.item_ids == [f"i{k}" for k in range(100, 300)], "the newest"
-    states.keep(b"same", np.zeros(4, np.float32), Query(events, 0.0), b"same")
-    states.keep(b"long", np.zeros(4, np.float32), Query(events, 0.0))
-    assert len(states.recent()) == 2
+def test_a_history_that_slides_is_read_on_and_equals_the_whole_reading(kept, path):
+    recommender, fresh = kept
+    network = Recommender.load(path)
+    network._lean = None  # reads by batches
+    history = long_history(190)
+    steps = []
+    for end in range(90, 190):
+        window = history[end - 90 : end]
+        query = Query(window, window[-1].timestamp + 60.0, {"group": "a"})
+        read = recommender._lean.read(query, window)
+        assert len(read.item_L) == 90, "counts see the whole history"
+        steps.append(read.steps)
+        if end % 9 == 0:
+            one = fresh._lean.read(query, window)
+            np.testing.assert_allclose(read.x_D, one.x_D, atol=1e-5)
+            for found, expected in zip(
+                asked(recommender, [query]), asked(network, [query]), strict=True
+            ):
+                np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert max(steps) <= 91
+    assert steps.count(2) > 75, "most add one event to a kept state"
 
 
 def test_states_stay_valid_when_items_come_and_change(kept):

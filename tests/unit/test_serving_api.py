@@ -118,7 +118,7 @@ class FakeScorer:
     def recent(self):
         return []
 
-    def read(self, queries):
+    def read_ahead(self, recent):
         raise AssertionError("there are none")
 
     def retrieve(self, asks, items, lists):

@@ -2,6 +2,7 @@
 
 import asyncio
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -58,3 +59,58 @@ def test_reading_ahead_ends_in_time(recommenders, monkeypatch, caplog):
     LoadedModel(new).read_as(before)
     assert f"{serving.READ_TOGETHER} of 10" in caplog.text  # those of the warm-up besides
     assert len(new.recent()) < 100
+
+
+def failing(model, users):
+    """A model that cannot read some histories."""
+    read_all = model._lean.read_all
+
+    def read(queries, known, asked_at=None):
+        if any(query.history[0].item_id in users for query in queries):
+            raise RuntimeError("secret")
+        return read_all(queries, known, asked_at)
+
+    model._lean.read_all = read
+
+
+def test_one_history_that_cannot_be_read_does_not_keep_a_model_from_its_use(
+    recommenders, monkeypatch, caplog
+):
+    monkeypatch.setattr(serving.time, "sleep", lambda seconds: None)
+    old, new = recommenders[0](), recommenders[1]()
+    before, after = LoadedModel(old), LoadedModel(new)
+    items = wire.ItemList(old.item_ids[:7], np.full(7, -2.0), -9.0)
+    questions = [asked(old, user, items) for user in range(30)]
+    before.score(questions)
+    failing(new, {old.item_ids[5], old.item_ids[20]})
+    after.read_as(before)
+    assert "2 of 3" in caplog.text and "secret" not in caplog.text
+    assert caplog.text.count("RuntimeError") == 1
+    assert len(new.recent()) == len(old.recent()) - 2
+
+
+def test_a_model_that_can_read_nothing_is_refused_and_the_items_are_those_of_the_old_one(
+    recommenders, monkeypatch
+):
+    monkeypatch.setattr(serving.time, "sleep", lambda seconds: None)
+    old, new = recommenders[0](), recommenders[1]()
+    predictor = Predictor(ServeSettings(), old)
+    items = wire.ItemList(old.item_ids[:7], np.full(7, -2.0), -9.0)
+    predictor._models[0].score([asked(old, user, items) for user in range(30)])
+    after = LoadedModel(new)
+    failing(new, set(old.item_ids))
+    rebased = []
+    known = {"item": {"title": "New"}}
+
+    def rebase(select):
+        rebased.append(select.__self__)
+        if select.__self__ is new:
+            predictor._feed.items = {}  # it was trained on them
+
+    predictor._feed = SimpleNamespace(
+        items=known, changed=False, rebase=rebase, poll=lambda select: None
+    )
+    with pytest.raises(RuntimeError):
+        predictor._made_ready(after, predictor._models[0], [])
+    assert rebased == [new, old]
+    assert predictor._feed.items == known
