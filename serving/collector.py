@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
@@ -57,6 +56,7 @@ from serving.collector_schemas import (
 )
 from serving.follower import Follower, Live
 from serving.process import (
+    Signals,
     Uvicorn,
     configure_logging,
     exit_with_parent,
@@ -412,7 +412,10 @@ def application(collector: Collector) -> FastAPI:
 
 
 def serve(settings: ServeSettings) -> None:
-    """Serve until SIGTERM or SIGINT; what was acknowledged or is being written is finished."""
+    """Serve until told to stop (`Signals`).
+
+    What was acknowledged or is being written is finished.
+    """
     with reserve(settings.host, settings.collector_http_port) as http_socket:
         collector = Collector(settings)
         server = Uvicorn(
@@ -427,14 +430,17 @@ def serve(settings: ServeSettings) -> None:
             )
         )
 
-        def stop(*_: Any) -> None:
-            log.info("stopping")
+        async def run() -> None:
+            told = asyncio.create_task(Signals(settings.drain_seconds).wait())
+            serving = asyncio.create_task(server.serve([http_socket]))
+            await asyncio.wait({serving, told}, return_when=asyncio.FIRST_COMPLETED)
             server.should_exit = True
+            told.cancel()
+            await serving
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, stop)
         log.info("collecting events on %s", settings.collector_url)
-        server.run([http_socket])
+        with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+            runner.run(run())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -447,7 +453,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = parse_arguments(COLLECTOR, sys.argv[1:] if arguments is None else arguments)
         if os.environ.get(EXIT_WITH_PARENT):
-            exit_with_parent(settings.grace_seconds)
+            exit_with_parent(settings.drain_seconds + settings.grace_seconds)
         serve(settings)
     except HrnnError as error:
         print(f"error: {error}", file=sys.stderr)

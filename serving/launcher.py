@@ -199,11 +199,12 @@ class LocalServing:
             time.sleep(0.5)
 
     def stop(self) -> None:
-        """SIGTERM, then SIGKILL after the grace time; returns when no process is left."""
+        """SIGTERM, then SIGKILL after drain and grace time; returns when no process is left."""
         processes = [p for p in self.processes.values() if p.poll() is None]
         for process in processes:
             process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + self.settings.grace_seconds + 2
+        seconds = self.settings.drain_seconds + self.settings.grace_seconds + 2
+        deadline = time.monotonic() + seconds
         for process in processes:
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))

@@ -4,6 +4,7 @@ Free of KServe, which takes seconds to import.
 """
 
 import argparse
+import asyncio
 import errno
 import gc
 import json
@@ -161,17 +162,55 @@ def log_in_background(logger: logging.Logger, dropped: Callable[[], None]) -> No
     logger.propagate = False
 
 
-def exit_with_parent(grace_seconds: float) -> None:
+class Signals:
+    """What ends a server: SIGTERM once it is drained; another one, or SIGINT, at once.
+
+    A load balancer goes on sending new connections to a process that was told to end, until all
+    its parts have heard of it (on Kubernetes some seconds). Meanwhile they must be accepted.
+    """
+
+    def __init__(self, drain_seconds: float) -> None:
+        """To be called in the event loop, before anything that must not be cut off."""
+        self._drain_seconds = drain_seconds
+        self._told, self._at_once = asyncio.Event(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self._terminate)
+        loop.add_signal_handler(signal.SIGINT, self._interrupt)
+
+    async def wait(self) -> None:
+        """Return when no more requests are to be accepted."""
+        await self._told.wait()
+        if self._drain_seconds and not self._at_once.is_set():
+            log.info("draining: new requests are answered for %g s", self._drain_seconds)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._drain_seconds):
+                    await self._at_once.wait()
+        log.info("stopping")
+
+    def _terminate(self) -> None:
+        if self._told.is_set():
+            self._at_once.set()
+        self._told.set()
+
+    def _interrupt(self) -> None:
+        self._at_once.set()
+        self._told.set()
+
+
+def exit_with_parent(seconds: float) -> None:
     """Stop when stdin closes: the launcher holds its other end, and even SIGKILL closes it.
 
     Unlike PR_SET_PDEATHSIG this does not depend on which thread started the process.
+
+    Args:
+        seconds: that stopping may take.
     """
 
     def watch() -> None:
         while os.read(0, 1024):
             pass
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(grace_seconds + 5)
+        time.sleep(seconds + 5)
         os._exit(1)
 
     threading.Thread(target=watch, name="parent", daemon=True).start()

@@ -8,7 +8,6 @@ a model, and logs request contents with every error. The routes kept are listed 
 import asyncio
 import logging
 import os
-import signal
 import socket
 import sys
 from abc import abstractmethod
@@ -44,6 +43,7 @@ from serving.kserve_api import (
     pb_grpc,
 )
 from serving.process import (
+    Signals,
     Uvicorn,
     configure_logging,
     exit_with_parent,
@@ -406,7 +406,7 @@ class Server(ModelServer):  # type: ignore[misc]
         self.register_model(model)
 
     def run(self) -> None:
-        """Serve until SIGTERM or SIGINT; requests in flight are finished first."""
+        """Serve until told to stop (`Signals`); requests in flight are finished first."""
         try:
             import uvloop
 
@@ -417,13 +417,10 @@ class Server(ModelServer):  # type: ignore[misc]
             runner.run(self._run())
 
     async def _run(self) -> None:
-        stop = asyncio.Event()
+        signals = Signals(self._settings.drain_seconds)
         # The event loop shares the interpreter with threads that read features or score; by
         # default each could make it wait for 5 ms at a time.
         sys.setswitchinterval(SWITCH_SECONDS)
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
         await self._model.open()
         grpc_server = await self._start_grpc()
         grace = self._settings.grace_seconds
@@ -441,7 +438,7 @@ class Server(ModelServer):  # type: ignore[misc]
             )
         )
         http_task = asyncio.create_task(http_server.serve([self._http_socket]))
-        stop_task = asyncio.create_task(stop.wait())
+        stop_task = asyncio.create_task(signals.wait())
         log.info(
             "serving %s on http://%s:%d and grpc://%s:%d",
             self._model.name,
@@ -451,7 +448,6 @@ class Server(ModelServer):  # type: ignore[misc]
             self.grpc_port,
         )
         await asyncio.wait({http_task, stop_task}, return_when=asyncio.FIRST_COMPLETED)
-        log.info("stopping")
         http_server.should_exit = True
         await asyncio.gather(http_task, grpc_server.stop(grace), return_exceptions=True)
         await self._model.close()
@@ -496,7 +492,7 @@ def main(
     try:
         settings = parse_arguments(role, sys.argv[1:] if arguments is None else arguments)
         if os.environ.get(EXIT_WITH_PARENT):
-            exit_with_parent(settings.grace_seconds)
+            exit_with_parent(settings.drain_seconds + settings.grace_seconds)
         predictor = role == PREDICTOR
         http_port = settings.predictor_http_port if predictor else settings.transformer_http_port
         grpc_port = settings.predictor_grpc_port if predictor else settings.transformer_grpc_port

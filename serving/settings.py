@@ -69,7 +69,10 @@ class ServeSettings(SettingsBase):
     exploration_log: bool = True  # a line for every answer that explores
     max_in_flight: PositiveInt = 24  # requests of one process at a time; the rest get 503
     body_deadline_seconds: PositiveFloat = 10.0  # for the body of a request to arrive
-    grace_seconds: NonNegativeFloat = 10.0  # for requests in flight at SIGTERM
+    # After SIGTERM: for new requests of whoever has yet to hear that this process ends. Then
+    # `grace_seconds` for those in flight.
+    drain_seconds: NonNegativeFloat = 0.0
+    grace_seconds: NonNegativeFloat = 10.0
 
     # The event log (sqlite:///PATH or postgresql://USER@HOST/DATABASE) and its collector.
     event_log: str | None = None

@@ -136,6 +136,26 @@ def test_sigterm_finishes_what_was_accepted(tmp_path):
         assert history_ids(features, ["u"]) == stored
 
 
+def test_after_sigterm_new_connections_are_answered_until_it_is_drained(tmp_path):
+    features = feature_store(tmp_path)
+    url = f"sqlite:///{tmp_path}/events.db"
+    with CollectorProcess(url, features, tmp_path, drain_seconds=1.5) as collector:
+        collector.process.terminate()
+        told, acknowledged = time.monotonic(), []
+        while time.monotonic() < told + 1.0:
+            sent = event(f"e{len(acknowledged)}")
+            answer = httpx.post(f"{collector.url}/events", json=sent, trust_env=False)
+            assert answer.json()["stored"] == 1
+            acknowledged.append(sent["event_id"])
+            time.sleep(0.1)
+        collector.process.join(60)
+        assert collector.process.exitcode == 0
+        assert time.monotonic() - told >= 1.5
+        assert acknowledged
+        assert log_ids(url).keys() == {*acknowledged}
+        assert history_ids(features, ["u"]).keys() == {*acknowledged}
+
+
 def test_two_collectors_of_one_user(postgres_server, redis_server, tmp_path):
     features = feature_store(tmp_path, redis_server.database())
     url = postgres_server.database()

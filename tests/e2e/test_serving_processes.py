@@ -1,5 +1,6 @@
 """The two real processes with a real bundle: the contract over HTTP and gRPC, and real faults."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -531,19 +532,70 @@ def test_the_launcher_tells_why_a_process_did_not_start(tmp_path, monkeypatch):
     assert not serving.processes
 
 
-def test_sigterm_finishes_and_leaves_nothing(bundle_dir, tmp_path):
-    settings = ServeSettings().with_free_ports()
+@contextlib.contextmanager
+def lone_predictor(bundle_dir, **values):
+    """The process and its settings, ready; killed if it is still there at the end."""
+    settings = ServeSettings(**values).with_free_ports()
     process = subprocess.Popen(
         [sys.executable, "-m", "serving.predictor", "--model-dir", str(bundle_dir)],
         env={**os.environ, **settings.to_env(), "HRNN_MODEL_DIR": ""},
         stderr=subprocess.PIPE,
     )
-    until(lambda: is_ready(settings.predictor_url), 60)
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.terminate()
-    assert process.wait(15) == 0
-    assert not [child for child in children if child.is_running()]
-    process.stderr.close()
+    with process:
+        try:
+            until(lambda: is_ready(settings.predictor_url), 60)
+            yield process, settings
+        finally:
+            process.kill()
+
+
+def test_sigterm_finishes_and_leaves_nothing(bundle_dir):
+    with lone_predictor(bundle_dir) as (process, _):
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        assert process.wait(15) == 0
+        assert b"draining" not in process.stderr.read()
+        assert not [child for child in children if child.is_running()]
+
+
+def test_after_sigterm_new_connections_are_answered_until_it_is_drained(bundle_dir):
+    from serving.kserve_api import pb, pb_grpc
+
+    body = {"instances": [{"timestamp": NOW, "top_n": 1}]}
+    tensor = pb.ModelInferRequest.InferInputTensor(
+        name="instances",
+        datatype="BYTES",
+        shape=[1],
+        contents=pb.InferTensorContents(bytes_contents=[json.dumps(body["instances"][0]).encode()]),
+    )
+    with lone_predictor(bundle_dir, drain_seconds=1.5) as (process, settings):
+        request = pb.ModelInferRequest(model_name=settings.model_name, inputs=[tensor])
+        predict = f"{settings.predictor_url}/v1/models/{settings.model_name}:predict"
+        address = f"{settings.host}:{settings.predictor_grpc_port}"
+        process.terminate()
+        told, answered = time.monotonic(), 0
+        while time.monotonic() < told + 1.0:  # each over a connection of its own
+            assert httpx.post(predict, json=body, trust_env=False).status_code == 200
+            options = [("grpc.use_local_subchannel_pool", 1)]
+            with grpc.insecure_channel(address, options) as channel:
+                assert pb_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=10)
+            answered += 1
+            time.sleep(0.1)
+        assert answered
+        assert process.wait(15) == 0
+        assert time.monotonic() - told >= 1.5
+        with pytest.raises(httpx.ConnectError):
+            httpx.post(predict, json=body, trust_env=False)
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT,)])
+def test_a_second_sigterm_or_ctrl_c_ends_without_draining(bundle_dir, numbers):
+    with lone_predictor(bundle_dir, drain_seconds=600) as (process, settings):
+        for number in numbers:
+            assert is_ready(settings.predictor_url)
+            process.send_signal(number)
+            time.sleep(0.5)  # two that come together are one to the kernel
+        assert process.wait(15) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])

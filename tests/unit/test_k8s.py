@@ -139,6 +139,21 @@ def test_manifest_ports_are_the_servers_own():
         assert (ROOT / (module.replace(".", "/") + ".py")).exists()
 
 
+def test_pods_that_end_drain_first_and_have_the_time_for_it():
+    collector, *_ = yaml.safe_load_all((ROOT / "k8s/base/collector.yaml").read_text())
+    pods = {role: SERVICE["spec"][role] for role in ("predictor", "transformer")}
+    pods["collector"] = collector["spec"]["template"]["spec"]
+    for name, pod in pods.items():
+        (container,) = pod["containers"]
+        environ = {v["name"]: v["value"] for v in container["env"] if "value" in v}
+        settings = ServeSettings.from_env(environ)
+        assert settings.drain_seconds >= 5, name
+        # The collector has that time for requests, for the event log and for the online store.
+        times = 3 if name == "collector" else 1
+        seconds = settings.drain_seconds + times * settings.grace_seconds
+        assert pod["terminationGracePeriodSeconds"] >= seconds + 5, name
+
+
 def test_the_collector_takes_its_log_from_a_secret_and_serves_its_own_port():
     deployment, service, _, policy = yaml.safe_load_all(
         (ROOT / "k8s/base/collector.yaml").read_text()
