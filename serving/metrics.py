@@ -1,6 +1,5 @@
 """Prometheus metrics of both processes. Labels are bounded and never hold ids."""
 
-import gc
 import json
 import time
 from collections.abc import Iterator
@@ -99,7 +98,6 @@ EXPLORATION_LINES_DROPPED = Counter(
 FROZEN = Gauge(
     "hrnn_gc_frozen_objects", "Objects of the start that the garbage collector looks at no more"
 )
-FROZEN.set_function(gc.get_freeze_count)
 UNKNOWN_ITEMS = Counter(
     "hrnn_unknown_items_total",
     "Items in histories and in lists to rank or rate that the model does not know",

@@ -1067,6 +1067,8 @@ def test_what_is_there_at_start_is_left_to_no_garbage_collection():
         assert started
     finally:
         gc.unfreeze()
+    # Not counted anew by a scrape, which would take tens of milliseconds: now there are none.
+    assert REGISTRY.get_sample_value("hrnn_gc_frozen_objects") > 10_000
 
 
 def test_lines_wait_for_a_slow_reader_in_a_thread_of_their_own_and_not_without_end(monkeypatch):
