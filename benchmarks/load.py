@@ -63,14 +63,14 @@ class Result:
 
     def row(self):
         row = {
-            "per_second": round(self.rate, 1),
-            **{f"p{p:g}_ms": round(self.ms(p), 2) for p in (50, 99, 99.9)},
+            "per s": round(self.rate, 1),
+            **{f"p{p:g} ms": round(self.ms(p), 2) for p in (50, 99, 99.9)},
             "outcomes": dict(self.counts),
             "degraded": self.degraded,
-            "generator's share of a core": round(self.busy / self.elapsed, 2),
+            "generator's core": round(self.busy / self.elapsed, 2),
         }
         if self.lag:
-            row["generator's lag p99 ms"] = round(float(np.percentile(self.lag, 99)) * 1e3, 2)
+            row["late p99 ms"] = round(float(np.percentile(self.lag, 99)) * 1e3, 2)
         return row
 
 

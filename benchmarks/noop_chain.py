@@ -3,10 +3,12 @@
     python -m benchmarks.noop_chain predictor HTTP_PORT GRPC_PORT
     python -m benchmarks.noop_chain transformer HTTP_PORT GRPC_PORT PREDICTOR_GRPC_PORT
 
-The same bodies as the service's, a tensor of the size of a history in between, 25 items back.
-KServe as it comes, with its lines per request switched off, bound to this machine alone.
+The same bodies and messages as the service's, a tensor of the size of a history in between, 25
+items back. KServe as it comes, with its lines per request switched off, bound to this machine
+alone.
 """
 
+import json
 import logging
 import sys
 
@@ -20,6 +22,7 @@ from serving.kserve_api import InferInput, InferOutput, InferRequest, InferRespo
 from serving.kserve_api import ModelServer as Server
 
 HISTORY, ITEMS = 100, 25
+GRPC = "grpc"  # the id of a request that is to be answered in this protocol
 
 
 class Predictor(Model):
@@ -38,22 +41,24 @@ class Predictor(Model):
 
 class Transformer(Model):
     async def preprocess(self, payload, headers=None):
-        assert payload["instances"][0]["user_id"]
+        from_grpc = isinstance(payload, InferRequest)
+        instance = payload.inputs[0].data[0] if from_grpc else payload["instances"][0]
+        if from_grpc:
+            instance = json.loads(instance)
+        assert instance["user_id"]
         history = InferInput("history", [1, HISTORY], "INT64")
         history.set_data_from_numpy(np.zeros((1, HISTORY), np.int64), binary_data=False)
-        return InferRequest(self.name, [history], "1")
+        return InferRequest(self.name, [history], GRPC if from_grpc else "1")
 
     async def postprocess(self, result, headers=None, response_headers=None):
         items, scores = (output.as_numpy()[0].tolist() for output in result.outputs)
-        return {
-            "predictions": [
-                {
-                    "items": [
-                        {"item_id": str(i), "score": s} for i, s in zip(items, scores, strict=True)
-                    ]
-                }
-            ]
+        prediction = {
+            "items": [{"item_id": str(i), "score": s} for i, s in zip(items, scores, strict=True)]
         }
+        if result.id != GRPC:
+            return {"predictions": [prediction]}
+        text = json.dumps(prediction).encode()
+        return InferResponse("1", self.name, [InferOutput("predictions", [1], "BYTES", [text])])
 
 
 def only_this_machine():
