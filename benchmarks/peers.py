@@ -123,7 +123,7 @@ def ours(clean: Path, epochs: int, network: NetworkSettings, trend: bool) -> dic
     model = fit(
         split.train, valid, log.catalogue, settings, resolved if trend else None, log.schema
     )
-    speeds = [entry["train_events_per_second"] for entry in model.curve]
+    speeds = [entry["train_events_per_second"] for entry in model.curve[1:]]
     return {"events_per_second": float(np.median(speeds)), "events": split.train.num_events}
 
 
@@ -140,7 +140,7 @@ def accurate(clean: Path, network: NetworkSettings, trend: bool, limit: float) -
     def run(epochs: int) -> tuple[TrainedHRNN, float]:
         settings = TrainSettings(network=network, max_epochs=epochs)
         model = fit(train, valid, log.catalogue, settings, resolved if trend else None, log.schema)
-        speeds = [entry["train_events_per_second"] for entry in model.curve]
+        speeds = [entry["train_events_per_second"] for entry in model.curve[1:]]
         return model, sum(train.num_events / speed for speed in speeds)
 
     _, seconds = run(2)
@@ -154,7 +154,7 @@ def accurate(clean: Path, network: NetworkSettings, trend: bool, limit: float) -
     return {
         "ndcg@10": float(np.where(hit_N, 1 / np.log2(1 + rank_N), 0.0).mean()),
         "hit@10": float(hit_N.mean()),
-        "epochs": len(model.curve),
+        "epochs": model.curve[-1]["epoch"],
         "total": seconds,
     }
 

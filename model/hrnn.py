@@ -28,7 +28,7 @@ class TrainedHRNN:
     encodings: InputEncodings
     trend: ResolvedTrend | None
     transitions: Transitions | None = None
-    curve: list[dict[str, float]] = field(default_factory=list)  # one entry per epoch
+    curve: list[dict[str, float]] = field(default_factory=list)  # an entry per epoch; 0: before it
     trend_log: Histories | None = None  # what log q(t) is counted from, for evaluation
 
     def iter_scores(

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.lifts import Lifts
-from model.repeats import BUCKETS, RepeatPrior, SeenItems
+from model.repeats import BUCKETS, RepeatPrior, SeenItems, next_same
 from model.sequences import Histories
 from model.transitions import TransitionPrior, Transitions
 from model.trend_table import TrendTable
@@ -66,11 +66,13 @@ class Facts:
         """
         first_E = np.repeat(histories.offset_U1[:-1], np.diff(histories.offset_U1))
         item_E = torch.from_numpy(histories.item_E)
-        every_seen = SeenItems.of_log(histories, torch.from_numpy(event_N))
+        first_event_E = torch.from_numpy(first_E)
+        next_same_E = torch.from_numpy(next_same(histories))
         columns = []
         for start in range(0, len(event_N), ROWS):
             part_N = event_N[start : start + ROWS]
-            target_N, seen = item_E[part_N], every_seen.rows(start, start + len(part_N))
+            target_N = item_E[part_N]
+            seen = SeenItems.of(torch.from_numpy(part_N), first_event_E, next_same_E, item_E)
             owner_Z = torch.repeat_interleave(seen.offset_N1.diff())
             p_Z = p_M[seen.item_Z].double()
             followed_N, mass_N = torch.zeros(2, len(part_N), dtype=torch.float64)
@@ -187,9 +189,12 @@ class Popularities:
         """Read some events of a log whose items were chosen `count_M` times."""
         item_N = histories.item_E[event_N]
         total = count_M.sum() + len(count_M)
+        row_U, place_N = torch.from_numpy(table.row_of(histories.timestamp_E[event_N])).unique(
+            return_inverse=True
+        )
         return cls(
             torch.from_numpy(item_N),
-            table.every_item(torch.from_numpy(table.row_of(histories.timestamp_E[event_N]))),
+            table.rows(row_U).index_select(0, place_N),  # `every_item` may keep the whole table
             torch.from_numpy(np.log((count_M + 1.0) / total)).float(),
             torch.from_numpy(np.log(np.maximum(count_M[item_N], 1) / total)).float(),
         )

@@ -62,14 +62,6 @@ class SeenItems:
             bucket_Z=torch.log2(lag_Z.double()).long(),
         )
 
-    @classmethod
-    def of_log(cls, histories: Histories, event_N: Tensor) -> Self:
-        """Look back from some events of a log."""
-        length_U = np.diff(histories.offset_U1)
-        first_E = np.repeat(histories.offset_U1[:-1], length_U)
-        parts = (first_E, next_same(histories), histories.item_E)
-        return cls.of(event_N, *map(torch.from_numpy, parts))
-
     def among(self, column_S: Tensor) -> "SeenItems":
         """Only some distinct items, ascending, and named by their places among these."""
         if not len(column_S):

@@ -138,8 +138,11 @@ class _Run:
         # What training begins with is kept unless an epoch is better. Where lists are descended on
         # too, the validation loss lacks a part of what is descended, and does not judge that.
         if at.best_loss is None and not trainer.reads_lists:
-            begin = self._validate()
+            begin = {"epoch": 0, **self._validate()}
+            self.best = _weights(model)  # validating aligns new items with known ones
             at.best_loss = begin["valid_loss"]
+            at.curve.append(begin | {"seconds": self._clock()})
+            at.seconds, self.started = 0.0, time.perf_counter()
             self.progress(f"before training: valid PPL {begin['valid_ppl']:8.1f}")
         steps_per_epoch = max(1, log.num_events // self.settings.batch_events)
         patience = max(self.settings.patience, PATIENT_STEPS // steps_per_epoch)
@@ -169,7 +172,8 @@ class _Run:
                 f"{entry['valid_ppl']:8.1f}{rmse}  {seconds:5.1f} s  "
                 f"{log.num_events / seconds:,.0f} events/s"
             )
-            if at.best_loss is None or entry["valid_loss"] < at.best_loss:
+            # Where nothing can be validated (NaN), the last epoch is as good as any.
+            if at.best_loss is None or np.isnan(at.best_loss) or entry["valid_loss"] < at.best_loss:
                 at.best_loss, at.waited = entry["valid_loss"], 0
                 self.best = _weights(model)
             else:
@@ -199,9 +203,11 @@ class _Run:
         ppl = perplexity(model, self.valid, model.network.num_items, self.worth_E)
         measured = {"valid_loss": float(np.log(ppl)), "valid_ppl": ppl}
         if model.network.values is not None and settings.value_weight:
-            mse = float(np.nanmean(squared_errors(model, self.valid)))
-            measured["valid_rmse"] = mse**0.5
-            measured["valid_loss"] += settings.value_weight * mse / model.encodings.value_std**2
+            error_E = squared_errors(model, self.valid)
+            if not np.isnan(error_E).all():  # some validation event has a value
+                mse = float(np.nanmean(error_E))
+                measured["valid_rmse"] = mse**0.5
+                measured["valid_loss"] += settings.value_weight * mse / model.encodings.value_std**2
         return measured
 
     def _choose_lambda(self) -> None:

@@ -207,9 +207,10 @@ def _axes(x_label: str, y_label: str) -> tuple[Figure, Any]:
 
 def _learning_curve(curve: list[dict[str, float]]) -> str:
     figure, axes = _axes("epoch", "perplexity (log scale)")
+    trained = [entry for entry in curve if "train_loss" in entry]  # not the beginning
+    train_ppl = [float(np.exp(e["train_loss"])) for e in trained]
+    axes.plot([e["epoch"] for e in trained], train_ppl, color="#9ca3af", label="exp(training loss)")
     epoch = [entry["epoch"] for entry in curve]
-    train_ppl = [float(np.exp(e["train_loss"])) for e in curve]
-    axes.plot(epoch, train_ppl, color="#9ca3af", label="exp(training loss)")
     axes.plot(epoch, [e["valid_ppl"] for e in curve], color="#2563eb", label="validation")
     best = min(curve, key=lambda e: e["valid_loss"])
     axes.plot([best["epoch"]], [best["valid_ppl"]], "o", color="#2563eb")

@@ -1,5 +1,7 @@
 """The network learns what is there, and only that; states and seeds behave."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -43,6 +45,35 @@ def test_noise_is_not_learned():
     log = synthetic.successor(200, 12, 20, seed=0, p=0.0)
     _, metrics = _fit(log, 20, max_epochs=10)
     assert metrics["ppl"] > 0.97 * 20
+
+
+def test_what_training_begins_with_is_in_the_curve_and_kept_where_nothing_is_better():
+    log = synthetic.successor(60, 12, 20, seed=0, p=0.0)
+    split = split_users(log, SplitSettings())
+    settings = TrainSettings(network=SMALL, batch_events=64, learning_rate=0.5, max_epochs=2)
+    model = fit(split.train, split.valid, synthetic.catalogue(20), settings, None)
+    assert [entry["epoch"] for entry in model.curve] == [0, 1, 2]
+    assert "train_loss" not in model.curve[0] and "train_loss" in model.curve[1]
+    assert min(model.curve, key=lambda entry: entry["valid_loss"])["epoch"] == 0
+    assert not model.network.query.weight.any(), "the network still adds nothing"
+
+
+@pytest.mark.parametrize("lacking", ["values", "events"])
+def test_what_cannot_be_validated_is_trained_all_the_same(lacking):
+    log = synthetic.successor(60, 12, 20, seed=0)
+    rng = np.random.default_rng(0)
+    log = replace(log, value_E=rng.integers(1, 6, log.num_events).astype(float))
+    split = split_users(log, SplitSettings())
+    valid = replace(split.valid, value_E=np.full(split.valid.num_events, np.nan))
+    if lacking == "events":
+        valid = split.valid.subset(np.array([], dtype=np.int64))
+    settings = TrainSettings(network=SMALL, batch_events=64, learning_rate=0.01, max_epochs=3)
+    model = fit(split.train, valid, synthetic.catalogue(20), settings, None)
+    assert model.network.values is not None
+    assert model.network.query.weight.abs().sum() > 0, "not what training began with"
+    assert all("valid_rmse" not in entry for entry in model.curve) or lacking == "events"
+    if lacking == "values":
+        assert np.isfinite([entry["valid_loss"] for entry in model.curve]).all()
 
 
 def test_time_delta_is_learned_by_the_control_input_and_by_nothing_else():
