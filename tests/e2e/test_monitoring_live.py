@@ -61,6 +61,9 @@ def prometheus(service, tmp_path_factory):
     )
     try:
         deadline = time.monotonic() + 60
+        while not _ready(address):
+            assert time.monotonic() < deadline, "Prometheus did not start"
+            time.sleep(0.2)
         while len(_query(address, "up == 1")) < len(targets) or len(targets) < 3:
             assert time.monotonic() < deadline, "Prometheus did not scrape all three servers"
             time.sleep(0.2)
@@ -78,13 +81,16 @@ def prometheus(service, tmp_path_factory):
         process.wait(timeout=30)
 
 
-def _query(address, expression):
+def _ready(address):
+    """It listens before it answers queries: 503 until then."""
     try:
-        answer = httpx.get(
-            f"http://{address}/api/v1/query", params={"query": expression}, timeout=10
-        )
+        return httpx.get(f"http://{address}/-/ready", timeout=10).status_code == 200
     except httpx.TransportError:
-        return []
+        return False
+
+
+def _query(address, expression):
+    answer = httpx.get(f"http://{address}/api/v1/query", params={"query": expression}, timeout=10)
     body = answer.json()
     assert body["status"] == "success", f"{expression}: {body}"
     return body["data"]["result"]
