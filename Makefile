@@ -37,7 +37,7 @@ serve: $(STAMP) ## serve the deployed model on port 8080 until Ctrl-C
 	@$(VENV)/bin/hrnn serve
 
 test: $(DEV) ## run the tests, by file in two processes
-	$(VENV)/bin/python -m pytest --numprocesses=$(TEST_PROCESSES) --dist=loadfile
+	$(VENV)/bin/python -m pytest --numprocesses=$(TEST_PROCESSES) --dist=loadfile --no-loadscope-reorder
 
 check: $(DEV) ## style and types
 	$(VENV)/bin/ruff check .
