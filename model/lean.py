@@ -160,9 +160,10 @@ class LeanGRU:
         item_L: NDArray[np.int64],
     ) -> "_Past":
         """What a query's positions read, and from where on they are to be read."""
-        first = beginning(history.time_L.astype(np.int64), self._key_M[item_L])
+        key_L = self._key_M[item_L]
+        first = beginning(history.time_L, key_L)
         if first:
-            history, item_L = history[first:], item_L[first:]
+            history, item_L, key_L = history[first:], item_L[first:], key_L[first:]
         length = len(item_L)
         # Times of the events, then of the request: position k is asked for at time k.
         time_K = np.empty(length + 1, dtype=np.int64)
@@ -178,7 +179,6 @@ class LeanGRU:
         if self._network.user is not None:
             fields = self._encodings.user_fields
             user = repr([query.user.get(f.name) for f in fields]).encode()
-        key_L = self._key_M[item_L]
         past = _Past(item_L, key_L, time_K, type_L, value_L, user, self._begin_H)
         if self.states.limit and length:
             for first in range(length, max(length - LOOK_BACK, 0), -1):

@@ -286,6 +286,11 @@ class Recommender:
         """Histories that were read last, newest first; none where states are not kept."""
         return [] if self._lean is None else self._lean.states.recent()
 
+    def forget_old(self) -> None:
+        """Forget histories that were read long ago; see `model.states`."""
+        if self._lean is not None:
+            self._lean.states.forget_old()
+
     def read_ahead(self, recent: Sequence[Recent]) -> None:
         """Keep the states of histories that another model has read, newest first.
 
@@ -466,10 +471,7 @@ class Recommender:
         positions = self._network.positions(histories, None)
         first_B = np.zeros(len(queries), dtype=np.int64)
         if isinstance(self._network.encoder, GRUEncoder):
-            first_B += [
-                beginning(events.time_L.astype(np.int64), self._key_M[item_L])
-                for events, item_L in known
-            ]
+            first_B += [beginning(events.time_L, self._key_M[item_L]) for events, item_L in known]
         parts, read = self._read_from(histories, positions, offset_B1[:-1] + first_B)
         ((batch, encoded),) = encode_batches(
             self._network, read, parts, bptt=int(length_B.max()), batch_events=len(item_E)

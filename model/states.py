@@ -24,7 +24,7 @@ ENTRY_BYTES, EVENT_BYTES = 1000, 100  # of one of them, besides the text of ids 
 MOST_TEXT = 4000  # characters of a user's fields; users with more are not remembered
 
 
-def beginning(time_L: NDArray[np.int64], key_L: NDArray[np.int64]) -> int:
+def beginning(time_L: NDArray[np.float64], key_L: NDArray[np.int64]) -> int:
     """The event that a reading begins with, found by what the events are.
 
     A history is cut to its newest events, so a long one loses its oldest with every new one; a
@@ -34,7 +34,7 @@ def beginning(time_L: NDArray[np.int64], key_L: NDArray[np.int64]) -> int:
     et al., "A Low-bandwidth Network File System", SOSP 2001, §3.1).
 
     Args:
-        time_L: Unix seconds `[L]`.
+        time_L: Unix seconds `[L]`, of which whole ones count.
         key_L: what stands for each event's item `[L]`.
 
     Returns:
@@ -43,7 +43,7 @@ def beginning(time_L: NDArray[np.int64], key_L: NDArray[np.int64]) -> int:
     if len(time_L) < WHOLE:
         return 0
     first = slice(len(time_L) // PART + 1)
-    mixed = time_L[first].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = time_L[first].astype(np.int64).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     mixed ^= key_L[first].astype(np.uint64) * np.uint64(0xC2B2AE3D27D4EB4F)
     mixed ^= mixed >> np.uint64(29)
     mixed *= np.uint64(0xBF58476D1CE4E5B9)
@@ -132,8 +132,8 @@ class States:
             self._drop(found)
         if at is not None and key in self._recent:
             return
-        known = self._drop(key)
-        recent = replace(known, at=now) if known else _recent(query, fields, at or now)
+        known, read_at = self._drop(key), now if at is None else at
+        recent = replace(known, at=read_at) if known else _recent(query, fields, read_at)
         if recent is not None:
             self._recent[key] = recent
             self._size += recent.size
@@ -154,11 +154,16 @@ class States:
                 return
             self._drop(key)
 
-    def recent(self) -> list[Recent]:
-        """The histories of the last RECENT_SECONDS, newest first; older ones are forgotten."""
+    def forget_old(self) -> None:
+        """Forget histories that were read before the last RECENT_SECONDS, also if nobody asks."""
         now = self._clock()
         with self._lock:
             self._expire(now)
+
+    def recent(self) -> list[Recent]:
+        """The histories of the last RECENT_SECONDS, newest first."""
+        self.forget_old()
+        with self._lock:
             return list(reversed(self._recent.values()))
 
 

@@ -100,6 +100,7 @@ class Scorer(Protocol):
     ) -> tuple[dict[str, Mapping[str, FieldValue]], int]: ...
     def with_items(self, items: Mapping[str, Mapping[str, FieldValue]]) -> "Scorer": ...
     def recent(self) -> Sequence[Any]: ...
+    def forget_old(self) -> None: ...
     def read_ahead(self, recent: Sequence[Any]) -> None: ...
 
 
@@ -171,13 +172,21 @@ class LoadedModel:
         """Read the histories that another model has read last, while that one is in use.
 
         A model without states would read every user's history anew in the seconds after a swap.
+
+        Raises:
+            Exception: of a whole number of histories read together not one can be read.
         """
         recent = before.scorer.recent()
         end = time.monotonic() + TAKE_OVER_SECONDS
         failed = 0
         for start in range(0, len(recent), READ_TOGETHER):
             began = time.monotonic()
-            failed += self._read_ahead(recent[start : start + READ_TOGETHER], tell=not failed)
+            errors = self._read_ahead(recent[start : start + READ_TOGETHER])
+            if len(errors) == READ_TOGETHER:
+                raise errors[0]
+            if errors and not failed:  # once: the others will be alike
+                log_failure(errors[0])
+            failed += len(errors)
             now = time.monotonic()
             if now > end:
                 log.info("%d of %d recent histories read ahead", start + READ_TOGETHER, len(recent))
@@ -186,25 +195,15 @@ class LoadedModel:
         if failed:
             log.error("%d of %d recent histories could not be read ahead", failed, len(recent))
 
-    def _read_ahead(self, recent: Sequence[Any], tell: bool) -> int:
-        """Read some; how many could not be read.
-
-        One user's history is no reason to refuse a champion; eight of eight are.
-        """
+    def _read_ahead(self, recent: Sequence[Any]) -> list[Exception]:
+        """Read some; why those that could not be read could not."""
         try:
             self._scorer.read_ahead(recent)
         except Exception as error:
             if len(recent) == 1:
-                if tell:
-                    log_failure(error)
-                return 1
-            failed = 0
-            for one in recent:
-                failed += self._read_ahead([one], tell and not failed)
-            if failed == READ_TOGETHER:
-                raise
-            return failed
-        return 0
+                return [error]
+            return [one for history in recent for one in self._read_ahead([history])]
+        return []
 
     def score(self, asked: Sequence[Asked]) -> list[Scored | InputError]:
         """One answer per question, or why the model cannot read it or do what it asks for."""
@@ -443,7 +442,7 @@ class Predictor(JsonModel):
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(self.settings.model_refresh_seconds)
-            self._models[0].scorer.recent()  # the old ones are forgotten also when nobody asks
+            self._models[0].scorer.forget_old()
             async with self._changing:
                 lists = list(self._lists.values())
                 ready = partial(self._made_ready, before=self._models[0], lists=lists)

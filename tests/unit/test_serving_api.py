@@ -118,6 +118,9 @@ class FakeScorer:
     def recent(self):
         return []
 
+    def forget_old(self):
+        pass
+
     def read_ahead(self, recent):
         raise AssertionError("there are none")
 
