@@ -12,8 +12,10 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from model.metrics import case_metrics, negative_log_likelihood, ranks
 from model.query import History, Query
 from model.recommender import Recommender
 from model.tables import Log
@@ -46,13 +48,13 @@ def measure(
     recommender: Recommender, asked: list[tuple[Query, int]]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """log p and NDCG@10 of each next item."""
-    log_p, ndcg = [], []
+    log_p, rank = [], []
     for query, target in asked:
-        phi_M = recommender.affinities([query])[0].astype(np.float64)
-        log_p.append(phi_M[target] - np.logaddexp.reduce(phi_M))
-        rank = 1 + np.count_nonzero(phi_M > phi_M[target])
-        ndcg.append(1 / np.log2(1 + rank) if rank <= 10 else 0.0)
-    return np.array(log_p), np.array(ndcg)
+        phi_1M = torch.from_numpy(recommender.affinities([query]))
+        target_1 = torch.tensor([target])
+        log_p.append(-negative_log_likelihood(phi_1M, target_1))
+        rank.append(ranks(phi_1M, target_1))
+    return np.concatenate(log_p), case_metrics(np.concatenate(rank), 10)["ndcg@10"]
 
 
 def main(arguments: list[str] | None = None) -> int:
