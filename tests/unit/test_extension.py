@@ -84,9 +84,12 @@ def test_new_items_are_liked_for_their_fields_and_stand_among_the_others(trained
         np.testing.assert_allclose(difference, 0.0, atol=1e-5)
     else:
         assert np.where(even, difference, -difference).min() > 0.5
-    # One of each genre: how often either is expected is of a known item's order of size.
+    # One of each genre: together they stand where the known items do.
+    if trained.network.items.output_tower is not None:
+        assert abs(score[:, M:].mean() - score[:, :M].mean()) < 1.0
+    # Known items are mostly expected when counts call for them, which never call for new ones.
     p = np.exp(score - np.logaddexp.reduce(score, axis=1, keepdims=True))
-    assert 1 / 6 < p[:, M:].mean() / p[:, :M].mean() < 3.0
+    assert 1 / 5 < p[:, M:].mean() / p[:, :M].mean() < 1.0
 
 
 def test_some_items_new_or_changed_are_as_in_a_whole_new_catalogue(trained):
