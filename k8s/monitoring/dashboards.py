@@ -232,13 +232,15 @@ ROWS: dict[str, list[Plot]] = {
         ),
         Plot(
             "Collector failures",
-            "Per second: transactions by kind, attempts to bring the online store up to date.",
+            "Per second: transactions by kind, attempts to bring the online store up to date, and "
+            "keys there that held something else than features and were replaced.",
             "reqps",
             {
                 "commit {{kind}}": (
                     f"sum by (kind) (rate(hrnn_collector_commit_errors_total{RATE}))"
                 ),
                 "follow": f"sum(rate(hrnn_collector_follow_errors_total{RATE}))",
+                "replaced": f"sum(rate(hrnn_collector_replaced_keys_total{RATE}))",
             },
             width=6,
         ),
