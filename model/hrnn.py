@@ -18,6 +18,7 @@ from model.sequences import Batch, Histories, bptt_batches
 from model.transitions import Transitions
 from model.trend_table import TrendTable
 from model.trends import ResolvedTrend
+from model.values import PARTS
 
 
 @dataclass
@@ -118,18 +119,26 @@ class TrainedHRNN:
         Raises:
             ValueError: the training log had no differing values.
         """
+        return self.encodings.unstandardise(self.value_parts(histories).sum(axis=1))
+
+    def value_parts(self, histories: Histories) -> NDArray[np.float64]:
+        """The same standardised and by what says it, `[E, 1 + P]`; see `model.values`.
+
+        Raises:
+            ValueError: the training log had no differing values.
+        """
         device = self.network.device
         positions = move(self.network.positions(histories, None), device)
-        value_E = np.empty(histories.num_events)
+        part_EP1 = np.empty((histories.num_events, 1 + PARTS))
         self.network.eval()
         with torch.inference_mode():
             for batch, encoded in encode_batches(self.network, positions, histories):
                 event_N = send(batch.event_N, device)
                 item_N = positions.target[event_N]
                 with precision(device, torch.float32):
-                    value_N = self.network.predict_values(positions, event_N, encoded, item_N)
-                value_E[batch.event_N] = value_N.double().cpu().numpy()
-        return self.encodings.unstandardise(value_E)
+                    part_NP1 = self.network.value_parts(positions, event_N, encoded, item_N)
+                part_EP1[batch.event_N] = part_NP1.double().cpu().numpy()
+        return part_EP1
 
 
 def encode_batches(

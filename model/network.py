@@ -173,6 +173,16 @@ class HRNNMeta(nn.Module):
         Raises:
             ValueError: the training log had no differing values.
         """
+        return self.value_parts(positions, event_N, encoded, item_N).sum(dim=1)
+
+    def value_parts(
+        self, positions: Positions, event_N: Tensor, encoded: Encoded, item_N: Tensor
+    ) -> Tensor:
+        """The same by what says it, `[N, 1 + P]`; see `model.values`.
+
+        Raises:
+            ValueError: the training log had no differing values.
+        """
         if self.values is None or positions.taste is None:
             raise ValueError("this model was trained on a log without differing values")
         taste_NW = positions.taste[event_N]

@@ -27,6 +27,7 @@ from model.splits import Cases, later_events
 from model.train_settings import Device, Precision, Softmax, TrainSettings
 from model.trainer import Trainer
 from model.trends import ResolvedTrend
+from model.values import shares_kept
 from model.warm_start import Start
 
 __all__ = ["Device", "Precision", "Softmax", "TrainSettings", "fit"]
@@ -189,6 +190,7 @@ class _Run:
         model.network.eval()
         if model.network.items.output_tower is not None:
             self._choose_lambda()
+        self._keep_of_values()
         fit_new_items(model, self.valid, np.flatnonzero(trainer.count_M), self.settings.seed)
         return model
 
@@ -219,6 +221,18 @@ class _Run:
             return perplexity(trainer.model, self.valid, network.num_items, self.worth_E)
 
         trainer.set_lambda(network, min(LAMBDA_GRID, key=ppl))
+
+    def _keep_of_values(self) -> None:
+        """Of what the value head learned, as much as validation bears out."""
+        model, valid = self.trainer.model, self.valid
+        head, encodings = model.network.values, model.encodings
+        if head is None or not self.settings.value_weight or valid.histories.value_E is None:
+            return
+        standard_E = encodings.standardise(valid.histories.value_E, valid.histories.num_events)
+        value_N = standard_E.double().numpy()[valid.event_N]
+        part_NP1 = model.value_parts(valid.histories)[valid.event_N]
+        known_N = ~np.isnan(value_N)
+        head.keep(shares_kept(value_N[known_N], part_NP1[known_N]))
 
     def _after_step(self) -> None:
         if self.file is None:

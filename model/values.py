@@ -4,24 +4,29 @@ v̂_j = m_j + [y_j, 1]·w + c_j + z_j·U·x + u·x in standardised units, where 
 mean in training and w what the user's values so far say: the ridge regression of the residuals
 v − m on [y, 1]. The y_j are the leading singular vectors of the training residuals. An average
 over a history is the one thing a gated state computes badly, so it is given; the network learns
-what is left, from x = h ⊕ w ⊕ (how many values w rests on).
+what is left, from x = h ⊕ w ⊕ (how many values w rests on). What it learns of the training users is
+partly theirs alone, so of each part as much is kept as the validation users bear out.
 
-Shapes: E events, N positions, M items, H hidden, U users, Y tastes, X = Y + 1, V latent.
+Shapes: E events, N positions, M items, H hidden, U users, Y tastes, X = Y + 1, V latent, P learned
+parts (by item c, by user u·x, by both z·U·x).
 """
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from scipy.optimize import lsq_linear
 from torch import Tensor, nn
 
 from model.rows import StepRows, lookup
 
 LATENT = 16
 TASTES = 8
+PARTS = 3  # learned: by item, by user, by both
 MEAN_DAMPING = 5.0  # pseudo-events with the overall mean, per item and per user
 TASTE_DAMPING = 20.0  # pseudo-events without any taste, per item
 RIDGE = 3.0
+SHARE_DAMPING = 10.0  # squared deviations that validation has to win to change a share by 1
 CHUNK = 2**15  # events whose normal equations are held at once
 
 
@@ -131,7 +136,9 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.user.bias)
 
     def forward(self, h_NH: Tensor, taste_NW: Tensor, item_N: Tensor) -> Tensor:
-        """Predicted standardised value of item_n in state h_n: `[N]`.
+        """Standardised value of item_n in state h_n, by what says it: `[N, 1 + P]`.
+
+        First what the averages say, then the learned parts.
 
         Args:
             taste_NW: of `running_tastes`.
@@ -142,4 +149,37 @@ class ValueHead(nn.Module):
         read = lookup if self.rows is None else self.rows.lookup
         latent_N = (u_NV * read(self.item.weight, item_N)).sum(dim=1)
         bias_N = read(self.bias.weight, item_N)[:, 0]
-        return self.mean_M[item_N] + own_N + bias_N + latent_N + u_N[:, 0]
+        return torch.stack([self.mean_M[item_N] + own_N, bias_N, u_N[:, 0], latent_N], dim=1)
+
+    @torch.no_grad()
+    def keep(self, share_P: NDArray[np.float64]) -> None:
+        """Keep a share of each learned part."""
+        by_item, by_user, by_both = share_P.tolist()
+        self.bias.weight.mul_(by_item)
+        scale_V1 = torch.full((LATENT + 1,), by_both)
+        scale_V1[LATENT] = by_user
+        scale_V1 = scale_V1.to(self.user.bias)
+        self.user.weight.mul_(scale_V1[:, None])
+        self.user.bias.mul_(scale_V1)
+
+
+def shares_kept(value_N: NDArray[np.float64], part_NP1: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Share in [0, 1] of each learned part that predicts values best: `[P]`.
+
+    argmin_γ Σ_n (v_n − part_n0 − Σ_p γ_p·part_np)² + damping·|γ − 1|²: where little is known
+    of it, all is kept.
+
+    Args:
+        value_N: standardised, of events that training did not descend on.
+        part_NP1: of `ValueHead`, there.
+    """
+    learned_NP = part_NP1[:, 1:]
+    num_parts = learned_NP.shape[1]
+    damping = np.sqrt(SHARE_DAMPING)
+    found = lsq_linear(
+        np.concatenate([learned_NP, damping * np.eye(num_parts)]),
+        np.concatenate([value_N - part_NP1[:, 0], np.full(num_parts, damping)]),
+        bounds=(0.0, 1.0),
+    )
+    share_P: NDArray[np.float64] = found.x
+    return share_P

@@ -10,10 +10,21 @@ from hypothesis import strategies as st
 
 from model import trainer, values
 from model.catalogue import Catalogue
+from model.evaluation import squared_errors
 from model.loader import sample_of
 from model.schema import Schema
+from model.splits import SplitSettings, split_users
 from model.train_settings import TrainSettings
-from model.values import MEAN_DAMPING, RIDGE, item_means, item_tastes, running_tastes
+from model.training import fit
+from model.values import (
+    MEAN_DAMPING,
+    RIDGE,
+    ValueHead,
+    item_means,
+    item_tastes,
+    running_tastes,
+    shares_kept,
+)
 from tests import synthetic
 
 
@@ -87,3 +98,38 @@ def test_tastes_find_what_divides_the_users():
     first = tastes[:, 0] * np.sign(tastes[0, 0])
     assert (np.sign(first) == kind).all()
     assert np.abs(tastes[:, 1:]).max() < 0.1 * np.abs(first).min()
+
+
+def test_of_what_was_learned_as_much_is_kept_as_new_users_bear_out():
+    rng = np.random.default_rng(0)
+    parts = rng.normal(size=(5000, 4))
+    value = parts @ [1.0, 0.7, 0.0, 1.0] - 0.5 * parts[:, 2] + 0.1 * rng.normal(size=5000)
+    np.testing.assert_allclose(shares_kept(value, parts), [0.7, 0.0, 1.0], atol=0.02)
+    np.testing.assert_array_equal(shares_kept(value[:0], parts[:0]), 1.0)  # nothing is known
+
+
+def test_a_head_that_keeps_shares_predicts_the_shares_of_its_parts():
+    torch.manual_seed(0)
+    head = ValueHead(5, 6, dropout=0.0)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter)
+    h, taste, item = torch.randn(9, 6), torch.randn(9, 10), torch.randint(5, (9,))
+    before = head(h, taste, item)
+    head.keep(np.array([0.5, 0.25, 0.0]))
+    torch.testing.assert_close(head(h, taste, item), before * torch.tensor([1, 0.5, 0.25, 0.0]))
+
+
+def test_a_model_that_learned_its_users_by_heart_is_no_worse_than_their_averages(monkeypatch):
+    """Values that nothing foretells: what the head learned of them is thrown away."""
+    rng = np.random.default_rng(0)
+    log = synthetic.gap_decides(40, 10, 4, seed=0)
+    log = replace(log, value_E=rng.normal(size=log.num_events))
+    split = split_users(log, SplitSettings())
+    kept = []
+    monkeypatch.setattr(ValueHead, "keep", lambda self, share_P: kept.append(share_P))
+    chosen = TrainSettings(max_epochs=30, value_weight=10.0)
+    learned = fit(split.train, split.valid, Catalogue(tuple("abcd")), chosen, None)
+    monkeypatch.undo()
+    before = np.nanmean(squared_errors(learned, split.valid))
+    learned.network.values.keep(kept[0])
+    assert np.nanmean(squared_errors(learned, split.valid)) < before
