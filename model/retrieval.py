@@ -42,7 +42,8 @@ CHUNK = 16_384  # items whose scores for a batch fit a core's cache
 SMALL = 4096  # catalogues up to here are scored whole: no scan pays
 SPARSE = 64  # where at most 1 in 64 items is allowed, these alone are scored
 MANY_EXCLUDED = 4096  # beyond, exclusions become a mask
-TOGETHER = 16  # queries of one pass over the table: more would not stay in a core's cache
+PART = 32  # values whose maximum is looked at for them
+TOGETHER = 32  # queries of one pass over the table
 BATCH_SHARE = 256  # a pass for many scores whole groups exactly: at most M / 256 of them for each
 MIN_ROWS = 32  # of an int8 product
 MEASURED_ROWS = 131_072  # of the table, to choose the method by time
@@ -607,8 +608,7 @@ class Retrieval:
         changed_C = self._group_of(left_out)
         their_max_C = max_K[changed_C]
         max_K[changed_C] = -np.inf
-        cut = len(max_K) - min(top_n, len(max_K))
-        first_C = np.argpartition(max_K, cut)[cut:] if cut else np.arange(len(max_K))
+        first_C = _largest(max_K, top_n)
         max_K[changed_C] = their_max_C
         row_C = look(first_C)
         surely, rest_C = -np.inf, _NONE
@@ -665,6 +665,25 @@ class Retrieval:
         if skip_M is None:
             skip_M = self._local.skip = np.zeros(self.num_items, dtype=np.bool_)
         return skip_M
+
+
+def _largest(value_K: Float32, count: int) -> Int64:
+    """Places of the `count` largest values, in no order.
+
+    The count-th largest of the maxima of parts is reached by so many values: only those that reach
+    it are looked at more closely.
+    """
+    if count >= len(value_K):
+        return np.arange(len(value_K))
+    parts = len(value_K) // PART
+    at_C: Int64 | None = None
+    if parts > count:
+        max_P = value_K[: parts * PART].reshape(PART, parts).max(axis=0)
+        reached = np.partition(max_P, parts - count)[parts - count]
+        at_C = np.flatnonzero(value_K >= reached)
+        value_K = value_K[at_C]
+    place_C = np.argpartition(value_K, len(value_K) - count)[len(value_K) - count :]
+    return place_C if at_C is None else at_C[place_C]
 
 
 def _dense(allowed: Allowed) -> bool:

@@ -127,6 +127,23 @@ def test_real_numbers_agree_but_for_rounding(method, spread):
             assert truth_M[left_M].max() <= truth_M[found.item_C].min() + tolerance
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    length=st.integers(1, 3000),
+    count=st.integers(1, 60),
+    kinds=st.integers(1, 3000),
+    lowest=st.booleans(),
+    seed=st.integers(0, 50),
+)
+def test_the_largest_values_are_found_among_ties_and_infinities(length, count, kinds, lowest, seed):
+    value = np.random.default_rng(seed).integers(kinds, size=length).astype(np.float32)
+    if lowest:
+        value[value < kinds / 2] = -np.inf
+    found = retrieval._largest(value, count)
+    assert len(set(found.tolist())) == len(found) == min(count, length)
+    np.testing.assert_array_equal(np.sort(value[found]), np.sort(value)[-count:])
+
+
 def test_only_a_few_items_are_scored_twice(monkeypatch):
     """The bound is worth having: a fraction of the catalogue is read in float32."""
     monkeypatch.setattr(retrieval, "CHUNK", 16_384)
