@@ -7,6 +7,7 @@ the average is read; no step passes over a table.
 Shapes: M rows of a table, R rows touched.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -25,58 +26,66 @@ class WeightAverage:
     def __init__(
         self, network: nn.Module, kept: nn.Module, decay: float, tables: Sequence[Tensor] = ()
     ) -> None:
-        """`kept` is the copy; `tables` are the network's parameters whose gradients are sparse."""
+        """`kept` is a copy that nothing has changed yet; `tables` are the network's parameters
+        whose gradients are sparse."""
         self.decay, self.steps = decay, 0
         by_rows = {id(table) for table in tables}
         pairs = list(zip(network.parameters(), kept.parameters(), strict=True))
         dense = [(w.detach(), ema.detach()) for w, ema in pairs if id(w) not in by_rows]
         self.weights, self.averages = [w for w, _ in dense], [ema for _, ema in dense]
         self.tables = [(w, ema.detach()) for w, ema in pairs if id(w) in by_rows]
-        # Rows that a step is about to change, brought up to date.
-        self._touched: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
         # How many steps each row's average holds.
         self.held = [
             torch.zeros(len(w), dtype=torch.int32, device=w.device) for w, _ in self.tables
         ]
 
     @torch.no_grad()
-    def catch_up(self) -> None:
-        """Before the optimiser's step: what the rows about to change have been until now."""
-        for (w, ema), held_M in zip(self.tables, self.held, strict=True):
-            if w.grad is not None:
-                row_R = w.grad.indices()[0]
-                old, held_R = ema.index_select(0, row_R), held_M.index_select(0, row_R)
-                self._fresh(w.index_select(0, row_R), old, held_R)
-                self._touched.append((w, ema, held_M, row_R, old))
+    def take_rows(self, w: Tensor, row_R: Tensor, old_R: Tensor, new_R: Tensor) -> None:
+        """Before `update`: some rows of a table have changed in this step.
+
+        Args:
+            w: the table.
+            row_R: int64, distinct.
+            old_R, new_R: the rows before the step, and after.
+        """
+        ema, held_M = next(
+            (ema, held_M)
+            for (own, ema), held_M in zip(self.tables, self.held, strict=True)
+            if own is w
+        )
+        share = self._share()
+        kept_R = self._kept(held_M.index_select(0, row_R), old_R.dim()).mul_(1.0 - share)
+        beyond_R = ema.index_select(0, row_R).sub_(old_R)
+        ema.index_copy_(0, row_R, old_R.lerp(new_R, share).addcmul_(beyond_R, kept_R))
+        held_M.index_fill_(0, row_R, self.steps + 1)
 
     @torch.no_grad()
     def update(self) -> None:
-        """After the optimiser's step: take the new weights in."""
-        share = 1.0 - self.decay if self.steps else 1.0
+        """After the optimisers' step: take the new weights in."""
+        share = self._share()
         self.steps += 1
         if share == 1.0:
             torch._foreach_copy_(self.averages, self.weights)
         else:
             torch._foreach_lerp_(self.averages, self.weights, share)
-        for w, ema, held_M, row_R, fresh in self._touched:
-            ema.index_copy_(0, row_R, fresh.lerp_(w.index_select(0, row_R), share))
-            held_M.index_fill_(0, row_R, self.steps)
-        self._touched = []
 
     @torch.no_grad()
     def finish(self) -> None:
         """Bring every row up to date, so that the copy is the average."""
         for (w, ema), held_M in zip(self.tables, self.held, strict=True):
             for part in (slice(s, s + CHUNK_ROWS) for s in range(0, len(w), CHUNK_ROWS)):
-                self._fresh(w[part], ema[part], held_M[part])
+                kept_R = self._kept(held_M[part], w.dim())
+                ema[part] = torch.addcmul(w[part], ema[part] - w[part], kept_R)
             held_M.fill_(self.steps)
 
-    def _fresh(self, w: Tensor, ema: Tensor, held_R: Tensor) -> None:
-        """Take the steps not yet held, in which w was what it is, into the average.
+    def _share(self) -> float:
+        """Of the next step's weights in the average."""
+        return 1.0 - self.decay if self.steps else 1.0
 
-        Before its first step the average is the weights themselves: nothing decays.
+    def _kept(self, held_R: Tensor, dim: int) -> Tensor:
+        """d^k of rows with so many steps in their averages, to be multiplied with rows.
+
+        A row without any has never changed: its average is the weights themselves and stays so.
         """
-        kept_R = torch.pow(self.decay, (self.steps - held_R).double()).to(w.dtype)
-        kept_R = torch.where(held_R > 0, kept_R, 0.0 if self.steps else 1.0)
-        kept = kept_R.view(-1, *[1] * (w.dim() - 1))
-        ema.sub_(w).mul_(kept).add_(w)
+        kept_R = (self.steps - held_R).mul(math.log(self.decay)).exp_()
+        return kept_R[:, None] if dim > 1 else kept_R

@@ -6,7 +6,7 @@ processor's cache; the backward pass only scales what is there. Same values and 
 precision; biases enter as two bfloat16 summands, and what is added up over chunks is float32.
 
 Shapes: N positions, C positions of a chunk, M items, S columns (all items, or the negatives),
-D embedding, Z cells that transition counts lift, or of items seen before.
+R vectors, D embedding, Z cells that transition counts lift, or of items seen before.
 """
 
 from collections.abc import Callable
@@ -30,6 +30,8 @@ LANES = 16  # numbers a vector instruction takes: products of other widths waste
 # Negatives are padded to a multiple of this: a library that makes its matrix products to measure
 # (oneDNN, for bfloat16) would otherwise make new ones for every batch.
 WIDTHS = 64
+NOTHING = -1e30  # a score of which a softmax leaves nothing; a sum with 0 · ∞ would be no number
+TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Targets:
 
     column_N: Tensor  # where the target stands among the columns; sampled: −1 where it does not
     weight_N: Tensor
-    place_N: Tensor | None = None  # sampled: the row of the target among the targets' vectors
+    place_N: Tensor | None = None  # sampled: which of the vectors is the target's
+    place_S: Tensor | None = None  # sampled: which of the vectors are the columns', all distinct
     reward_N: Tensor | None = None  # None: every event has reward 1
     any_item_S: Tensor | None = None  # rewards, sampled: what a negative counts in a mean over M
     log_q: Callable[[slice], Tensor] | None = None  # log q(t) of some positions' columns: [C, S]
@@ -48,7 +51,7 @@ class Targets:
 
 
 class _FusedLoss(Function):
-    """(query, w, b, w and rest of the targets' scores or none, β, γ, κ, ρ) → mean loss.
+    """(query, w, b, rest of the targets' scores or none, β, γ, κ, ρ) → mean loss.
 
     With `hit_N` the target is a column of its own, the last, and the softmax runs over it and the
     S others; where it is among those too, it is left out there.
@@ -58,9 +61,8 @@ class _FusedLoss(Function):
     def forward(
         ctx: Any,
         query_ND: Tensor,
-        w_SD: Tensor,
+        w_RD: Tensor,
         b_S: Tensor,
-        w_RD: Tensor | None,
         hit_N: Tensor | None,
         beta: Tensor,
         gamma: Tensor,
@@ -70,39 +72,39 @@ class _FusedLoss(Function):
     ) -> Tensor:
         total_weight = given.weight_N.sum()
         share_N = given.weight_N / torch.where(total_weight > 0, total_weight, 1.0)
-        sampled = hit_N is not None
-        own_ND = grad_w_R = None
-        place_N = given.place_N
-        if hit_N is not None and w_RD is not None and place_N is not None:
-            own_ND, grad_w_R = w_RD.index_select(0, place_N), torch.zeros_like(w_RD)
+        w_SD = w_RD
+        place_N, place_S = given.place_N, given.place_S
+        if hit_N is not None:
+            assert place_N is not None and place_S is not None  # noqa: S101 - set together
+            own_ND, w_SD = w_RD.index_select(0, place_N), w_RD.index_select(0, place_S)
             hit_N = torch.linalg.vecdot(query_ND, own_ND).add_(hit_N)
         half = given.dtype != torch.float32
         if half and len(b_S):  # a common offset means nothing, and costs the scores their digits
             offset = b_S.mean()
             b_S, hit_N = b_S - offset, None if hit_N is None else hit_N - offset
-        columns = len(w_SD)
-        if sampled:  # the target's column, filled in after the product, and empty ones after it
-            width = _multiple(columns + 1, WIDTHS)
-            w_SD, b_S = F.pad(w_SD, (0, 0, 0, width - columns)), F.pad(b_S, (0, width - columns))
+        columns = width = len(w_SD)
+        if hit_N is not None:  # the target's column, filled in after the product, and more after it
+            width = _multiple(columns + 2, WIDTHS)
         product: _Product | _WideProduct
         if half or w_SD.shape[1] % LANES:
-            product = _WideProduct(query_ND, w_SD, b_S, share_N, given.dtype)
+            product = _WideProduct(query_ND, w_SD, b_S, width, share_N, given.dtype)
         else:
-            product = _Product(query_ND, w_SD, b_S, share_N)
+            product = _Product(query_ND, w_SD, b_S, width, share_N)
         grad_hit = None if hit_N is None else torch.empty_like(hit_N)
         grad_beta, grad_gamma, grad_kappa = torch.zeros(3, device=query_ND.device).unbind()
         grad_rho = torch.zeros_like(rho)
         loss = query_ND.new_zeros(())
-        rows = _chunk_rows(len(query_ND), len(w_SD), given.dtype.itemsize)
-        score_CS = torch.empty(rows, len(w_SD), dtype=given.dtype, device=query_ND.device)
+        rows = _chunk_rows(len(query_ND), width, given.dtype.itemsize)
+        score_CS = torch.empty(rows, width, dtype=given.dtype, device=query_ND.device)
+        first_C = torch.arange(0, rows * width, width, device=query_ND.device)  # cells of column 0
         for start in range(0, len(query_ND), rows):
             part = slice(start, start + rows)
             share_C = share_N[part]
             logit_CS = product.scores(part, score_CS[: len(share_C)])
-            column_C = given.column_N[part]
+            cell_C = first_C[: len(share_C)] + given.column_N[part]  # the targets'
             log_q_CS = lifted = None
             if given.lifts is not None:
-                lifted = given.lifts.cells(part, logit_CS.shape[1])
+                lifted = given.lifts.cells(part, width)
                 _add_bonus(logit_CS, lifted, gamma, kappa)
             if given.log_q is not None:
                 log_q_CS = given.log_q(part)
@@ -110,28 +112,26 @@ class _FusedLoss(Function):
             seen = cell_Z = None
             if given.seen is not None:
                 seen = given.seen.rows(start, start + len(logit_CS))
-                cell_Z = seen.cells(logit_CS.shape[1])
+                cell_Z = seen.cells(width)
                 bonus_Z = rho.index_select(0, seen.bucket_Z).to(logit_CS.dtype)
                 logit_CS.view(-1).index_add_(0, cell_Z, bonus_Z)
             any_CS = any_loss_C = None
             if given.reward_N is not None and given.any_item_S is not None:
                 any_CS, any_loss_C = _any_item(logit_CS[:, :columns], given.any_item_S)
+            flat = logit_CS.view(-1)
             if hit_N is not None:
-                _mask(logit_CS, column_C)
+                # Left out where it is among the others. Column −1, where it is not, is the last one
+                # of the row before, of the last row for the first: empty.
+                flat.index_fill_(0, cell_C.remainder_(len(flat)), -torch.inf)
                 logit_CS[:, columns] = hit_N[part]
-                logit_CS[:, columns + 1 :] = -torch.inf
-                column_C = torch.full_like(column_C, columns)
-            row_C = torch.arange(len(logit_CS), device=column_C.device)
-            cell_C = row_C.mul_(logit_CS.shape[1]).add_(column_C)  # the targets'
-            hit_C = logit_CS.view(-1).index_select(0, cell_C).float()
-            mean_C = None
+                cell_C = first_C[: len(share_C)] + columns
+            margin_C = None
             if given.reward_N is not None and any_CS is None:
-                mean_C = logit_CS.mean(dim=1, dtype=torch.float32)
+                hit_C = flat.index_select(0, cell_C).float()
+                margin_C = hit_C - logit_CS.mean(dim=1, dtype=torch.float32)
             grad_CS = torch.softmax(logit_CS, dim=1, out=logit_CS)
-            tiny = torch.finfo(torch.float32).tiny
-            flat = grad_CS.view(-1)
             share_of_target_C = flat.index_select(0, cell_C)
-            loss_C = -share_of_target_C.float().clamp(min=tiny).log()
+            loss_C = share_of_target_C.float().clamp(min=TINY).log_().neg_()
             if given.reward_N is None:
                 flat.index_copy_(0, cell_C, share_of_target_C - 1.0)
             else:
@@ -142,8 +142,8 @@ class _FusedLoss(Function):
                     grad_CS[:, :columns] += (1.0 - reward_C)[:, None] * any_CS
                     loss_C = reward_C * loss_C + (1.0 - reward_C) * any_loss_C
                 else:
-                    assert mean_C is not None  # noqa: S101 - set above
-                    loss_C = loss_C + (1.0 - reward_C) * (hit_C - mean_C)
+                    assert margin_C is not None  # noqa: S101 - set above
+                    loss_C = loss_C + (1.0 - reward_C) * margin_C
                     grad_CS.sub_(((1.0 - reward_C) / columns)[:, None])
                     lowered_C = flat.index_select(0, cell_C) - reward_C
                     flat.index_copy_(0, cell_C, lowered_C.to(flat.dtype))
@@ -162,11 +162,13 @@ class _FusedLoss(Function):
             if log_q_CS is not None:
                 grad_beta += torch.dot(share_C, (grad_CS[:, :columns] * log_q_CS).sum(dim=1))
         grad_query, grad_w, grad_b = product.gradients(columns)
-        if own_ND is not None and grad_hit is not None:
-            assert grad_w_R is not None and place_N is not None  # noqa: S101 - set together
+        if grad_hit is not None:
+            assert place_N is not None and place_S is not None  # noqa: S101 - as above
+            grad_w_S, grad_w = grad_w, torch.zeros_like(w_RD)
+            grad_w.index_add_(0, place_S, grad_w_S)
             grad_query.addcmul_(own_ND, grad_hit[:, None])
-            grad_w_R.index_add_(0, place_N, query_ND * grad_hit[:, None])
-        grads = (grad_query, grad_w, grad_b, grad_w_R, grad_hit)
+            grad_w.index_add_(0, place_N, query_ND * grad_hit[:, None])
+        grads = (grad_query, grad_w, grad_b, grad_hit)
         ctx.save_for_backward(*grads, grad_beta, grad_gamma, grad_kappa, grad_rho)
         return loss
 
@@ -193,9 +195,17 @@ def _chunk_rows(positions: int, width: int, itemsize: int) -> int:
 
 
 class _Product:
-    """Scores q·w + b of chunks of queries, and their gradients added up."""
+    """Scores q·w + b of chunks of queries, and their gradients added up.
 
-    def __init__(self, query_ND: Tensor, w_SD: Tensor, b_S: Tensor, share_N: Tensor) -> None:
+    Columns beyond those of w have scores of which nothing is left in a softmax.
+    """
+
+    def __init__(
+        self, query_ND: Tensor, w_SD: Tensor, b_S: Tensor, width: int, share_N: Tensor
+    ) -> None:
+        if width > len(w_SD):
+            w_SD = F.pad(w_SD, (0, 0, 0, width - len(w_SD)))
+            b_S = F.pad(b_S, (0, width - len(b_S)), value=NOTHING)
         self.query_ND, self.w_SD, self.b_S, self.share_N = query_ND, w_SD, b_S, share_N
         self.weighted_ND = query_ND * share_N[:, None]
         self.grad_query, self.grad_w = torch.empty_like(query_ND), torch.zeros_like(w_SD)
@@ -223,25 +233,42 @@ class _WideProduct:
     """
 
     def __init__(
-        self, query_ND: Tensor, w_SD: Tensor, b_S: Tensor, share_N: Tensor, dtype: torch.dtype
+        self,
+        query_ND: Tensor,
+        w_SD: Tensor,
+        b_S: Tensor,
+        width: int,
+        share_N: Tensor,
+        dtype: torch.dtype,
     ) -> None:
-        self.size, self.share_N = w_SD.shape[1], share_N
-        coarse_S = b_S.to(dtype)
-        b_S2 = torch.stack([coarse_S, (b_S - coarse_S).to(dtype)], dim=1)
-        if dtype == torch.float32:
-            b_S2 = b_S2[:, :1]
-        filled = self.size + b_S2.shape[1]
-        empty = _multiple(filled, LANES) - filled
-        w_SD = w_SD.to(dtype)
-        self.wide_SK = torch.cat([w_SD, b_S2, w_SD.new_zeros(len(b_S), empty)], dim=1)
+        columns, self.size, self.share_N = *w_SD.shape, share_N
+        biases = 1 if dtype == torch.float32 else 2
+        lanes = _multiple(self.size + biases, LANES)
+        self.wide_SK = w_SD.new_zeros(width, lanes, dtype=dtype)
+        self.wide_SK[:columns, : self.size] = w_SD
+        self.wide_SK[:columns, self.size] = b_S
+        if biases == 2:
+            self.wide_SK[:columns, self.size + 1] = b_S - self.wide_SK[:columns, self.size]
+        if width > columns:
+            self.wide_SK[columns:, self.size] = NOTHING
         # What makes the queries' gradient needs b's columns only to be whole lanes.
-        self.back_SK = self.wide_SK if self.size % LANES else w_SD
-        ones_NK = F.pad(torch.ones_like(query_ND[:, : b_S2.shape[1]]), (0, empty))
-        query_NK = torch.cat([query_ND, ones_NK], dim=1)
-        self.query_NK = query_NK.to(dtype)
+        self.back_SK = self.wide_SK
+        if not self.size % LANES:
+            self.back_SK = self.wide_SK[:, : self.size].contiguous()
+
+        def widened(query_ND: Tensor, one: Tensor | float) -> Tensor:
+            query_NK = query_ND.new_zeros(len(query_ND), lanes, dtype=dtype)
+            query_NK[:, : self.size] = query_ND
+            query_NK[:, self.size : self.size + biases] = one
+            return query_NK
+
+        self.query_NK = self.weighted_NK = widened(query_ND, 1.0)
         # The shares sum to 1 over the batch: scaled up they are far from the smallest numbers.
-        self.scale = share_N.max().clamp(min=torch.finfo(torch.float32).tiny)
-        self.weighted_NK = (query_NK * (share_N / self.scale)[:, None]).to(dtype)
+        least, most = share_N.aminmax()
+        self.scale = most.clamp(min=TINY)
+        if query_ND.is_cuda or float(least) != float(most):  # asking a GPU would be waiting for it
+            scaled_N1 = (share_N / self.scale)[:, None]
+            self.weighted_NK = widened(query_ND * scaled_N1, scaled_N1)
         self.grad_query = query_ND.new_empty(len(query_ND), self.back_SK.shape[1], dtype=dtype)
         self.grad_SK = torch.zeros_like(self.wide_SK, dtype=torch.float32)
 
@@ -259,13 +286,6 @@ class _WideProduct:
         grad_SK = self.grad_SK[:columns].mul_(self.scale)
         grad_query = self.grad_query[:, : self.size] * self.share_N[:, None]
         return grad_query, grad_SK[:, : self.size], grad_SK[:, self.size]
-
-
-def _mask(logit_CS: Tensor, column_C: Tensor) -> None:
-    """Leave the target out where it is among the negatives (column −1: it is not)."""
-    row_H = (column_C >= 0).nonzero()[:, 0]
-    cell_H = row_H * logit_CS.shape[1] + column_C.index_select(0, row_H)
-    logit_CS.view(-1).index_fill_(0, cell_H, -torch.inf)
 
 
 def _any_item(logit_CS: Tensor, any_item_S: Tensor) -> tuple[Tensor, Tensor]:
@@ -299,11 +319,10 @@ def _bonus_gradient(
 
 def fused_loss(
     query_ND: Tensor,
-    w_SD: Tensor,
+    w_RD: Tensor,
     b_S: Tensor,
     given: Targets,
     *,
-    w_RD: Tensor | None = None,
     hit_N: Tensor | None = None,
     beta: Tensor | None = None,
     gamma: Tensor | None = None,
@@ -316,14 +335,14 @@ def fused_loss(
     the loss is that of `model.losses.one_against_all`. Differentiable in everything but `given`.
 
     Args:
-        w_SD, b_S: vectors and biases of all items; sampled: of the negatives, the log of their
-            expected count taken off the biases.
-        w_RD: sampled: vectors of the targets, whose is which says `given.place_N`. None: dense.
+        w_RD, b_S: vectors and biases of all items; sampled: vectors of the negatives and the
+            targets, which `given.place_S` and `given.place_N` find, and biases of the negatives,
+            the log of their expected count taken off.
         hit_N: sampled: what the targets' scores are beside the product of query and vector.
     """
     zero = b_S.new_zeros(())
     coefficients = [zero if c is None else c for c in (beta, gamma, kappa, rho)]
-    tensors = (query_ND, w_SD, b_S, w_RD, hit_N)
+    tensors = (query_ND, w_RD, b_S, hit_N)
     parts = [None if tensor is None else tensor.float() for tensor in tensors]
     with torch.autocast(query_ND.device.type, enabled=False):  # `given.dtype` says what is half
         loss: Tensor = _FusedLoss.apply(*parts, *coefficients, given)  # type: ignore[no-untyped-call]

@@ -158,9 +158,17 @@ def encode_batches(
 
 
 def encode_batch(
-    network: HRNNMeta, positions: Positions, batch: Batch, state_SK: Tensor | None
+    network: HRNNMeta,
+    positions: Positions,
+    batch: Batch,
+    state_SK: Tensor | None,
+    previous_N: Tensor | None = None,
 ) -> Encoded:
-    """Encode one batch from the states that the batch before left (None: there was none)."""
+    """Encode one batch from the states that the batch before left (None: there was none).
+
+    Args:
+        previous_N: the positions' previous items, where they have been read.
+    """
     device = network.device
     previous_S = send(batch.previous_S, device)
     with precision(device, torch.float32):  # in training: whatever it is within
@@ -173,4 +181,5 @@ def encode_batch(
             send(batch.event_N, device),
             torch.from_numpy(batch.batch_size_T),
             start_SK,
+            previous_N,
         )

@@ -190,9 +190,13 @@ class HRNNMeta(nn.Module):
             taste_NW = torch.zeros_like(taste_NW)
         return self.values(encoded.hidden_NH, taste_NW, item_N)
 
-    def inputs(self, positions: Positions, event_N: Tensor) -> Tensor:
+    def inputs(
+        self, positions: Positions, event_N: Tensor, previous_N: Tensor | None = None
+    ) -> Tensor:
         """Encoder input of each of the chosen positions."""
-        parts = [self.dropout(self.items.inputs(positions.previous_item[event_N]))]
+        if previous_N is None:
+            previous_N = positions.previous_item[event_N]
+        parts = [self.dropout(self.items.inputs(previous_N))]
         if self.control is not None:
             parts.append(self.control(positions.bucket[event_N], positions.session_start[event_N]))
         if self.feedback is not None:
@@ -209,11 +213,16 @@ class HRNNMeta(nn.Module):
         return self.encoder.initial_state(segments)
 
     def encode(
-        self, positions: Positions, event_N: Tensor, batch_size_T: Tensor, state_SK: Tensor
+        self,
+        positions: Positions,
+        event_N: Tensor,
+        batch_size_T: Tensor,
+        state_SK: Tensor,
+        previous_N: Tensor | None = None,
     ) -> Encoded:
-        """Run the encoder over packed positions."""
+        """Run the encoder over packed positions; `previous_N`: their previous items, if read."""
         h_NH, state_SK = self.encoder(
-            self.inputs(positions, event_N),
+            self.inputs(positions, event_N, previous_N),
             batch_size_T,
             positions.session_start[event_N],
             state_SK,

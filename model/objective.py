@@ -146,6 +146,7 @@ class Objective:
         positions: Positions,
         targets: EventTargets,
         event_N: Tensor,
+        target_N: Tensor,
         encoded: Encoded,
         draws: Draws,
         share: Shares,
@@ -154,12 +155,13 @@ class Objective:
         """The loss to descend, and its softmax part alone (the log of the training PPL).
 
         Args:
-            draws: of `draw`.
+            target_N: the events' items.
+            draws: of `draw`; the rows of the negatives and the targets are open.
             passed_over: of the events' targets.
             share: what this process's part counts in the batch; the second value is the mean over
                 its own positions.
         """
-        target_N, weight_N = positions.target[event_N], targets.weight[event_N]
+        weight_N = targets.weight[event_N]
         reward_N = None if targets.reward is None else targets.reward[event_N]
         rows_NR = None
         if draws.followers:
@@ -239,7 +241,13 @@ class Objective:
             if prior is not None and self.transitions is not None and rows_NR is not None:
                 lifts = Lifts.dense(self.transitions, rows_NR, prior.alpha_R, prior.inverse_p_M)
             given = Targets(
-                target_N, weight_N, None, reward_N, None, log_q, lifts, seen, self.dtype
+                target_N,
+                weight_N,
+                reward_N=reward_N,
+                log_q=log_q,
+                lifts=lifts,
+                seen=seen,
+                dtype=self.dtype,
             )
             return fused_loss(encoded.query_ND, w_MD, b_M, given, **self._coefficients())
         # A GPU has the memory and the kernels for the scores as a whole.
@@ -268,12 +276,10 @@ class Objective:
     ) -> Tensor:
         """What `model.losses` defines as sampled losses, on shared negatives."""
         lambda_mix, negative_S = draws.lambda_mix, draws.negative_S
-        assert self.sampler is not None and negative_S is not None  # noqa: S101 - caller's branch
-        network, query_ND = self.network, encoded.query_ND
-        item_R, place_N = target_N.unique(return_inverse=True)
-        sizes = [len(item_R), len(negative_S)]
-        w_XD, b_X = network.items.outputs(lambda_mix, torch.cat([item_R, negative_S]))
-        (w_RD, w_SD), (b_R, b_S) = w_XD.split(sizes), b_X.split(sizes)
+        network, query_ND, rows = self.network, encoded.query_ND, self.network.items.rows
+        assert negative_S is not None and rows is not None  # noqa: S101 - caller's branch
+        place_N, place_S = rows.place(target_N), rows.place(negative_S)
+        w_RD, b_R = network.items.outputs(lambda_mix, rows.common_R)
         hit_N = b_R.index_select(0, place_N)  # and the product of query and vector
         lifts = log_q = None
         if rows_NR is not None and network.prior is not None and self.transitions is not None:
@@ -288,23 +294,27 @@ class Objective:
         if period_N is not None and self.trend_table is not None:
             hit_N = hit_N + network.beta * self.trend_table.at(period_N, target_N)
             log_q = self._log_q(period_N, negative_S)
-        hit_N = hit_N - self.log_count_M[target_N]
-        log_count_S = self.log_count_M[negative_S]
-        column_R = torch.searchsorted(negative_S, item_R).clamp_(max=max(len(negative_S) - 1, 0))
-        among_R = torch.full_like(item_R, -1)
-        if len(negative_S):
-            among_R = torch.where(negative_S[column_R] == item_R, column_R, -1)
+        hit_N = hit_N - self.log_count_M.index_select(0, target_N)
+        log_count_S = self.log_count_M.index_select(0, negative_S)
+        column_R = torch.full_like(rows.common_R, -1)
+        column_R.index_copy_(0, place_S, torch.arange(len(place_S), device=place_S.device))
         any_item_S = None
         if reward_N is not None:
             any_item_S = torch.exp(-log_count_S) / network.num_items
-        column_N = among_R.index_select(0, place_N)
         given = Targets(
-            column_N, weight_N, place_N, reward_N, any_item_S, log_q, lifts, seen, self.dtype
+            column_R.index_select(0, place_N),
+            weight_N,
+            place_N,
+            place_S,
+            reward_N,
+            any_item_S,
+            log_q,
+            lifts,
+            seen,
+            self.dtype,
         )
-        b_S = b_S - log_count_S
-        return fused_loss(
-            query_ND, w_SD, b_S, given, w_RD=w_RD, hit_N=hit_N, **self._coefficients()
-        )
+        b_S = b_R.index_select(0, place_S) - log_count_S
+        return fused_loss(query_ND, w_RD, b_S, given, hit_N=hit_N, **self._coefficients())
 
     def _coefficients(self) -> dict[str, Tensor]:
         """β, γ, κ and ρ, as far as the network has them."""

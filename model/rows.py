@@ -7,7 +7,7 @@ weights) works on these rows in place; no pass over the table, no copy of it.
 Shapes: M rows of a table, D their size, R rows with a gradient.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,20 +23,27 @@ class StepRows:
 
     def __init__(self) -> None:
         self._open: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # table, its rows, the copy
-        self._places: list[tuple[Tensor, Tensor]] = []  # of indices asked for before
+        self._places: list[tuple[Tensor, Tensor]] = []  # of indices known or asked for before
+        self.common_R = torch.empty(0, dtype=torch.int64)  # the rows that all tables have
 
-    def open(self, tables: Iterable[nn.Parameter], row_R: Tensor) -> None:
+    def open(self, tables: Iterable[nn.Parameter], met: Sequence[Tensor]) -> None:
         """Take rows out.
 
         Args:
-            row_R: ascending and distinct; those beyond the end of a table are not its own.
+            met: int64, what will be looked up, repeats allowed; `lookup` finds these very tensors
+                without a search. Rows beyond the end of a table are not its own.
         """
-        self._places = []
+        self._row_R, place = torch.cat(list(met)).unique(return_inverse=True)
+        self._places = list(zip(met, place.split([len(index_N) for index_N in met]), strict=True))
+        self.common_R = self._row_R
         for table in tables:
-            own_R = row_R[: int(torch.searchsorted(row_R, len(table)))]
+            own_R = self._row_R
+            if len(own_R) and int(own_R[-1]) >= len(table):
+                own_R = own_R[: int(torch.searchsorted(own_R, len(table)))]
+            if len(own_R) < len(self.common_R):
+                self.common_R = own_R
             copy = table.detach().index_select(0, own_R).requires_grad_()
             self._open.append((table, own_R, copy))
-        self._row_R = row_R
 
     def lookup(self, table: Tensor, index_N: Tensor) -> Tensor:
         """Rows of a table, or entries of a vector: `[N, …]`.
@@ -46,11 +53,18 @@ class StepRows:
         """
         for own, _, copy in self._open:
             if own is table:
-                place_N = self._place(index_N)
+                if index_N is self.common_R:
+                    return copy if len(copy) == len(index_N) else copy[: len(index_N)]
+                place_N = self.place(index_N)
                 return F.embedding(place_N, copy) if copy.dim() == 2 else copy[place_N]
         return lookup(table, index_N)
 
-    def _place(self, index_N: Tensor) -> Tensor:
+    def place(self, index_N: Tensor) -> Tensor:
+        """Where rows stand among those taken out.
+
+        Raises:
+            ValueError: one of them is not there.
+        """
         for asked_N, place_N in self._places:
             if asked_N is index_N:
                 return place_N
@@ -104,9 +118,16 @@ class RowwiseAdagrad(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, parameters: Iterable[Tensor], lr: float, weight_decay: float = 0.0, eps: float = 1e-10
+        self,
+        parameters: Iterable[Tensor],
+        lr: float,
+        weight_decay: float = 0.0,
+        eps: float = 1e-10,
+        after: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None,
     ) -> None:
+        """`after` is called with each table, its rows that have changed, what they were and are."""
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "eps": eps})
+        self._after = after
         for group in self.param_groups:
             for table in group["params"]:
                 self.state[table]["sum"] = table.new_zeros(len(table))
@@ -119,14 +140,18 @@ class RowwiseAdagrad(torch.optim.Optimizer):
                 if table.grad is None:
                     continue
                 row_R, grad_R = table.grad.indices()[0], table.grad.values()
+                old_R = table.index_select(0, row_R)
                 if group["weight_decay"]:
-                    grad_R = grad_R + group["weight_decay"] * table.index_select(0, row_R)
+                    grad_R = grad_R.add(old_R, alpha=group["weight_decay"])
                 square_R = grad_R.square()
                 if grad_R.dim() > 1:
                     square_R = square_R.mean(dim=1)
                 sum_M = self.state[table]["sum"]
                 sum_R = sum_M.index_select(0, row_R).add_(square_R)
                 sum_M.index_copy_(0, row_R, sum_R)
-                rate_R = group["lr"] / (sum_R.sqrt() + group["eps"])
-                step_R = grad_R * (rate_R[:, None] if grad_R.dim() > 1 else rate_R)
-                table.index_copy_(0, row_R, table.index_select(0, row_R).sub_(step_R))
+                rate_R = sum_R.sqrt_().add_(group["eps"]).reciprocal_().mul_(-group["lr"])
+                rate_R = rate_R[:, None] if grad_R.dim() > 1 else rate_R
+                new_R = torch.addcmul(old_R, grad_R, rate_R)
+                table.index_copy_(0, row_R, new_R)
+                if self._after is not None:
+                    self._after(table, row_R, old_R, new_R)

@@ -5,7 +5,7 @@ Shapes: E events, N packed positions, M items, S segments, K numbers of state.
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -117,12 +117,13 @@ class Trainer:
         # Items that were never trained on are known by their fields alone; the others' λ is chosen
         # at the end, half and half until then.
         self.set_lambda(self.network, 0.5)
+        self.parameters = list(self.network.parameters())
         self.tables: list[nn.Parameter] = []  # of which a step reads some rows
         self.rows = StepRows()
+        self.none = torch.tensor([num_items], device=self.device)  # the row of "no previous item"
         if self.objective.sampler is not None:
             self.network.use_rows(self.rows)
             self.tables = self.network.row_tables()
-        self.optimisers = self._optimisers()
         self.average: WeightAverage | None = None
         kept = self.network
         if settings.averaging_epochs:
@@ -130,6 +131,7 @@ class Trainer:
             decay = 1.0 - 1.0 / (1.0 + steps)
             kept = _copy(self.network)
             self.average = WeightAverage(self.network, kept, decay, self.tables)
+        self.optimisers = self._optimisers()
         self.model = TrainedHRNN(
             network=kept,
             encodings=self.encodings,
@@ -161,8 +163,11 @@ class Trainer:
             )
         ]
         if self.tables:
+            after = None if self.average is None else self.average.take_rows
             optimisers.append(
-                RowwiseAdagrad(self.tables, settings.row_learning_rate, settings.weight_decay)
+                RowwiseAdagrad(
+                    self.tables, settings.row_learning_rate, settings.weight_decay, after=after
+                )
             )
         return optimisers
 
@@ -281,16 +286,16 @@ class Trainer:
         total = 0.0
         if len(batch.event_N):
             passed_over = targets.passed_over(batch.event_N, self.device)
+            previous_N, target_N = positions.previous_item[event_N], positions.target[event_N]
             if draws.negative_S is not None:
-                met = [positions.previous_item[event_N], positions.target[event_N]]
+                met = [draws.negative_S, previous_N, target_N, self.none]
                 if passed_over is not None:
                     met.append(passed_over.item_R)
-                row_R = _rows_met(met, draws.negative_S, self.network.num_items)
-                self.rows.open(self.tables, row_R)
+                self.rows.open(self.tables, met)
             with precision(self.device, self.dtype):
-                encoded = encode_batch(self.network, positions, batch, state_SK)
+                encoded = encode_batch(self.network, positions, batch, state_SK, previous_N)
                 loss, ranking = self.objective.loss(
-                    positions, targets, event_N, encoded, draws, share, passed_over
+                    positions, targets, event_N, target_N, encoded, draws, share, passed_over
                 )
             loss.backward()
             self.rows.close()
@@ -298,10 +303,8 @@ class Trainer:
             total = float(ranking) * len(batch.event_N)
         else:  # nothing of this batch is ours
             state_SK = self.network.initial_state(0)
-        self.processes.sum_gradients(self.network.parameters(), self.tables)
-        clip_gradients(self.network.parameters(), self.settings.clip_norm)
-        if self.average is not None:
-            self.average.catch_up()
+        self.processes.sum_gradients(self.parameters, self.tables)
+        clip_gradients(self.parameters, self.settings.clip_norm)
         for optimiser in self.optimisers:
             optimiser.step()
         if self.average is not None:
@@ -386,12 +389,6 @@ class Trainer:
             total=float(tensors[own + "total"]),
             state_SK=None if state_SK is None else state_SK.to(self.device),
         )
-
-
-def _rows_met(met: Sequence[Tensor], negative_S: Tensor, none: int) -> Tensor:
-    """The items of a step, ascending: met in its events or negatives; and `none`, where one is."""
-    row_none = torch.full_like(negative_S[:1], none)
-    return torch.cat([*met, negative_S, row_none]).unique()
 
 
 def _copy(network: HRNNMeta) -> HRNNMeta:

@@ -120,7 +120,7 @@ def test_sampled_value_and_gradients(with_reward, with_extras, size):
     c = _Case(size)
     negative = torch.tensor([0, 2, 3, 7, 8])
     correction_N, correction_S = -torch.rand(N), -torch.rand(len(negative))
-    item, place = c.target.unique(return_inverse=True)
+    item, place = torch.cat([negative, c.target]).unique(return_inverse=True)
     phi_N = (c.query * c.w[c.target]).sum(1) + c.b[c.target]
     phi_NS = torch.addmm(c.b[negative], c.query, c.w[negative].T)
     trend_N = trend_NS = None
@@ -128,7 +128,8 @@ def test_sampled_value_and_gradients(with_reward, with_extras, size):
     given = {
         "column_N": torch.where(negative[at] == c.target, at, -1),
         "weight_N": c.weight,
-        "place_N": place,
+        "place_S": place[: len(negative)],
+        "place_N": place[len(negative) :],
     }
     hit_N = c.b[c.target] - correction_N
     coefficients = {}
@@ -164,10 +165,9 @@ def test_sampled_value_and_gradients(with_reward, with_extras, size):
         wanted = sampled_softmax(*arguments, trend_N, trend_NS, c.weight)
     got = fused_loss(
         c.query,
-        c.w[negative],
+        c.w[item],
         c.b[negative] - correction_S,
         Targets(**given),
-        w_RD=c.w[item],
         hit_N=hit_N,
         **coefficients,
     )
@@ -176,18 +176,21 @@ def test_sampled_value_and_gradients(with_reward, with_extras, size):
 
 @pytest.mark.parametrize("size", [D, LANES])
 @pytest.mark.parametrize("sampled", [False, True])
-def test_half_precision_is_near(sampled, size):
+@pytest.mark.parametrize("even", [False, True])
+def test_half_precision_is_near(sampled, size, even):
     c = _Case(size)
-    place = torch.arange(N) % 2
-    targets = {}
+    weight = torch.full((N,), 0.3) if even else c.weight
+    place = {"place_S": torch.arange(M), "place_N": M + torch.arange(N) % 2} if sampled else {}
+    w, targets = c.w, {}
     if sampled:
-        targets = {"w_RD": torch.randn(2, size), "hit_N": torch.randn(N) - 300.0}
+        w = torch.cat([c.w, torch.randn(2, size)])
+        targets = {"hit_N": torch.randn(N) - 300.0}
     column = torch.where(torch.arange(N) % 3 > 0, -1, c.target) if sampled else c.target
     bias = c.b - 300.0  # bfloat16 alone would round the scores to multiples of 2
     results = []
     for dtype in (torch.float32, torch.bfloat16):
-        given = Targets(column, c.weight, place, dtype=dtype)
-        loss = fused_loss(c.query, c.w, bias, given, **targets)
+        given = Targets(column, weight, **place, dtype=dtype)
+        loss = fused_loss(c.query, w, bias, given, **targets)
         results.append([loss.detach(), *torch.autograd.grad(loss, c.leaves[:3])])
     for exact, near in zip(*results, strict=True):
         assert near.dtype == torch.float32
@@ -196,9 +199,10 @@ def test_half_precision_is_near(sampled, size):
 
 def test_no_negatives_leave_nothing_to_compare_with():
     c = _Case()
-    given = Targets(torch.full((N,), -1), torch.ones(N), torch.zeros(N, dtype=torch.int64))
-    hit_N, w_RD = torch.randn(N, requires_grad=True), torch.randn(1, D)
-    loss = fused_loss(c.query, c.w[:0], c.b[:0], given, w_RD=w_RD, hit_N=hit_N)
+    place_N, place_S = torch.zeros(N, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+    given = Targets(torch.full((N,), -1), torch.ones(N), place_N, place_S)
+    hit_N = torch.randn(N, requires_grad=True)
+    loss = fused_loss(c.query, c.w[:1], c.b[:0], given, hit_N=hit_N)
     loss.backward()
     assert float(loss.detach()) == 0.0 and not hit_N.grad.any() and not c.query.grad.any()
 

@@ -56,7 +56,7 @@ def test_sparse_steps_equal_the_dense_rule_and_average(steps, clip):
     tables = [by_rows.matrix, by_rows.vector]
     average = WeightAverage(by_rows, kept, 0.9, tables)
     wanted = AveragedModel(dense, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-    optimiser = RowwiseAdagrad(tables, lr=0.1)
+    optimiser = RowwiseAdagrad(tables, lr=0.1, after=average.take_rows)
     plain = [torch.optim.SGD([m.dense], lr=0.01) for m in (by_rows, dense)]
     totals = [torch.zeros(M), torch.zeros(M)]
     for rows in steps:
@@ -65,14 +65,13 @@ def test_sparse_steps_equal_the_dense_rule_and_average(steps, clip):
         dense.zero_grad()
         dense.loss(row).backward()
         step_rows = StepRows()
-        step_rows.open(tables, row.unique())
+        step_rows.open(tables, [row])
         by_rows.loss(row, step_rows.lookup).backward()
         step_rows.close()
         before = by_rows.matrix.detach().clone()
         clip_gradients(by_rows.parameters(), clip)
         nn.utils.clip_grad_norm_(dense.parameters(), clip)
         assert by_rows.matrix.grad.is_sparse and not dense.matrix.grad.is_sparse
-        average.catch_up()
         for o in (optimiser, *plain):
             o.step()
         with torch.no_grad():
@@ -90,7 +89,7 @@ def test_sparse_steps_equal_the_dense_rule_and_average(steps, clip):
 
 def test_rows_that_were_not_opened_cannot_be_read():
     tables, rows = _Tables(), StepRows()
-    rows.open([tables.matrix], torch.tensor([1, 4]))
+    rows.open([tables.matrix], [torch.tensor([4, 1])])
     with pytest.raises(ValueError, match="not opened"):
         rows.lookup(tables.matrix, torch.tensor([4, 2]))
 
@@ -99,7 +98,12 @@ def test_rows_of_tables_of_different_lengths():
     """The last row of the longer one is not the shorter one's."""
     longer, shorter = nn.Parameter(torch.randn(M, D)), nn.Parameter(torch.randn(M - 1))
     rows = StepRows()
-    rows.open([longer, shorter], torch.tensor([0, 3, M - 1]))
+    met = torch.tensor([3, M - 1, 3]), torch.tensor([0])
+    rows.open([longer, shorter], met)
+    assert [rows.place(index).tolist() for index in met] == [[1, 2, 1], [0]]
+    assert rows.common_R.tolist() == [0, 3]
+    for table in (longer, shorter):
+        assert torch.equal(rows.lookup(table, rows.common_R), table[[0, 3]])
     read = rows.lookup(longer, torch.tensor([M - 1, 0])), rows.lookup(shorter, torch.tensor([3]))
     assert torch.equal(read[0], longer[[M - 1, 0]]) and torch.equal(read[1], shorter[[3]])
     (read[0].sum() + read[1].sum()).backward()

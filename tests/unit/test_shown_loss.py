@@ -57,7 +57,7 @@ def test_scores_on_lists_are_those_of_the_whole_catalogue(softmax, with_trend):
     for batch in batches:
         event_N = torch.from_numpy(batch.event_N)
         if trainer.tables:
-            trainer.rows.open(trainer.tables, torch.arange(M + 1))
+            trainer.rows.open(trainer.tables, [torch.arange(M + 1)])
         encoded = encode_batch(network, positions, batch, state_SK)
         state_SK = encoded.state_SK
         rows_NR = objective._transition_rows(positions, targets, event_N)
@@ -83,8 +83,8 @@ def test_scores_on_lists_are_those_of_the_whole_catalogue(softmax, with_trend):
             weight_N,
         )
         torch.testing.assert_close(got, torch.stack(nll).mean(), rtol=1e-4, atol=1e-5)
-        alone = objective.loss(positions, targets, event_N, encoded, draws, Shares(), None)[0]
-        both = objective.loss(positions, targets, event_N, encoded, draws, Shares(), passed_over)[0]
+        given = positions, targets, event_N, positions.target[event_N], encoded, draws, Shares()
+        alone, both = objective.loss(*given)[0], objective.loss(*given, passed_over)[0]
         torch.testing.assert_close(both - alone, objective.shown_weight * got)
         trainer.rows.close()
     assert compared > 200
