@@ -41,8 +41,8 @@ class _Scan(Function):
         n_NH, h_NH = i_NG.new_empty(2, len(i_NG), hidden).unbind()
         # Views of every step, made at once: in the loop they would cost as much as the arithmetic.
         gates, n, h = (part.split(sizes) for part in (gates_NG, n_NH, h_NH))
-        rz, g_n = (p.split(sizes) for p in gates_NG.split([2 * hidden, hidden], dim=1))
-        r, z, _ = (p.split(sizes) for p in gates_NG.split(hidden, dim=1))
+        rz = gates_NG[:, : 2 * hidden].split(sizes)
+        r, z, g_n = (p.split(sizes) for p in gates_NG.split(hidden, dim=1))
         i_n = i_NG[:, 2 * hidden :].split(sizes)
         h_SH, finished, before = h0_SH, [], []
         for t, b in enumerate(sizes):

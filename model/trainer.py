@@ -27,6 +27,7 @@ from model.loader import Loader, sample_of, sample_users
 from model.network import HRNNMeta
 from model.novelty import new_item_share
 from model.objective import FOLLOWERS_UNTIL, EventTargets, Objective
+from model.pages import in_huge_pages
 from model.prior_start import (
     POPULARITY_CELLS,
     POPULARITY_EVENTS,
@@ -132,6 +133,8 @@ class Trainer:
             kept = _copy(self.network)
             self.average = WeightAverage(self.network, kept, decay, self.tables)
         self.optimisers = self._optimisers()
+        averages = [] if self.average is None else [ema for _, ema in self.average.tables]
+        in_huge_pages([*self.tables, *averages])
         self.model = TrainedHRNN(
             network=kept,
             encodings=self.encodings,
