@@ -8,29 +8,34 @@ from model.errors import InputError
 
 _USER = ["user_id", "user", "uid", "customer_id", "customer", "visitor_id", "visitor", "client_id"]
 _USER += ["member_id", "member", "account_id", "person_id", "reader_id", "viewer_id", "profile_id"]
+_USER += ["reviewer_id", "reviewer"]
 _ITEM = ["item_id", "item", "iid", "movie_id", "movie", "product_id", "product", "article_id"]
 _ITEM += ["article", "news_id", "sku", "asin", "isbn", "song_id", "track_id", "book_id", "video_id"]
 _ITEM += ["content_id", "document_id", "doc_id", "listing_id", "goods_id", "game_id", "recipe_id"]
+# What may as well be a field of something else is taken where there is nothing better.
+_PLACE = ["venue_id", "poi_id", "business_id", "stock_code", "artist_id", "place_id", "location_id"]
 
 # Names by priority, spelt without case and punctuation when compared: `userId` = `USER_ID`.
 RECOGNISED: dict[str, dict[str, list[str]]] = {
     INTERACTIONS: {
         # A log that knows only sessions treats each session as a user.
         "user_id": [*_USER, "session_id", "session"],
-        "item_id": _ITEM,
+        "item_id": [*_ITEM, *_PLACE],
         "timestamp": [
             *("timestamp", "ts", "time", "event_time", "event_timestamp", "datetime", "date_time"),
             *("unix_time", "unix_timestamp", "epoch", "event_date", "rated_at", "clicked_at"),
-            *("occurred_at", "impression_time", "created_at", "date", "t"),
+            *("occurred_at", "impression_time", "created_at", "unix_review_time", "utc_timestamp"),
+            *("utc_time", "check_in_time", "visit_time", "purchase_time", "invoice_date"),
+            *("order_date", "purchase_date", "review_date", "date_taken", "date", "t"),
         ],
         "event_id": ["event_id", "interaction_id", "event_uuid"],
         "event_type": ["event_type", "event", "event_name", "behavior", "behaviour", "action"],
-        "event_value": ["event_value", "rating", "score", "stars", "value"],
+        "event_value": ["event_value", "rating", "score", "stars", "overall", "value"],
         "impression": ["impression", "impressions", "impression_list", "shown_items", "slate"],
     },
     USERS: {"user_id": [*_USER, "id"]},
     ITEMS: {
-        "item_id": [*_ITEM, "id"],
+        "item_id": [*_ITEM, "id", *_PLACE],
         "created_at": [
             *("created_at", "published_at", "publish_time", "published_time", "published"),
             *("release_date", "added_at", "date_added"),

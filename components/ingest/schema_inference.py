@@ -20,6 +20,8 @@ ROW_NUMBER_SHARE = 0.95  # whole numbers that differ in this share of the rows n
 EXACT_ROWS = 1_000_000  # distinct values are counted up to here, estimated above (flat memory)
 TEXT_WORDS = 3.0  # words per value from which a mostly unique column is free text
 LIST_SHARE = 0.1  # of the values that must hold the delimiter
+# Of pairs of interactions with one item (or value) that agree, where others do less often.
+AGREEING, OTHERS_AGREEING, AGREEING_GROUPS = 0.99, 0.9, 10
 
 _CODE_NAME = re.compile(r"(^|_)(id|code|zip|zipcode|postcode|postal_code|phone)$|[a-z]Id$")
 _NUMBER_TYPE = re.compile(r"^(U?(TINY|SMALL|BIG|HUGE)INT|U?INTEGER|FLOAT|DOUBLE|DECIMAL)")
@@ -31,6 +33,7 @@ class FieldGuess:
 
     kind: FieldKind | None
     why: str
+    whole: bool = False  # numbers without fractions
 
 
 @dataclass(frozen=True)
@@ -74,12 +77,65 @@ def infer_fields(
             f"ingest.fields.{section}.{unknown[0]}: no such column"
             f" (columns: {', '.join(columns) or 'none'})"
         )
-    return {
+    guesses = {
         name: FieldGuess(overrides[name], "as set")
         if name in overrides
         else _guess(connection, path, name, column_type, rows)
         for name, column_type in columns.items()
     }
+    if section == "context":
+        for name in guesses.keys() - overrides.keys():
+            guesses[name] = _unknown_in_advance(connection, path, name, guesses[name])
+    return guesses
+
+
+def _unknown_in_advance(
+    connection: duckdb.DuckDBPyConnection, path: Path, name: str, guess: FieldGuess
+) -> FieldGuess:
+    """The same guess, but for a column that gives the item away or names one user's session.
+
+    Reading the category of the item that was chosen, a model would be praised for what it can
+    never be told when it is asked. And what is known of a session is of no use in the next one.
+    """
+    if guess.kind in (None, FieldKind.MULTI_CATEGORICAL):
+        return guess
+    if _decides(connection, path, "item_id", name):
+        return FieldGuess(None, "the same at every event of an item, so a field of --items")
+    # A number may tell something of its user, unless that one has several.
+    if _decides(connection, path, name, "user_id") and (
+        guess.kind is FieldKind.CATEGORICAL
+        or (guess.whole and not _decides(connection, path, "user_id", name))
+    ):
+        return FieldGuess(None, "each value is one user's, like the number of a session or order")
+    return guess
+
+
+def _decides(connection: duckdb.DuckDBPyConnection, path: Path, of: str, name: str) -> bool:
+    """Whether rows with the same value of one column have the same value of another.
+
+    Pairs of rows are counted. Where any two rows mostly agree it says nothing, and neither does it
+    where few values come twice.
+    """
+    row = connection.execute(
+        f"""
+        WITH cells AS (
+            SELECT g, v, count(*)::DOUBLE AS c FROM (
+                SELECT {quote_name(of)} AS g,
+                       nullif(trim(CAST({quote_name(name)} AS VARCHAR)), '') AS v
+                FROM {quote_text(str(path))})
+            WHERE g IS NOT NULL AND v IS NOT NULL GROUP BY g, v),
+        groups AS (SELECT sum(c) AS n FROM cells GROUP BY g HAVING sum(c) > 1),
+        others AS (SELECT sum(c) AS n FROM cells GROUP BY v)
+        SELECT (SELECT count(*) FROM groups),
+               (SELECT sum(c * (c - 1)) FROM cells) / (SELECT sum(n * (n - 1)) FROM groups),
+               (SELECT sum(n * n) / (sum(n) * sum(n)) FROM others)
+        """  # noqa: S608 - names and paths are quoted
+    ).fetchone()
+    assert row is not None  # noqa: S101 - an aggregate always returns a row
+    groups, agreeing, others_agreeing = row
+    return bool(
+        groups >= AGREEING_GROUPS and agreeing >= AGREEING and others_agreeing <= OTHERS_AGREEING
+    )
 
 
 def _guess(
@@ -116,7 +172,8 @@ def _guess(
         and not is_code
         and (profile.distinct > FEW_VALUES or profile.fractional > 0)
     ):
-        return FieldGuess(FieldKind.NUMERIC, f"{profile.distinct:,} different numbers")
+        why = f"{profile.distinct:,} different numbers"
+        return FieldGuess(FieldKind.NUMERIC, why, whole=profile.fractional == 0)
     if profile.numeric < NUMERIC_SHARE and profile.dates >= NUMERIC_SHARE:
         return FieldGuess(None, "a date or time")
     if profile.unique:

@@ -17,6 +17,7 @@ from components.validate.timestamps import SECOND, Unit, as_number, microseconds
 from model.schema import MAX_ID, FieldKind
 
 SEPARATOR = "\x1f"
+NOBODY = ("NA", "N/A", "<NA>", "NAN", "NULL", "NONE", "UNDEFINED", "\\N")  # in capitals
 ROW, MICROS, REASON = "__row", "__micros", "__reason"
 
 
@@ -54,6 +55,17 @@ def filled(column: ir.Value) -> ir.BooleanValue:
     if isinstance(column.type(), dt.String):
         return column.notnull() & (column.strip() != "")
     return column.notnull()
+
+
+def named(user_id: ir.Value) -> ir.BooleanValue:
+    """Whether an interaction's user is there.
+
+    A shop's guests all bear the word with which its export says that there is no user; taken for
+    an id it would make them one user, who does most of what is done.
+    """
+    if not isinstance(user_id.type(), dt.String):
+        return filled(user_id)
+    return filled(user_id) & user_id.strip().upper().notin(NOBODY)
 
 
 def too_long(column: ir.Value) -> ir.BooleanValue:
@@ -134,7 +146,7 @@ def type_interactions(
     if "event_id" in raw.columns:
         long |= too_long(raw.event_id).fill_null(False)
     reasons = [
-        (~filled(raw.user_id), Reason.NULL_USER),
+        (~named(raw.user_id), Reason.NULL_USER),
         (~filled(raw.item_id), Reason.NULL_ITEM),
         (long, Reason.LONG_ID),
         (micros.isnull(), Reason.BAD_TIMESTAMP),

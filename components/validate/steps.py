@@ -338,10 +338,16 @@ def _problem(report: Mapping[str, Any], config: ValidateSettings, quarantine: Pa
     if rows["clean"] == 0:
         return f"no interaction is left after checking ({reasons}); {look}"
     if rows["share"] > config.max_bad_share:
+        elsewhere = (
+            "; where another column says who it was, a session say, name it with"
+            " --set ingest.columns.user_id=NAME"
+        )
         return (
             f"{rows['quarantined']:,} of {rows['in']:,} interactions ({rows['share']:.1%}) are bad:"
             f" {reasons}; {look}; fix them, or accept more with"
             f" --set validate.max_bad_share={_round_up(rows['share'])}"
+            + elsewhere
+            * (max(rows["reasons"], key=rows["reasons"].get) == Reason.NULL_USER)
         )
     for name in ("users", "items", "events"):
         least = getattr(config, f"min_{name}")

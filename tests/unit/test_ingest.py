@@ -4,6 +4,7 @@ import gzip
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -205,11 +206,21 @@ def test_exactly_one_source(tmp_path):
         ["visitorid", "itemid", "ts"],
         ["USER", "Product_ID", "DateTime"],
         ["session_id", "item_id", "time"],
+        ["userID", "poiID", "dateTaken"],
+        ["reviewerID", "asin", "unixReviewTime"],
+        ["CustomerID", "StockCode", "InvoiceDate"],
+        ["user", "location_id", "utcTimestamp"],
     ],
 )
 def test_common_names_are_recognised(names):
     chosen = recognise("interactions", ["noise", *names], {}, "a.csv")
     assert [chosen[c] for c in ("user_id", "item_id", "timestamp")] == names
+
+
+def test_an_item_is_a_place_only_where_nothing_says_item():
+    columns = ["user_id", "item_id", "location_id", "timestamp"]
+    assert recognise("interactions", columns, {}, "a.csv")["item_id"] == "item_id"
+    assert recognise("items", ["id", "location_id"], {}, "a.csv") == {"item_id": "id"}
 
 
 # --- schema inference ---------------------------------------------------------------------------
@@ -279,6 +290,50 @@ def test_kinds_can_be_overridden(items_schema):
     assert schema.item_title == "title"
     assert "plot" not in schema.items
     assert left_out["plot"] == "ignored"
+
+
+@pytest.fixture
+def log_with_context(tmp_path):
+    """Forty users choose among thirty items; returns settings → (context, left out)."""
+    n, rng = 2000, np.random.default_rng(0)
+    user, item, device = (rng.integers(most, size=n).tolist() for most in (40, 30, 3))
+    table = {
+        "user_id": [str(u) for u in user],
+        "item_id": [str(i) for i in item],
+        "timestamp": list(range(n)),
+        "theme": [f"t{i % 5}" for i in item],
+        "length": [1.5 * (i % 17) for i in item],
+        "visit": [1000 + 100 * u + i // 400 for i, u in enumerate(user)],
+        "order": [f"o{100 * u + i // 400}" for i, u in enumerate(user)],
+        "age": ["old" if u % 2 else "young" for u in user],  # the same at every event of a user
+        "income": [30_000 + 71 * u for u in user],
+        "device": ["tv" if d else "web" for d in device],
+        "channel": ["app"] * (n - 1) + ["web"],  # nearly the same everywhere: no item's own
+    }
+    pq.write_table(pa.table(table), tmp_path / "log.parquet")
+
+    def infer(**chosen):
+        source = run(tmp_path / "t", interactions=str(tmp_path / "log.parquet"), settings=chosen)
+        return Schema.load(tmp_path / "t/schema.json").context, source["left_out"]["interactions"]
+
+    return infer
+
+
+def test_what_gives_the_item_away_and_names_of_sessions_are_no_context(log_with_context):
+    """No request can tell the theme of the item that will be chosen."""
+    context, left_out = log_with_context()
+    categorical = dict.fromkeys(["age", "device", "channel"], FieldKind.CATEGORICAL)
+    assert context == categorical | {"income": FieldKind.NUMERIC}
+    assert "a field of --items" in left_out["theme"]
+    assert "a field of --items" in left_out["length"]
+    assert "one user's" in left_out["visit"]
+    assert "one user's" in left_out["order"]
+
+
+def test_context_can_be_insisted_on(log_with_context):
+    context, left_out = log_with_context(fields={"context": {"theme": "categorical"}})
+    assert context["theme"] is FieldKind.CATEGORICAL
+    assert set(left_out) == {"length", "visit", "order"}
 
 
 # --- MovieLens ----------------------------------------------------------------------------------

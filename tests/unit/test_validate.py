@@ -101,6 +101,28 @@ def test_every_reason(workspace):
     assert next(r for r in workspace.bad() if r["row"] == 7)["event_value"] == "cheap"
 
 
+def test_words_for_nobody_are_no_users(workspace):
+    """A shop's guests are not one user, who does most of what is done."""
+    workspace.tables(
+        interactions={
+            "user_id": ["NA", "u", "null", " None ", "nan", "\\N", "Nancy", "undefined"],
+            "item_id": ["NA", "null", *["i"] * 6],  # an item may be called anything
+            "timestamp": [1, 2, 3, 4, 5, 6, 7, 8],
+        }
+    )
+    workspace.run()
+    assert workspace.reasons() == dict.fromkeys([1, 3, 4, 5, 6, 8], "null_user")
+    assert [r["user_id"] for r in workspace.good()] == ["Nancy", "u"]
+
+
+def test_numbers_of_users_are_no_words_for_nobody(workspace):
+    workspace.tables(
+        interactions={"user_id": [7, None], "item_id": ["i", "j"], "timestamp": [1, 2]}
+    )
+    workspace.run()
+    assert workspace.reasons() == {2: "null_user"}
+
+
 def test_ids_longer_than_servers_take_are_quarantined(workspace):
     """As many characters as the collector and requests take, in every table."""
     longest, longer = "é" * MAX_ID, "é" * (MAX_ID + 1)
@@ -423,6 +445,13 @@ def test_stops_when_too_many_rows_are_bad(workspace):
     assert "The run stopped" in workspace.html.read_text()
     # The message's advice works.
     workspace.run(max_bad_share=float(limit[1]))
+
+
+def test_users_may_be_sessions_where_most_have_no_name(workspace):
+    users = {"user_id": ["NA"] * 8 + ["a", "b"], "session_id": [*"ssttuuvvwx"]}
+    workspace.tables(interactions=log(["1"] * 10) | users)
+    with pytest.raises(InputError, match=r"null_user 8.*--set ingest.columns.user_id=NAME"):
+        workspace.run(max_bad_share=0.05)
 
 
 def test_stops_when_nothing_is_left(workspace):
