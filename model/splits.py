@@ -73,12 +73,17 @@ class SplitSettings(SettingsBase):
     `assign`: `permutation` is the published protocol's and gives exact shares; when users join,
     others change sides. With `hash` a user's side depends on the id and the seed alone, so that a
     log that grows never trains a later model on the test users of an earlier one.
+
+    Few events of a user tell little about a model, but in a shop those users may be all but a few,
+    and most of what is bought. So `hash` trains on those of the training side who have a next event
+    at all (what is chosen but once, by users who never come back, is not what others choose next);
+    `permutation`, as published, leaves them out.
     """
 
     assign: Literal["permutation", "hash"] = "permutation"
     test_share: float = 0.2
     valid_share: float = 0.08
-    min_events: int = 5  # users with fewer events are left out of all three parts
+    min_events: int = 5  # users with fewer events are neither validated nor tested on
     seed: int = 0
 
 
@@ -99,22 +104,30 @@ def split_users(
     Args:
         as_text: numeric user ids are sorted as text (1, 10, 2), as some published splits do.
     """
-    kept = histories.subset(_natural_order(histories, settings.min_events, as_text))
     if settings.assign == "hash":
-        place_U = _hashed(kept.user_ids, settings.seed)
-        # Without any user on a side (there are few), the ones nearest to it go there.
-        last_test = max(settings.test_share, place_U.min(initial=1.0))
-        rest_U = place_U[place_U > last_test]
-        last_valid = max(settings.test_share + settings.valid_share, rest_U.min(initial=1.0))
-        sides = (place_U > last_valid, (place_U > last_test) & (place_U <= last_valid))
-        train, valid, test = (np.flatnonzero(s) for s in (*sides, place_U <= last_test))
-        return UserSplit(*(kept.subset(part) for part in (train, valid, test)))
+        fewest = min(2, settings.min_events)
+        return _split_by_hash(
+            histories.subset(_natural_order(histories, fewest, as_text)), settings
+        )
+    kept = histories.subset(_natural_order(histories, settings.min_events, as_text))
     # The legacy generator is the published protocol's, so that results can be compared.
     order = np.random.RandomState(settings.seed).permutation(len(kept))
     num_test = max(1, round(settings.test_share * len(kept)))
     num_valid = max(1, round(settings.valid_share * len(kept)))
     test, valid, train = np.split(order, [num_test, num_test + num_valid])
     return UserSplit(*(kept.subset(np.sort(part)) for part in (train, valid, test)))
+
+
+def _split_by_hash(histories: Histories, settings: SplitSettings) -> UserSplit:
+    place_U = _hashed(histories.user_ids, settings.seed)
+    long_U = np.diff(histories.offset_U1) >= settings.min_events
+    # Without any user on a side (there are few), the ones nearest to it go there.
+    last_test = max(settings.test_share, place_U[long_U].min(initial=1.0))
+    rest_R = place_U[long_U & (place_U > last_test)]
+    last_valid = max(settings.test_share + settings.valid_share, rest_R.min(initial=1.0))
+    train_U, test_U = place_U > last_valid, place_U <= last_test
+    parts = (train_U, long_U & ~train_U & ~test_U, long_U & test_U)
+    return UserSplit(*(histories.subset(np.flatnonzero(part_U)) for part_U in parts))
 
 
 def _hashed(user_ids: Sequence[str], seed: int) -> NDArray[np.float64]:

@@ -66,6 +66,8 @@ def run(
         + f"; {processes.size} processes"
         * (processes.size > 1)
     )
+    if left_out := len(histories) - sum(map(len, (split.train, split.valid, split.test))):
+        say(f"{left_out:,} users left out: they have too few events to learn or to test by")
     # On the whole log, like the features step: the trend that is served must be the one
     # trained with.
     chosen_M = items_for_choice(catalogue.item_ids, histories.num_events)

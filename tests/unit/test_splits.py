@@ -185,6 +185,29 @@ def test_users_can_be_ordered_as_text():
         assert set(split.test.user_ids) == {ordered[u] for u in order[:2]}
 
 
+def test_by_hash_users_of_few_events_are_trained_on_and_not_tested_on():
+    """In a shop they may be nearly all; those of the other sides stay out, as they may grow."""
+    lengths = np.arange(600) % 8  # 0 to 7 events
+    log = numbered([[1] * n for n in lengths], [list(range(n)) for n in lengths])
+    by_hash = SplitSettings(assign="hash", min_events=5)
+    split = split_users(log, by_hash)
+    assert min(map(len, (split.train, split.valid, split.test))) > 20
+
+    def length(part: Histories) -> set[int]:
+        return set(np.diff(part.offset_U1).tolist())
+
+    assert length(split.train) == {2, 3, 4, 5, 6, 7}
+    assert length(split.valid) == length(split.test) == {5, 6, 7}
+    # Everybody's side is the one that he has among users of any length.
+    whole = split_users(log, SplitSettings(assign="hash", min_events=2))
+    assert set(split.train.user_ids) == set(whole.train.user_ids)
+    assert set(split.test.user_ids) < set(whole.test.user_ids)
+    assert set(split.valid.user_ids) < set(whole.valid.user_ids)
+    # The published split has room for them nowhere.
+    published = split_users(log, SplitSettings(min_events=5))
+    assert length(published.train) == {5, 6, 7}
+
+
 @pytest.mark.parametrize("users", [3, 10, 400])
 def test_by_hash_users_keep_their_side_when_others_join(users):
     log = synthetic.successor(2 * users, 6, 10, seed=0)
