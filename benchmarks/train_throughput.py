@@ -15,8 +15,9 @@ items' vectors and, with sampled softmax, their moving average. A step counts by
 its times, ours and theirs, so that other work on the machine blurs the ratios little; what share of
 the processors that work took is in the last column: OpenMP's threads wait for each other several
 hundred times a step, and a step takes a hundred times as long when one of them has to wait for a
-processor. With `--rounds` everything is measured as often, in turn, and the fastest counts.
-OMP_NUM_THREADS sets the threads.
+processor. A machine's speed may change from minute to minute: with `--rounds` the processes of all
+configurations stay and take as many turns of `--seconds` each, forwards and backwards, so that all
+have met the same machine. OMP_NUM_THREADS sets the threads.
 
 Negatives are draws, and a small catalogue's are fewer distinct items, hence fewer scores; a larger
 catalogue's log has more distinct items too. With `--distinct` as many are drawn as make the wanted
@@ -37,6 +38,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -104,6 +106,55 @@ class _TimeIsUp(Exception):  # noqa: N818 - no error
     pass
 
 
+class Stopwatch:
+    """The steps of one process: it warms up, and then steps when it is its turn.
+
+    It is told to begin a turn by a line on its standard input, and writes one when it is ready and
+    after every turn.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self._warm, self._seconds, self._left = config["warm"], config["seconds"], config["rounds"]
+        self._steps: list[float] = []
+        self._others = self._measured = 0.0
+        self._last = self._end = 0.0
+
+    def after_step(self) -> None:
+        """Called between steps; raises _TimeIsUp after the last one."""
+        if self._warm:
+            self._warm -= 1
+            if not self._warm:
+                self._wait()
+            return
+        now = time.perf_counter()
+        self._steps.append(now - self._last)
+        self._last = now
+        if now < self._end:
+            return
+        self._measured += now - self._began
+        self._others += others(self._before, now - self._began) * (now - self._began)
+        self._left -= 1
+        if not self._left:
+            raise _TimeIsUp
+        self._wait()
+
+    def _wait(self) -> None:
+        print("ready", flush=True)
+        sys.stdin.readline()
+        self._before = processor_seconds()
+        self._began = self._last = time.perf_counter()
+        self._end = self._began + self._seconds
+
+    def result(self, events: int) -> dict[str, float]:
+        """Of a step that takes so many events in."""
+        seconds = typical(self._steps)
+        return {
+            "events_per_second": events / seconds,
+            "step_ms": 1e3 * seconds,
+            "others": self._others / self._measured,
+        }
+
+
 def ours(config: dict[str, Any]) -> dict[str, Any]:
     """Events per second of our trainer's steps."""
     size, items = config["hidden"], config["items"]
@@ -134,20 +185,13 @@ def ours(config: dict[str, Any]) -> dict[str, Any]:
     catalogue = Catalogue(tuple(map(str, range(items))))
     trainer = Trainer(log, catalogue, settings, None, Schema())
     done: EpochState = trainer.start_epoch()
-    warm, seconds = config["warm"], config["seconds"]
-    times: list[float] = []
-
-    def after_step() -> None:
-        times.append(time.perf_counter())
-        if len(times) > warm and times[-1] - times[warm] >= seconds:
-            del times[:warm]
-            raise _TimeIsUp
+    watch = Stopwatch(config)
 
     def run() -> None:
         nonlocal done
         try:
             while True:
-                trainer.epoch(done, after_step)
+                trainer.epoch(done, watch.after_step)
                 done = trainer.start_epoch()
                 done.batches = 0
         except _TimeIsUp:
@@ -159,14 +203,12 @@ def ours(config: dict[str, Any]) -> dict[str, Any]:
             run()
     else:
         run()
-    speed = config["batch"] / typical(np.diff(times))
     copies = 2 if config["softmax"] == "sampled" else 1
     tables = copies * trainer.network.items.embedding.weight.nbytes
     result = {
-        "events_per_second": speed,
+        **watch.result(config["batch"]),
         "extra_bytes": peak_bytes() - before - tables,
         "flops_per_event": flops(config),
-        "step_ms": 1e3 * config["batch"] / speed,
         "precision": str(trainer.dtype).removeprefix("torch."),
     }
     if profile is not None:
@@ -201,12 +243,10 @@ def plain_dense(config: dict[str, Any]) -> dict[str, Any]:
         F.cross_entropy(scores, item[1:].flatten()).backward()
         optimiser.step()
 
-    speed = config["batch"] / _step_seconds(step, config)
     return {
-        "events_per_second": speed,
+        **_measured(step, config),
         "extra_bytes": peak_bytes() - before - embedding.weight.nbytes,
         "flops_per_event": flops(config),
-        "step_ms": 1e3 * config["batch"] / speed,
     }
 
 
@@ -241,13 +281,8 @@ def official(config: dict[str, Any]) -> dict[str, Any]:
         (loss.loss_function(scores, target, batch) / batch).backward()
         optimiser.step()
 
-    speed = batch / _step_seconds(step, config)
     tables = 2 * items * size * 4
-    return {
-        "events_per_second": speed,
-        "extra_bytes": peak_bytes() - before - tables,
-        "step_ms": 1e3 * batch / speed,
-    }
+    return {**_measured(step, config), "extra_bytes": peak_bytes() - before - tables}
 
 
 def others(before: tuple[float, float], seconds: float) -> float:
@@ -256,26 +291,19 @@ def others(before: tuple[float, float], seconds: float) -> float:
     return max(0.0, everybody - own) / (seconds * (os.cpu_count() or 1))
 
 
-def _step_seconds(step: Any, config: dict[str, Any]) -> float:
-    for _ in range(config["warm"]):
-        step()
-    times = [time.perf_counter()]
-    while len(times) < 2 or times[-1] - times[0] < config["seconds"]:
-        step()
-        times.append(time.perf_counter())
-    return typical(np.diff(times))
+def _measured(step: Callable[[], None], config: dict[str, Any]) -> dict[str, float]:
+    watch = Stopwatch(config)
+    try:
+        while True:
+            step()
+            watch.after_step()
+    except _TimeIsUp:
+        return watch.result(config["batch"])
 
 
 def typical(step_seconds: Any) -> float:
     """The first decile: what a step takes when nothing else wants the processor."""
     return float(np.quantile(step_seconds, 0.1))
-
-
-def run_one(kind: str, config: dict[str, Any]) -> dict[str, Any]:
-    """Measure here and now, with how much other processes disturbed."""
-    before, started = processor_seconds(), time.perf_counter()
-    result = KINDS[kind](config)
-    return result | {"others": others(before, time.perf_counter() - started)}
 
 
 def crossover(options: argparse.Namespace) -> int:
@@ -294,6 +322,7 @@ def crossover(options: argparse.Namespace) -> int:
                 negatives=draws,
                 bptt=options.bptt,
                 seconds=options.seconds,
+                rounds=1,
                 warm=3,
                 precision="auto",
                 full=options.full,
@@ -314,15 +343,41 @@ def crossover(options: argparse.Namespace) -> int:
 KINDS = {"ours": ours, "plain": plain_dense, "official": official}
 
 
+class Measurement:
+    """One configuration in a process of its own."""
+
+    def __init__(self, kind: str, config: dict[str, Any]) -> None:
+        """Returns when the process has warmed up and waits for its turn."""
+        command = [sys.executable, "-m", "benchmarks.train_throughput", "--one", kind]
+        self._process = subprocess.Popen(
+            [*command, json.dumps(config)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._line()
+
+    def turn(self) -> dict[str, Any] | None:
+        """Let it step; what it has measured, after the last turn."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        line = self._line()
+        return None if line == "ready" else json.loads(line)
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline().strip()
+        if not line:
+            raise SystemExit(f"a measurement ended with status {self._process.wait()}: see above")
+        return line
+
+
 def measure(kind: str, **config: Any) -> dict[str, Any]:
-    """Run one configuration in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.train_throughput", "--one", kind]
-    done = subprocess.run(
-        [*command, json.dumps(config)], capture_output=True, text=True, check=False, timeout=280
-    )
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    """One configuration alone, in one turn."""
+    result = Measurement(kind, config).turn()
+    assert result is not None
+    return result
 
 
 def _runs(options: argparse.Namespace) -> list[tuple[str, str, dict[str, Any]]]:
@@ -337,6 +392,7 @@ def _runs(options: argparse.Namespace) -> list[tuple[str, str, dict[str, Any]]]:
             "negatives": options.negatives,
             "bptt": options.bptt,
             "seconds": options.seconds,
+            "rounds": options.rounds,
             "warm": 1 if softmax == "dense" and int(items) > 100_000 else 5,
         }
         for batch in options.batches:
@@ -352,6 +408,9 @@ def _runs(options: argparse.Namespace) -> list[tuple[str, str, dict[str, Any]]]:
                 own = {"gru4rec": options.gru4rec, "tied": tied, "batch": batch}
                 runs.append(("official", name, shared | own))
     return runs
+
+
+OTHERS = "official GRU4Rec, tied", "official GRU4Rec, untied", "dense", "plain dense"
 
 
 def ratios(rows: list[dict[str, Any]]) -> list[str]:
@@ -375,7 +434,7 @@ def ratios(rows: list[dict[str, Any]]) -> list[str]:
     lines = []
     for items, hidden in sorted({(items, hidden) for items, hidden, _ in speeds}):
         ours = items, hidden, "sampled"
-        for other in ("official GRU4Rec, tied", "official GRU4Rec, untied", "dense"):
+        for other in OTHERS:
             if found := compared(ours, (items, hidden, other)):
                 lines.append(f"{items:,} x {hidden}, sampled over {other}: {found}")
         if items != sizes[0] and (found := compared(ours, (sizes[0], hidden, "sampled"))):
@@ -405,7 +464,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batches", type=int, nargs="+", default=[BATCH], help="events per step")
     parser.add_argument("--bptt", type=int, default=BPTT)
     parser.add_argument("--seconds", type=float, default=4.0)
-    parser.add_argument("--rounds", type=int, default=1, help="measured as often, the best counts")
+    parser.add_argument("--rounds", type=int, default=1, help="turns of each")
     parser.add_argument("--full", action="store_true", help="with transition counts")
     parser.add_argument("--distinct", action="store_true", help="--negatives are distinct ones")
     parser.add_argument("--met", type=int, metavar="M", help="the log is that of M items")
@@ -418,16 +477,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--one", nargs=2, metavar=("KIND", "JSON"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.one:
-        print(json.dumps(run_one(options.one[0], json.loads(options.one[1]))))
+        print(json.dumps(KINDS[options.one[0]](json.loads(options.one[1]))))
         return 0
     if options.crossover:
         return crossover(options)
     runs = _runs(options)
-    limits, found = [], [[] for _ in runs]
-    for _ in range(options.rounds):
+    limits, found = [], [{} for _ in runs]
+    if options.rounds == 1:  # one after the other: not all of their tables at once
         limits.append((gemm_flops(), gemm_flops(torch.bfloat16), copy_bytes()))
-        for (kind, _, config), results in zip(runs, found, strict=True):
-            results.append(measure(kind, **config))
+        found = [measure(kind, **config) for kind, _, config in runs]
+    else:
+        waiting = [Measurement(kind, config) for kind, _, config in runs]
+        for number in range(options.rounds):
+            limits.append((gemm_flops(), gemm_flops(torch.bfloat16), copy_bytes()))
+            turns = list(enumerate(waiting))
+            for place, measurement in reversed(turns) if number % 2 else turns:
+                found[place] = measurement.turn()
     limit, half, copied = map(max, zip(*limits, strict=True))
     print(
         f"{torch.get_num_threads()} threads; matrix products {limit / 1e9:.0f} GFLOP/s float32, "
@@ -438,8 +503,7 @@ def main(arguments: list[str] | None = None) -> int:
         "share of the float32 limit | others |\n|---|---|---|---|---|---|---|---|---|"
     )
     rows = []
-    for (_, name, config), results in zip(runs, found, strict=True):
-        got = max(results, key=lambda result: result["events_per_second"])
+    for (_, name, config), got in zip(runs, found, strict=True):
         share = got.get("flops_per_event", 0.0) * got["events_per_second"] / limit
         rows.append({**config, "step": name, **got, "share": share})
         precision = f", {got['precision']}" if got.get("precision", "float32") != "float32" else ""
