@@ -42,7 +42,7 @@ from model.schema import Schema
 from model.sequences import Batch, Histories, bptt_batches
 from model.ties import stored_order_matters
 from model.train_settings import Softmax, TrainSettings
-from model.transitions import Transitions
+from model.transitions import Transitions, again_share
 from model.trend_table import TrendTable
 from model.trends import ResolvedTrend
 from model.values import item_means, item_tastes
@@ -195,7 +195,7 @@ class Trainer:
         if network.prior is not None:
             network.prior.inverse_p_M = 1.0 / p_M
             self.transitions, transitions = Transitions.fitted(
-                self.train, num_items, self.fold_U, FOLDS
+                self.train, num_items, self.fold_U, FOLDS, again=again_share(self.train)
             )
         fields_alone = settings.fields_alone
         if fields_alone is None:

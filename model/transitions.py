@@ -2,7 +2,11 @@
 
 A count of what follows what needs no gradient step to know a rare pair, and on sparse logs it
 ranks better than a recurrent state. T_ij counts how often j came within WINDOW events after i,
-nearer ones counting more; a recent item i then says P(j | i) = T_ij / Σ_j T_ij.
+nearer ones counting more; a recent item i then says P(j | i) = T_ij / (1 + Σ_j T_ij).
+
+What is bought again or visited again is mostly the user's own, like a home that nobody else ever
+visits: of such an item the others' counts know nothing. So of the pseudo-count of 1 an item itself
+gets the share `again`, which is how much of what follows any item is the same item once more.
 
 Shapes: M items, Z stored entries, N positions, R recent items, F folds of the users.
 """
@@ -25,13 +29,15 @@ WINDOW = 10  # events after an item that count as following it
 FOLLOWERS = 50  # kept per item
 RANGE_EVENTS = 2**19  # whose pairs are counted at once: some 500 MB while that lasts
 DAMPING = 1.0  # pseudo-count per item: a rarely seen one says less
+AGAIN_EVENTS = 2**22  # looked at together for how often items come again
 
 
 @dataclass(frozen=True)
 class _Pairs:
     """How often item j followed item i, for some i: in units of 1 / `per_event`, hence exact.
 
-    `key_Z` is i·M + j, ascending; `units_ZF` counts the users of each fold.
+    `key_Z` is i·M + j, ascending; `units_ZF` counts the users of each fold. Of every item the pair
+    with itself is there, be it with 0 units.
     """
 
     key_Z: NDArray[np.int64]
@@ -50,7 +56,7 @@ def _pairs_by_item(
     per_event = math.lcm(*range(1, window + 1))
     unit_L = per_event // np.arange(1, window + 1)
     item_E, end_U = histories.item_E, histories.offset_U1[1:]
-    for *_, pieces in item_ranges(item_E, num_items, RANGE_EVENTS):
+    for first, end, pieces in item_ranges(item_E, num_items, RANGE_EVENTS):
         known_P, units_P = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
         for event_K in pieces:
             user_K = histories.user_of(event_K)
@@ -78,10 +84,24 @@ def _pairs_by_item(
             else:
                 known_P, units_P = new_P, new_units_P
         key_P, fold_P = np.divmod(known_P, folds)
-        first_P = np.diff(key_P, prepend=-1) != 0
-        units_ZF = np.zeros((int(first_P.sum()), folds), dtype=np.int64)
-        units_ZF[np.cumsum(first_P) - 1, fold_P] = units_P
-        yield _Pairs(key_P[first_P], units_ZF, per_event)
+        key_Z = np.union1d(key_P, np.arange(first, end, dtype=np.int64) * (num_items + 1))
+        units_ZF = np.zeros((len(key_Z), folds), dtype=np.int64)
+        units_ZF[np.searchsorted(key_Z, key_P), fold_P] = units_P
+        yield _Pairs(key_Z, units_ZF, per_event)
+
+
+def again_share(histories: Histories, window: int = WINDOW) -> float:
+    """How much of what follows an item, weighted as in the counts, is that item: 0 … 1."""
+    item_E, end_U = histories.item_E, histories.offset_U1[1:]
+    same = every = 0.0
+    for start in range(0, histories.num_events, AGAIN_EVENTS):
+        event_K = np.arange(start, min(start + AGAIN_EVENTS, histories.num_events))
+        end_K = end_U[histories.user_of(event_K)]
+        for lag in range(1, window + 1):
+            from_K = event_K[event_K + lag < end_K]
+            every += len(from_K) / lag
+            same += float((item_E[from_K] == item_E[from_K + lag]).sum()) / lag
+    return same / every if every else 0.0
 
 
 def _sum_sorted(
@@ -139,14 +159,19 @@ class Transitions:
         fold_U: NDArray[np.int64] | None,
         folds: int,
         followers: int = FOLLOWERS,
+        again: float = 0.0,
     ) -> tuple[Self, Self]:
         """What `count` and `cross_fitted` give, in one pass.
 
         Memory is bounded by what is kept; that is in files where it is long (`model.columns`).
+
+        Args:
+            again: of an item's pseudo-count, what counts as the item itself.
         """
-        whole = _Followers(num_items, followers)
+        whole = _Followers(num_items, followers, again)
         cross = [
-            _Followers(num_items, followers) for _ in range(folds if fold_U is not None else 0)
+            _Followers(num_items, followers, again)
+            for _ in range(folds if fold_U is not None else 0)
         ]
         for pairs in _pairs_by_item(histories, num_items, fold_U, folds):
             total_Z = pairs.units_ZF.sum(axis=1)
@@ -289,25 +314,27 @@ def summed(
 class _Followers:
     """The most frequent followers of every item, items coming in ascending order."""
 
-    def __init__(self, num_items: int, followers: int) -> None:
-        self._num_items, self._most = num_items, followers
+    def __init__(self, num_items: int, followers: int, again: float) -> None:
+        self._num_items, self._most, self._again = num_items, followers, again
         self.size_M = np.zeros(num_items, dtype=np.int64)
         self.item, self.probability = GrowingColumn(np.int32), GrowingColumn(np.float32)
 
     def add(self, key_Z: NDArray[np.int64], units_Z: NDArray[np.int64], per_event: int) -> None:
         """Some items' pairs: keys i·M + j ascending, and counts in units of 1 / `per_event`."""
-        key_Z, units_Z = key_Z[units_Z > 0], units_Z[units_Z > 0]
+        pseudo = DAMPING * per_event
+        weight_Z = units_Z + self._again * pseudo * (key_Z % (self._num_items + 1) == 0)
+        key_Z, units_Z, weight_Z = (a[weight_Z > 0] for a in (key_Z, units_Z, weight_Z))
         if not len(key_Z):
             return
         row_Z, item_Z = np.divmod(key_Z, self._num_items)
         first_Y = np.flatnonzero(np.diff(row_Z, prepend=-1))
         length_Y = np.diff(first_Y, append=len(row_Z))
         # By row; within one the most frequent first, equal ones by item.
-        order_Z = np.lexsort((-units_Z, row_Z))
+        order_Z = np.lexsort((-weight_Z, row_Z))
         place_Z = np.arange(len(row_Z)) - np.repeat(first_Y, length_Y)
         kept_K = np.sort(order_Z[place_Z < self._most])
         total_Z = np.repeat(np.add.reduceat(units_Z, first_Y), length_Y)
-        probability_K = units_Z[kept_K] / (total_Z[kept_K] + DAMPING * per_event)
+        probability_K = weight_Z[kept_K] / (total_Z[kept_K] + pseudo)
         self.size_M[row_Z[first_Y]] = np.minimum(length_Y, self._most)
         self.item.extend(item_Z[kept_K])
         self.probability.extend(probability_K)

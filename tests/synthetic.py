@@ -50,6 +50,19 @@ def successor(num_users: int, length: int, num_items: int, seed: int, p: float =
     return histories(items, times)
 
 
+def homes(num_users: int, length: int, num_items: int, seed: int) -> Histories:
+    """With probability ½ an item that is the user's own, else any of the `num_items` shared ones.
+
+    Entropy floor where the home is known: ½·(ln 2 + ln 2 + ln num_items) nats.
+    """
+    rng = np.random.default_rng(seed)
+    at_home = rng.random((num_users, length)) < 0.5
+    home = num_items + np.arange(num_users)[:, None]
+    item = np.where(at_home, home, rng.integers(num_items, size=(num_users, length)))
+    times = [(1_000_000_000 + 600 * np.arange(length)).tolist()] * num_users
+    return histories(item.tolist(), times)
+
+
 def feedback_decides(num_users: int, length: int, num_items: int, seed: int) -> Histories:
     """The next item is named by the event type (upper half) and sign of the value before it.
 

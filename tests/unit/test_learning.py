@@ -281,3 +281,13 @@ def test_ids_and_fields_stand_in_the_same_place():
     own = [items.outputs(mix) for mix in (0.0, 1.0)]
     torch.testing.assert_close(own[0][0][known].mean(dim=0), own[1][0][known].mean(dim=0))
     torch.testing.assert_close(own[0][1][known].mean(), own[1][1][known].mean())
+
+
+def test_what_is_chosen_again_need_not_be_chosen_by_others():
+    """Half of the events are at home, where nobody else ever is: no popularity, no counts."""
+    log, catalogue = synthetic.homes(120, 20, 30, seed=0), synthetic.catalogue(150)
+    with_priors = {"transitions": True, "repeats": True}
+    ppl = _ppl(log, catalogue, with_priors, learning_rate=0.002, max_epochs=1)
+    # The floor is 11 where the home is known; it must be met first. Without pseudo-counts of what
+    # comes again: 115.
+    assert ppl < 35.0

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from model import columns
 from model import transitions as transitions_module
-from model.transitions import DAMPING, TransitionPrior, Transitions
+from model.transitions import DAMPING, TransitionPrior, Transitions, again_share
 from tests import synthetic
 
 M = 6
@@ -37,13 +37,16 @@ def _dense(transitions, rows):
     return torch.cat([transitions.scatter(torch.tensor([[r]]), torch.ones(1)) for r in rows])
 
 
-def _plain(users, followers):
+def _plain(users, followers, again=0.0):
     """The rows of the counts as a loop makes them: [(items, probabilities)] by item."""
     brute = _brute(users)
     rows = []
     for i in range(M):
         total = sum(c for (a, _), c in brute.items() if a == i)
-        found = sorted((-c, j) for (a, j), c in brute.items() if a == i)[:followers]
+        follows = {j: c for (a, j), c in brute.items() if a == i}
+        if again:
+            follows[i] = follows.get(i, 0) + Fraction(DAMPING) * Fraction(again)
+        found = sorted((-c, j) for j, c in follows.items())[:followers]
         chosen = sorted((j, -c) for c, j in found)
         rows.append(([j for j, _ in chosen], [float(c / (total + DAMPING)) for _, c in chosen]))
     return rows
@@ -57,23 +60,53 @@ def _rows(transitions, folds=1):
 
 
 @settings(max_examples=100, deadline=None)
-@given(LOGS, st.sampled_from([1, 2, 50]), st.sampled_from([1, 3, 7, 2**19]))
-def test_counts_equal_a_loop_however_few_events_are_counted_at_once(users, followers, events):
+@given(
+    LOGS,
+    st.sampled_from([1, 2, 50]),
+    st.sampled_from([1, 3, 7, 2**19]),
+    st.sampled_from([0.0, 0.25, 1.0]),
+)
+def test_counts_equal_a_loop_however_few_events_are_counted_at_once(
+    users, followers, events, again
+):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transitions_module, "RANGE_EVENTS", events)
         fold = np.arange(len(users)) % 2
-        whole, cross = Transitions.fitted(_log(users), M, fold, 2, followers)
+        whole, cross = Transitions.fitted(_log(users), M, fold, 2, followers, again)
         alone = Transitions.count(_log(users), M, followers)
-    wanted = _plain(users, followers)
+    wanted = _plain(users, followers, again)
     others = [
-        _plain([u for u, f in zip(users, fold, strict=True) if f != k], followers) for k in (0, 1)
+        _plain([u for u, f in zip(users, fold, strict=True) if f != k], followers, again)
+        for k in (0, 1)
     ]
-    for got, rows in ((whole, wanted), (alone, wanted), (cross, others[0] + others[1])):
+    counted = _plain(users, followers)
+    for got, rows in ((whole, wanted), (alone, counted), (cross, others[0] + others[1])):
         for (items, probability), (wanted_items, wanted_probability) in zip(
             _rows(got, len(rows) // M), rows, strict=True
         ):
             assert items == wanted_items
             assert probability == pytest.approx(wanted_probability, rel=1e-6)
+
+
+@given(LOGS, st.sampled_from([1, 3, 2**22]))
+def test_how_much_comes_again_equals_a_loop(users, events):
+    brute = _brute(users)
+    same = sum(c for (i, j), c in brute.items() if i == j)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transitions_module, "AGAIN_EVENTS", events)
+        share = again_share(_log(users))
+    assert share == pytest.approx(float(same / max(sum(brute.values()), Fraction(1, 10))))
+
+
+def test_where_items_come_again_one_of_which_nothing_is_known_does_too():
+    """A home is visited again and again, and by nobody else: others' counts say nothing of it."""
+    log = _log([[0, 0, 1, 0], [1, 1, 2, 2]])
+    whole, _ = Transitions.fitted(log, M, None, 1, again=again_share(log))
+    unknown = _dense(whole, [5])[0]
+    assert unknown.tolist() == pytest.approx([0, 0, 0, 0, 0, again_share(log)])
+    never = _log([[0, 1, 2], [2, 1, 0]])
+    assert again_share(never) == 0.0
+    assert _rows(Transitions.fitted(never, M, None, 1, again=0.0)[0])[5] == ([], [])
 
 
 def test_a_growing_column_is_in_a_file_once_it_is_long(monkeypatch):
