@@ -6,7 +6,7 @@ C best items, A items asked for besides, T items of a list.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -22,6 +22,7 @@ from model.approximate import Measured
 from model.encoders import GRUEncoder
 from model.errors import InputError
 from model.extension import with_items
+from model.field_values import FieldValues
 from model.hrnn import encode_batches
 from model.inputs import Positions
 from model.lean import LeanGRU
@@ -109,7 +110,7 @@ class Recommender:
                 )
                 self._key_M = np.fromiter(found, np.int64, len(self._catalogue))
             self._lean = LeanGRU(self._network, index, states, self._key_M)
-        self._masks: dict[tuple[str, str], NDArray[np.bool_]] = {}
+        self._field_values: dict[str, FieldValues] = {}
         self.version: str = bundle.manifest.model_version
         self.item_ids: tuple[str, ...] = bundle.catalogue.item_ids
         self.item_titles: dict[str, str] = bundle.catalogue.titles
@@ -539,9 +540,7 @@ class Recommender:
         if item_filter.include is not None:
             include = np.unique(np.array(self._positions(item_filter.include), dtype=np.int64))
         for name, values in item_filter.where.items():
-            any_M = np.zeros(len(self.item_ids), dtype=np.bool_)
-            for value in values:
-                any_M |= self._mask(name, value)
+            any_M = self._having(name, values)
             mask = any_M if mask is None else mask & any_M
         exclude = self._positions(item_filter.exclude)
         if query.exclude_seen:
@@ -564,27 +563,26 @@ class Recommender:
         index = self._catalogue.index
         return [index[i] for i in item_ids if i in index]
 
-    def _mask(self, name: str, value: str) -> NDArray[np.bool_]:
-        """Items whose field has this value; kept, as filters repeat."""
+    def prepare_filters(self) -> None:
+        """Have every field ready to be asked for, before a request waits for it."""
+        for name in self._catalogue.fields:
+            if name != self._catalogue.title_field:  # large, and hardly ever asked for
+                self._values_of(name)
+
+    def _values_of(self, name: str) -> FieldValues:
+        found = self._field_values.get(name)
+        if found is None:
+            kind = self._bundle.schema.items.get(name, FieldKind.CATEGORICAL)
+            found = self._field_values[name] = FieldValues(self._catalogue.fields[name], kind)
+        return found
+
+    def _having(self, name: str, values: Iterable[str]) -> NDArray[np.bool_]:
+        """Items `[M]` whose field has one of these values."""
         if name not in self._catalogue.fields:
             known = ", ".join(self._catalogue.fields) or "none"
             raise InputError(f"filter.where: items have no field {name!r} (fields: {known})")
-        kind = self._bundle.schema.items.get(name, FieldKind.CATEGORICAL)
-        key = (name, value)
-        if key not in self._masks:
-            column = self._catalogue.fields[name]
-            if kind is FieldKind.MULTI_CATEGORICAL:
-                matches = (v is not None and value in v for v in column)
-            elif kind is FieldKind.NUMERIC:
-                number = _number(name, value)
-                matches = (v is not None and v == number for v in column)
-            else:
-                matches = (v is not None and str(v) == value for v in column)
-            mask_M = np.fromiter(matches, np.bool_, len(self.item_ids))
-            if len(self._masks) >= 4096:  # bounded: values come from requests
-                self._masks.clear()
-            self._masks[key] = mask_M
-        return self._masks[key]
+        field = self._values_of(name)
+        return field.matching([_number(name, v) for v in values] if field.numeric else values)
 
     def recommend(
         self,

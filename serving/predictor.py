@@ -54,7 +54,12 @@ log = logging.getLogger("hrnn.serving")
 ITEMS_RETRY_SECONDS = 10.0  # at most, while new items cannot be served
 BUILD_SHARE = 10  # a build with new items is followed by a pause so many times as long
 RATED_AT_ONCE = 20_000  # items over a batch; each takes 1.5 kB or so
-MOST_TOGETHER = 64  # questions by one use of the model, unless one caller asks more
+MOST_TOGETHER = 64  # by one use of the model: what so many ordinary questions cost
+# What costs as much as an ordinary question does, besides it.
+MORE_EVENTS = 200
+MORE_ITEMS = 500  # to be scored by name, or rated
+MORE_RESULTS = 500
+MORE_CELLS = 2**17  # of numbers or truth values for every item, as exploration and filters need
 LISTS_KEPT = 8  # of trending items: those of the transformers there are, old and new
 MAX_LIST = 1_000_000
 # Before a swap the new model reads the histories that the old one has read last, so many at once,
@@ -101,6 +106,7 @@ class Scorer(Protocol):
     def with_items(self, items: Mapping[str, Mapping[str, FieldValue]]) -> "Scorer": ...
     def recent(self) -> Sequence[Any]: ...
     def forget_old(self) -> None: ...
+    def prepare_filters(self) -> None: ...
     def read_ahead(self, recent: Sequence[Any]) -> None: ...
 
 
@@ -134,6 +140,7 @@ class LoadedModel:
         self._own_beta = scorer.beta_under(trend.item_ids, trend.log_q, trend.floor)
         self._lists: OrderedDict[str, _Prepared] = OrderedDict()
         self._list_sigmas: OrderedDict[str, NDArray[np.float64]] = OrderedDict()
+        scorer.prepare_filters()
         self._warm_up()
 
     def _warm_up(self) -> None:
@@ -365,7 +372,7 @@ class Predictor(JsonModel):
         self._models: tuple[LoadedModel, ...] = ()  # the one in use, then the one before it
         # What callers ask for at the same time is answered by one use of the model.
         self._uses: Batcher[Sequence[Asked], list[Scored | InputError]] = Batcher(
-            self._score_all, most=MOST_TOGETHER, size=len
+            self._score_all, most=MOST_TOGETHER, size=self._cost
         )
         self._lists: OrderedDict[str, ItemList] = OrderedDict()
         self._limits = Limits(
@@ -555,9 +562,8 @@ class Predictor(JsonModel):
         record.task = "score"
         parsed = parse_score_instances(instances, self.settings)
         answers = []
-        for i, (instance, scored) in enumerate(
-            zip(parsed, await self._uses.ask([one.to_asked() for one in parsed]), strict=True)
-        ):
+        scored_all = await self._in_parts([one.to_asked() for one in parsed])
+        for i, (instance, scored) in enumerate(zip(parsed, scored_all, strict=True)):
             if isinstance(scored, InputError):
                 raise InputError(f"instances[{i}].{scored}")
             record.version = scored.model_version
@@ -597,10 +603,35 @@ class Predictor(JsonModel):
             self._lists.popitem(last=False)
         if missing:
             return write_missing(sorted(missing))
-        scored = iter(await self._uses.ask(asked)) if asked else iter(())
+        scored = iter(await self._in_parts(asked))
         whole = [next(scored) if answer is None else answer for answer in answers]
         metrics.INSTANCES.observe(len(whole))
         return write_answers(whole)
+
+    def _cost(self, asked: Sequence[Asked]) -> int:
+        """In ordinary questions."""
+        return sum(_cost(one, len(self._models[0].scorer.item_ids)) for one in asked)
+
+    async def _in_parts(self, asked: Sequence[Asked]) -> list[Scored | InputError]:
+        """Answers of one model version, part by part: between them others get their turn.
+
+        Whoever is cancelled has the rest not worked on.
+        """
+        answers: list[Scored | InputError] = []
+        version: str | None = None
+        while len(answers) < len(asked):
+            part: list[Asked] = []
+            cost = 0
+            for one in islice(asked, len(answers), None):
+                cost += self._cost([one])
+                if part and cost > MOST_TOGETHER:
+                    break
+                part.append(one)
+            if version is not None:
+                part = [replace(one, model_version=one.model_version or version) for one in part]
+            answers += await self._uses.ask(part)
+            version = next((a.model_version for a in answers if isinstance(a, Scored)), None)
+        return answers
 
     async def _score_all(
         self, calls: Sequence[Sequence[Asked]]
@@ -624,6 +655,19 @@ class Predictor(JsonModel):
 
         # One of them fails; the others were only asked at the same time.
         return await asyncio.gather(*map(alone, calls))
+
+
+def _cost(asked: Asked, num_items: int) -> int:
+    """What a question costs the model, in ordinary ones."""
+    query = asked.query
+    every_item = int(asked.exploration_weight != 0) * 8 + len(query.filter.where)
+    return (
+        1
+        + len(query.history) // MORE_EVENTS
+        + len(asked.items) // MORE_ITEMS
+        + min(asked.top_n, num_items) // MORE_RESULTS
+        + every_item * num_items // MORE_CELLS
+    )
 
 
 def to_json(instance: ScoreInstance, scored: Scored) -> dict[str, Any]:

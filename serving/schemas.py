@@ -213,7 +213,6 @@ def parse_instances(raw: Sequence[Any], settings: ServeSettings) -> list[Instanc
     """
     _check_sizes(raw, settings)
     instances = _parse(Instance, raw)
-    total = 0
     for i, instance in enumerate(instances):
         where = f"instances[{i}]"
         if instance.task != "recommend":
@@ -227,17 +226,8 @@ def parse_instances(raw: Sequence[Any], settings: ServeSettings) -> list[Instanc
                 f"{where}.items: only tasks 'rank' and 'rate' take items; "
                 "use filter.include to restrict recommendations"
             )
-        if (instance.num_results or 0) > settings.max_num_results:
-            raise InputError(
-                f"{where}.num_results: must be at most {settings.max_num_results} "
-                f"(got {instance.num_results})"
-            )
-        total += instance.num_results or settings.default_num_results
-    if total > settings.max_total_results:
-        raise InputError(
-            f"instances: num_results add up to {total}, more than "
-            f"{settings.max_total_results} in one request; split it"
-        )
+    counts = [one.num_results or settings.default_num_results for one in instances]
+    _check_results(counts, "num_results", settings)
     return instances
 
 
@@ -248,7 +238,23 @@ def parse_score_instances(raw: Sequence[Any], settings: ServeSettings) -> list[S
         InputError: names the fields that are wrong and why.
     """
     _check_sizes(raw, settings, ("history",))
-    return _parse(ScoreInstance, raw)
+    instances = _parse(ScoreInstance, raw)
+    _check_results([one.top_n for one in instances], "top_n", settings)
+    return instances
+
+
+def _check_results(count_B: Sequence[int], name: str, settings: ServeSettings) -> None:
+    """Refuse answers too large to be made and sent."""
+    for i, count in enumerate(count_B):
+        if count > settings.max_num_results:
+            raise InputError(
+                f"instances[{i}].{name}: must be at most {settings.max_num_results} (got {count})"
+            )
+    if sum(count_B) > settings.max_total_results:
+        raise InputError(
+            f"instances: {name} add up to {sum(count_B)}, more than "
+            f"{settings.max_total_results} in one request; split it"
+        )
 
 
 R = TypeVar("R", bound=Request)

@@ -23,14 +23,14 @@ from prometheus_client import REGISTRY
 
 from model import approximate
 from model.errors import InputError, UnavailableError
-from model.query import Event, Query
+from model.query import Event, ItemFilter, Query
 from model.recommender import Retrieved
 from model.retrieval import Allowed
 from model.trends import snapshot_from_counts
 from serving import collector_metrics, metrics, wire
 from serving.exploration import uncertainty, uniform
 from serving.kserve_api import ModelRepository
-from serving.predictor import LoadedModel, Predictor
+from serving.predictor import MOST_TOGETHER, LoadedModel, Predictor, _cost
 from serving.process import BackgroundHandler, freeze_garbage_collection, parse_arguments
 from serving.schemas import parse_instances
 from serving.scoring import PredictorError
@@ -119,6 +119,9 @@ class FakeScorer:
         return []
 
     def forget_old(self):
+        pass
+
+    def prepare_filters(self):
         pass
 
     def read_ahead(self, recent):
@@ -1049,6 +1052,109 @@ def test_a_call_that_fails_does_not_spoil_those_asked_at_the_same_time():
     first, failed, last = asyncio.run(together())
     assert isinstance(failed, RuntimeError)
     assert first[0].item_ids == last[0].item_ids != []
+
+
+def large_call(count=256):
+    return [wire.Asked("score", Query([], 1.0 + b), 1) for b in range(count)]
+
+
+def asked_of(predictor, monkeypatch):
+    """Sizes of the uses of the model from now on."""
+    sizes = []
+    asks = FakeScorer.asks
+
+    def counted(self, queries, *others):
+        sizes.append(len(queries))
+        return asks(self, queries, *others)
+
+    monkeypatch.setattr(FakeScorer, "asks", counted)
+    return sizes
+
+
+def test_between_the_parts_of_a_large_call_others_get_their_turn(monkeypatch):
+    predictor = Predictor(SETTINGS, FakeScorer())
+    sizes, ended = asked_of(predictor, monkeypatch), []
+
+    async def ask(name, call):
+        answers = await predictor._in_parts(call)
+        ended.append(name)
+        return answers
+
+    async def together():
+        return await asyncio.gather(ask("large", large_call()), ask("small", large_call(1)))
+
+    large, small = asyncio.run(together())
+    assert ended == ["small", "large"]
+    assert max(sizes) <= MOST_TOGETHER + 1 and sum(sizes) == 257
+    assert [a.item_ids for a in large[:1]] == [a.item_ids for a in small]
+    expected = Predictor(SETTINGS, FakeScorer())._models[0].score(large_call())
+    assert [a.item_ids for a in large] == [a.item_ids for a in expected]
+
+
+def test_nothing_is_worked_on_for_a_caller_who_has_gone(monkeypatch):
+    predictor = Predictor(SETTINGS, FakeScorer())
+    sizes = asked_of(predictor, monkeypatch)
+
+    async def give_up():
+        call = asyncio.create_task(predictor._in_parts(large_call()))
+        while not sizes:  # the first part is in work
+            await asyncio.sleep(0.001)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        await predictor._in_parts(large_call(1))
+
+    asyncio.run(give_up())
+    assert sum(sizes) <= 2 * MOST_TOGETHER + 1
+
+
+def test_a_large_call_is_answered_by_one_model_whatever_happens_meanwhile(monkeypatch):
+    class Newer(FakeScorer):
+        version = "newer"
+
+    predictor, newer = Predictor(SETTINGS, FakeScorer()), LoadedModel(Newer())
+    asks = FakeScorer.asks
+
+    async def ask():
+        loop = asyncio.get_running_loop()
+
+        def swapping(self, queries, *others):
+            if predictor.version != "newer":
+                loop.call_soon_threadsafe(predictor._use, newer)
+            return asks(self, queries, *others)
+
+        monkeypatch.setattr(FakeScorer, "asks", swapping)
+        return await predictor._in_parts(large_call()), await predictor._in_parts(large_call(1))
+
+    answers, (after,) = asyncio.run(ask())
+    assert {a.model_version for a in answers} == {FakeScorer.version}
+    assert after.model_version == "newer"
+
+
+@pytest.mark.parametrize(
+    ("extra", "cost"),
+    [
+        ({}, 1),
+        ({"top_n": 5000}, 11),
+        ({"top_n": 10**9}, 2001),  # of a million items all
+        ({"items": ["i"] * 10_000}, 21),
+        ({"exploration_weight": 1.0}, 62),
+        ({"query": Query([], 1.0, filter=ItemFilter(where={"a": frozenset("b")}))}, 8),
+        ({"query": Query([Event("i", 1.0)] * 1000, 1.0)}, 6),
+    ],
+)
+def test_what_a_question_costs_is_what_it_makes_the_model_do(extra, cost):
+    asked = wire.Asked(**({"task": "score", "query": Query([], 1.0)} | extra))
+    assert _cost(asked, 10**6) == cost
+
+
+def test_the_predictors_public_form_bounds_its_answers(service):
+    predictor = service.predictors.predictor
+    many = {"timestamp": 5, "top_n": SETTINGS.max_num_results}
+    for instances in ([many | {"top_n": 10**9}], [many] * 5):
+        response = service.post(*instances, model=predictor)
+        assert response.status_code == 400
+        assert "top_n" in response.text
 
 
 def test_the_models_thread_uses_the_threads_it_was_given():

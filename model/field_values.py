@@ -1,0 +1,59 @@
+"""Which items have one of some values in a field: what filters ask.
+
+Shapes: M items, V distinct values, F values of all items (several per item where the field holds
+several).
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from model.schema import FieldKind
+
+
+class FieldValues:
+    """One field of all items, each distinct value kept once.
+
+    A question costs one look at every distinct value and one at every item, however many values it
+    names: they come from requests.
+    """
+
+    def __init__(self, column_M: Sequence[Any], kind: FieldKind) -> None:
+        """
+        Args:
+            column_M: as in the catalogue; None: missing.
+        """
+        self.num_items = len(column_M)
+        self.numeric = kind is FieldKind.NUMERIC
+        self._item_F: NDArray[np.int64] | None = None
+        values_F = column_M
+        if kind is FieldKind.MULTI_CATEGORICAL:
+            count_M = np.fromiter((0 if v is None else len(v) for v in column_M), np.int64)
+            self._item_F = np.repeat(np.arange(self.num_items), count_M)
+            values_F = [value for v in column_M if v is not None for value in v]
+        if not self.numeric:
+            values_F = [None if v is None else str(v) for v in values_F]
+        self._type = pa.float64() if self.numeric else pa.string()
+        encoded = pa.array(values_F, self._type).dictionary_encode()
+        self._value_V = encoded.dictionary
+        missing = len(self._value_V)
+        self._code_F = encoded.indices.fill_null(missing).to_numpy(zero_copy_only=False)
+
+    def matching(self, values: Iterable[Any]) -> NDArray[np.bool_]:
+        """Items that have one of the values `[M]`.
+
+        Args:
+            values: numbers of a numeric field, else texts.
+        """
+        wanted = pa.array([v for v in values if v == v], self._type)  # NaN equals nothing
+        hit_V = pc.is_in(self._value_V, value_set=wanted).to_numpy(zero_copy_only=False)
+        hit_F: NDArray[np.bool_] = np.append(hit_V, False)[self._code_F]
+        if self._item_F is None:
+            return hit_F
+        hit_M = np.zeros(self.num_items, dtype=np.bool_)
+        hit_M[self._item_F[hit_F]] = True
+        return hit_M
