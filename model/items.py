@@ -1,10 +1,11 @@
 """Item side (eq. 2): what an item is known by (its id) and what it is like (its fields).
 
 Decoder: w̃_j = (1 − λ)·w_j + λ·w(f_j), b̃_j = (1 − λ)·b_j + λ·b(f_j), so that
-φ̃_j = w̃_j·h + b̃_j. λ ~ U[0, 1] in training keeps both parts able to stand alone (§2.3); at
-inference λ is per item, 1 for items without interactions.
+φ̃_j = w̃_j·h + b̃_j. λ ~ U[0, 1] in training keeps both parts able to stand alone (§2.3), one λ for
+every position (`model.objective`): with one for a whole step, each step would descend another
+model. At inference λ is per item, 1 for items without interactions.
 
-Shapes: M items, R rows asked for, D embedding.
+Shapes: M items, R rows asked for, N positions, D embedding.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,6 +37,12 @@ class FieldTower(nn.Module):
     def forward(self, bags: FieldBags) -> Tensor:
         w_RD: Tensor = self.vector(self.mix(self.embedding(bags)))
         return w_RD
+
+
+def mixed_queries(query_ND: Tensor, lambda_N: Tensor) -> Tensor:
+    """Queries for the vectors of `Items.sides`, each under a λ of its own: `[N, 2D + 1]`."""
+    lambda_N1 = lambda_N[:, None]
+    return torch.cat([(1.0 - lambda_N1) * query_ND, lambda_N1 * query_ND, lambda_N1], dim=1)
 
 
 class Items(nn.Module):
@@ -167,18 +174,43 @@ class Items(nn.Module):
     def _mixed(
         self, lambda_mix: Tensor | float | None, rows_R: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        w_RD: Tensor = self.output_embedding.weight[: self.num_items]
-        b_R: Tensor = self.bias
-        if rows_R is not None:
-            w_RD = self._lookup(self.output_embedding.weight, rows_R)
-            b_R = self._lookup(self.bias, rows_R)
-        if self.output_tower is None or self.field_bias is None:
+        w_RD, b_R = self._by_id(rows_R)
+        by_fields = self._by_fields(rows_R)
+        if by_fields is None:
             return w_RD, b_R
-        bags = self.bags if rows_R is None else self.bags.rows(rows_R)
-        field_w_RD, field_b_R = self.output_tower(bags), self.field_bias(bags)
         if lambda_mix is None:
             lambda_mix = self.lambda_M if rows_R is None else self.lambda_M[rows_R]
         mix = torch.as_tensor(lambda_mix, dtype=w_RD.dtype)
         mix_R1 = mix[:, None] if mix.dim() else mix
-        field_w_RD, field_b_R = field_w_RD.to(w_RD.dtype), field_b_R.to(b_R.dtype)
-        return torch.lerp(w_RD, field_w_RD, mix_R1), torch.lerp(b_R, field_b_R, mix)
+        return torch.lerp(w_RD, by_fields[0], mix_R1), torch.lerp(b_R, by_fields[1], mix)
+
+    def sides(self, rows_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Both sides of the mix, for training, where every position has a λ of its own.
+
+        One product of `mixed_queries` (1 − λ)·h ⊕ λ·h ⊕ λ with w_j ⊕ w(f_j) ⊕ (b(f_j) − b_j), and
+        b_j added, is φ̃_j. Without fields these are the ids' vectors, for the queries as they are.
+
+        Returns:
+            Vectors `[R, 2D + 1]` and biases `[R]`.
+        """
+        w_RD, b_R = self._by_id(rows_R)
+        by_fields = self._by_fields(rows_R)
+        if by_fields is None:
+            return w_RD, b_R
+        return torch.cat([w_RD, by_fields[0], (by_fields[1] - b_R)[:, None]], dim=1), b_R
+
+    def _by_id(self, rows_R: Tensor | None) -> tuple[Tensor, Tensor]:
+        """w_j and b_j."""
+        weight = self.output_embedding.weight
+        if rows_R is None:
+            return weight[: self.num_items], self.bias
+        return self._lookup(weight, rows_R), self._lookup(self.bias, rows_R)
+
+    def _by_fields(self, rows_R: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """w(f_j) and b(f_j), in the dtype of the ids'; None where items have no fields."""
+        if self.output_tower is None or self.field_bias is None:
+            return None
+        bags = self.bags if rows_R is None else self.bags.rows(rows_R)
+        w_RD: Tensor = self.output_tower(bags)
+        b_R: Tensor = self.field_bias(bags)
+        return w_RD.to(self.bias.dtype), b_R.to(self.bias.dtype)

@@ -4,7 +4,7 @@ Shapes: N packed positions, M items, S sampled negatives, P trend periods, U use
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -17,6 +17,7 @@ from model.distributed import Processes
 from model.feedback import FeedbackSettings, event_rewards, event_weights
 from model.fused_loss import Targets, fused_loss
 from model.inputs import Positions
+from model.items import mixed_queries
 from model.lifts import Lifts
 from model.losses import (
     one_against_all,
@@ -32,9 +33,22 @@ from model.shown import Shown
 from model.transitions import Transitions
 from model.trend_table import TrendTable
 
-# λ from which on a step is without transition counts: what is scored mostly by its fields is to be
-# learned without knowing what followed what, as nothing ever followed on a new item.
-FOLLOWERS_UNTIL = 0.8
+# λ from which on a position is without transition counts: what is scored mostly by its fields is to
+# be learned without knowing what followed what, as nothing ever followed on a new item. That is a
+# fifth of the positions; with a tenth of them, from 0.8 on, new items stood too high among others.
+FOLLOWERS_UNTIL = 0.6
+# λ of known items until validation chooses another, and share of the positions trained under it. Of
+# λ ~ U[0, 1] alone, the network makes a compromise that fits no λ well (docs/results.md).
+KNOWN_LAMBDA, KNOWN_SHARE = 0.5, 0.5
+# Steps of this length around the circle never crowd: the λ of any stretch of positions are spread
+# over [0, 1) almost evenly.
+GOLDEN_RATIO = (5.0**0.5 - 1.0) / 2.0
+
+
+def without_followers(fields_alone: float) -> float:
+    """Share of the positions that do not read the transition counts, where items have fields."""
+    mixed = (1.0 - fields_alone) * (1.0 - KNOWN_SHARE)
+    return fields_alone + mixed * (1.0 - FOLLOWERS_UNTIL)
 
 
 @dataclass(frozen=True)
@@ -89,9 +103,8 @@ class Shares:
 class Draws:
     """What chance decides in a step."""
 
-    lambda_mix: Tensor
+    lambda_start: Tensor  # uniform on [0, 1): where the λ of the step's positions begin
     negative_S: Tensor | None  # distinct items, ascending; None: dense softmax
-    followers: bool = True  # whether transition counts are read
 
 
 @dataclass
@@ -106,7 +119,7 @@ class Objective:
     transitions: Transitions | None  # cross-fitted: F·M rows
     generator: torch.Generator
     shown_weight: float = 0.0  # of the softmax over what was shown, beside the one over all items
-    fields_alone: float = 0.0  # share of the steps with λ = 1
+    fields_alone: float = 0.0  # share of the positions with λ = 1
     dtype: torch.dtype = torch.float32  # of the products and the softmax over scores
 
     def shares(
@@ -131,15 +144,23 @@ class Objective:
 
     def draw(self) -> Draws:
         """The random numbers of the next step, the same in every process."""
-        # λ ~ U[0, 1] keeps ids and fields able to stand alone (§2.3); a share of the steps sees the
-        # fields alone (λ = 1), as new items do.
-        uniform = torch.rand((), generator=self.generator, device=self.generator.device)
-        lambda_mix = (uniform / (1.0 - self.fields_alone)).clamp(max=1.0)
+        start = torch.rand((), generator=self.generator, device=self.generator.device)
         negative_S = None
         if self.sampler is not None:
             negative_S = self.sampler.negatives(self.negatives, self.generator)
-        with_fields = self.network.items.output_tower is not None
-        return Draws(lambda_mix, negative_S, not with_fields or bool(lambda_mix < FOLLOWERS_UNTIL))
+        return Draws(start, negative_S)
+
+    def lambdas(self, draws: Draws, positions: int) -> Tensor:
+        """λ of each position of a step: `[N]`.
+
+        `fields_alone` of them see the fields alone (λ = 1), as new items do. Of the others half
+        have λ = ½, as known items do at inference, and half λ ~ U[0, 1], which keeps ids and
+        fields able to stand alone (§2.3).
+        """
+        n_N = torch.arange(positions, dtype=torch.float64, device=draws.lambda_start.device)
+        place_N = (draws.lambda_start + GOLDEN_RATIO * n_N) % 1.0 / (1.0 - self.fields_alone)
+        uniform_N = ((place_N - KNOWN_SHARE) / (1.0 - KNOWN_SHARE)).clamp(max=1.0)
+        return torch.where(place_N < KNOWN_SHARE, KNOWN_LAMBDA, uniform_N).float()
 
     def loss(
         self,
@@ -163,17 +184,23 @@ class Objective:
         """
         weight_N = targets.weight[event_N]
         reward_N = None if targets.reward is None else targets.reward[event_N]
-        rows_NR = None
-        if draws.followers:
-            rows_NR = self._transition_rows(positions, targets, event_N)
+        rows_NR = self._transition_rows(positions, targets, event_N)
+        if self.network.items.output_tower is not None:
+            lambda_N = self.lambdas(draws, len(event_N))
+            encoded = replace(encoded, query_ND=mixed_queries(encoded.query_ND, lambda_N))
+            if rows_NR is not None:
+                rows_NR = torch.where(lambda_N[:, None] < FOLLOWERS_UNTIL, rows_NR, -1)
         period_N = None if positions.trend_row is None else positions.trend_row[event_N]
         seen = None if self.network.repeats is None else encoded.seen
-        softmax = self._dense if self.sampler is None else self._sampled
-        ranking = softmax(encoded, draws, target_N, rows_NR, seen, period_N, reward_N, weight_N)
+        given = (target_N, rows_NR, seen, period_N, reward_N, weight_N)
+        if draws.negative_S is None:
+            ranking = self._dense(encoded, *given)
+        else:
+            ranking = self._sampled(encoded, draws.negative_S, *given)
         loss = ranking * share.ranking
         if passed_over is not None:
             worth_N = weight_N if reward_N is None else weight_N * reward_N
-            shown = self._shown(encoded, draws, target_N, rows_NR, seen, passed_over, worth_N)
+            shown = self._shown(encoded, target_N, rows_NR, seen, passed_over, worth_N)
             loss = loss + self.shown_weight * shown * share.lists
         if self.network.values is not None and self.value_weight:
             predicted_N = self.network.predict_values(positions, event_N, encoded, target_N)
@@ -184,7 +211,6 @@ class Objective:
     def _shown(
         self,
         encoded: Encoded,
-        draws: Draws,
         target_N: Tensor,
         rows_NR: Tensor | None,
         seen: SeenItems | None,
@@ -198,7 +224,7 @@ class Objective:
         place_P = torch.cat([every_N, passed_over.place_R])  # the targets, then the others
         item_P = torch.cat([target_N, passed_over.item_R])
         item_U, at_P = item_P.unique(return_inverse=True)
-        w_UD, b_U = network.items.outputs(draws.lambda_mix, item_U)
+        w_UD, b_U = network.items.sides(item_U)
         query_PD = encoded.query_ND.index_select(0, place_P)
         phi_P = torch.linalg.vecdot(query_PD, w_UD.index_select(0, at_P)) + b_U[at_P]
         if rows_NR is not None and network.prior is not None and self.transitions is not None:
@@ -225,7 +251,6 @@ class Objective:
     def _dense(
         self,
         encoded: Encoded,
-        draws: Draws,
         target_N: Tensor,
         rows_NR: Tensor | None,
         seen: SeenItems | None,
@@ -233,7 +258,7 @@ class Objective:
         reward_N: Tensor | None,
         weight_N: Tensor,
     ) -> Tensor:
-        w_MD, b_M = self.network.items.outputs(draws.lambda_mix)
+        w_MD, b_M = self.network.items.sides()
         prior = self.network.prior
         log_q = None if period_N is None else self._log_q(period_N)
         if not encoded.query_ND.is_cuda:
@@ -266,7 +291,7 @@ class Objective:
     def _sampled(
         self,
         encoded: Encoded,
-        draws: Draws,
+        negative_S: Tensor,
         target_N: Tensor,
         rows_NR: Tensor | None,
         seen: SeenItems | None,
@@ -275,11 +300,10 @@ class Objective:
         weight_N: Tensor,
     ) -> Tensor:
         """What `model.losses` defines as sampled losses, on shared negatives."""
-        lambda_mix, negative_S = draws.lambda_mix, draws.negative_S
         network, query_ND, rows = self.network, encoded.query_ND, self.network.items.rows
-        assert negative_S is not None and rows is not None  # noqa: S101 - caller's branch
+        assert rows is not None  # noqa: S101 - caller's branch
         place_N, place_S = rows.place(target_N), rows.place(negative_S)
-        w_RD, b_R = network.items.outputs(lambda_mix, rows.common_R)
+        w_RD, b_R = network.items.sides(rows.common_R)
         hit_N = b_R.index_select(0, place_N)  # and the product of query and vector
         lifts = log_q = None
         if rows_NR is not None and network.prior is not None and self.transitions is not None:

@@ -45,7 +45,7 @@ class TrainSettings(SettingsBase):
     softmax: Softmax = Softmax.AUTO
     negatives: int | None = None  # draws per gradient step, sampled softmax; None: √M, 512 or more
     warm_start: str = "none"  # or champion, a version in the model store, a bundle's folder
-    # Share of the steps that score items by their fields alone (λ = 1), as new ones are; None: the
+    # Share of the positions scored by the items' fields alone (λ = 1), as new ones are; None: the
     # share of the log's last events that were on new items, ½ at most.
     fields_alone: float | None = Field(None, ge=0.0, lt=1.0)
     max_epochs: int = 60

@@ -26,7 +26,7 @@ from model.inputs import InputEncodings, Positions
 from model.loader import Loader, sample_of, sample_users
 from model.network import HRNNMeta
 from model.novelty import new_item_share
-from model.objective import FOLLOWERS_UNTIL, EventTargets, Objective
+from model.objective import KNOWN_LAMBDA, EventTargets, Objective, without_followers
 from model.pages import in_huge_pages
 from model.prior_start import (
     POPULARITY_CELLS,
@@ -117,7 +117,7 @@ class Trainer:
             self.network.to(self.device)
         # Items that were never trained on are known by their fields alone; the others' λ is chosen
         # at the end, half and half until then.
-        self.set_lambda(self.network, 0.5)
+        self.set_lambda(self.network, KNOWN_LAMBDA)
         self.parameters = list(self.network.parameters())
         self.tables: list[nn.Parameter] = []  # of which a step reads some rows
         self.rows = StepRows()
@@ -207,7 +207,7 @@ class Trainer:
             facts = Facts.of(log, event_N, p_M, network.prior, transitions, self.fold_U[user_S])
             without_counts = 0.0
             if network.items.output_tower is not None:
-                without_counts = 1.0 - FOLLOWERS_UNTIL * (1.0 - fields_alone)
+                without_counts = without_followers(fields_alone)
             start_priors(facts, network.prior, network.repeats, without_counts)
         # And the network adds nothing yet, so that training begins at the priors' own prediction.
         nn.init.zeros_(network.query.weight)

@@ -1,12 +1,15 @@
 """The softmax over lists: the scores it takes are those of the softmax over all items."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from model.hrnn import encode_batch
+from model.items import mixed_queries
 from model.network import NetworkSettings
-from model.objective import Shares
+from model.objective import FOLLOWERS_UNTIL, Shares
 from model.schema import Schema
 from model.sequences import bptt_batches
 from model.shown import Shown
@@ -60,9 +63,15 @@ def test_scores_on_lists_are_those_of_the_whole_catalogue(softmax, with_trend):
             trainer.rows.open(trainer.tables, [torch.arange(M + 1)])
         encoded = encode_batch(network, positions, batch, state_SK)
         state_SK = encoded.state_SK
+        lambda_N = objective.lambdas(draws, len(event_N))
+        phi_NM = torch.stack(
+            [
+                network.affinities(query_D[None], *network.items.outputs(float(mix)), None)[0]
+                for query_D, mix in zip(encoded.query_ND, lambda_N, strict=True)
+            ]
+        )
         rows_NR = objective._transition_rows(positions, targets, event_N)
-        w_MD, b_M = network.items.outputs(draws.lambda_mix)
-        phi_NM = encoded.query_ND @ w_MD.T + b_M
+        rows_NR[lambda_N >= FOLLOWERS_UNTIL] = -1
         phi_NM = phi_NM + network.prior(objective.transitions, rows_NR)
         phi_NM = phi_NM + network.repeats(encoded.seen, M)
         nll = []
@@ -73,9 +82,9 @@ def test_scores_on_lists_are_those_of_the_whole_catalogue(softmax, with_trend):
             nll.append(-phi_NM[n, columns].log_softmax(0)[0])
         passed_over = targets.passed_over(batch.event_N, torch.device("cpu"))
         weight_N = targets.weight[event_N]
+        mixed = replace(encoded, query_ND=mixed_queries(encoded.query_ND, lambda_N))
         got = objective._shown(
-            encoded,
-            draws,
+            mixed,
             positions.target[event_N],
             rows_NR,
             encoded.seen,
