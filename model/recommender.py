@@ -580,7 +580,7 @@ class Recommender:
         """Items `[M]` whose field has one of these values."""
         if name not in self._catalogue.fields:
             known = ", ".join(self._catalogue.fields) or "none"
-            raise InputError(f"filter.where: items have no field {name!r} (fields: {known})")
+            raise InputError(f"filter.where: items have no field {name!r:.80} (fields: {known})")
         field = self._values_of(name)
         return field.matching([_number(name, v) for v in values] if field.numeric else values)
 
@@ -683,4 +683,6 @@ def _number(name: str, value: str) -> float:
     try:
         return float(value)
     except ValueError:
-        raise InputError(f"filter.where: {name} is numeric, {value!r} is not a number") from None
+        raise InputError(
+            f"filter.where: {name} is numeric, {value!r:.80} is not a number"
+        ) from None

@@ -4,7 +4,6 @@ The Open Inference Protocol carries one JSON string per instance: tensor `instan
 shape [B]) in, tensor `predictions` (BYTES, shape [B]) out.
 """
 
-import reprlib
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +13,7 @@ import orjson
 
 from model.errors import InputError
 from serving.kserve_api import InferInput, InferOutput, InferRequest, InferResponse
+from serving.reasons import quoted
 
 INPUT = "instances"
 OUTPUT = "predictions"
@@ -44,7 +44,7 @@ def read_instances(payload: Any) -> list[Any]:
     if not isinstance(payload, dict):
         raise InputError('the body must be a JSON object {"instances": [...]}')
     if unknown := payload.keys() - V1_FIELDS:
-        raise InputError(f"{reprlib.repr(min(unknown))}: no such field (known: instances)")
+        raise InputError(f"{quoted(min(unknown))}: no such field (known: instances)")
     instances = payload.get("instances")
     if not isinstance(instances, list):
         raise InputError("instances: is required and must be a list of JSON objects")
@@ -76,7 +76,7 @@ def infer_request(body: Any, model_name: str) -> Any:
         raise InputError('the body must be a JSON object {"inputs": [...]}')
     if unknown := body.keys() - V2_FIELDS:
         known = ", ".join(sorted(V2_FIELDS))
-        raise InputError(f"{reprlib.repr(min(unknown))}: no such field (known: {known})")
+        raise InputError(f"{quoted(min(unknown))}: no such field (known: {known})")
     request_id = body.get("id")
     if request_id is not None and not isinstance(request_id, str):
         raise InputError("id: must be text")
@@ -100,10 +100,10 @@ def infer_request(body: Any, model_name: str) -> Any:
 def _instances_of_tensor(request: Any) -> list[Any]:
     names = [tensor.name for tensor in request.inputs]
     if names != [INPUT]:
-        raise InputError(f"inputs: expected one tensor named {INPUT!r} (got {reprlib.repr(names)})")
+        raise InputError(f"inputs: expected one tensor named {INPUT!r} (got {quoted(names)})")
     tensor = request.inputs[0]
     if tensor.datatype != "BYTES":
-        raise InputError(f"inputs.{INPUT}: datatype must be BYTES (got {tensor.datatype!r:.40})")
+        raise InputError(f"inputs.{INPUT}: datatype must be BYTES (got {quoted(tensor.datatype)})")
     if len(tensor.shape) != 1:
         raise InputError(f"inputs.{INPUT}: shape must be [number of instances]")
     if tensor.data:

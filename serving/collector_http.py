@@ -23,6 +23,7 @@ from serving import collector_metrics as metrics
 from serving.appender import QueueFullError
 from serving.collector_schemas import Problem
 from serving.process import log_failure
+from serving.reasons import bounded
 
 
 class _Rest(Convertor[str]):
@@ -278,7 +279,7 @@ _PROBLEMS = {
 
 
 def _problem_response(problem: ProblemError) -> Response:
-    response = answer({"error": str(problem), "reason": problem.reason}, problem.status)
+    response = answer({"error": bounded(str(problem)), "reason": problem.reason}, problem.status)
     if problem.retry:
         response.headers["Retry-After"] = "1"
     return response

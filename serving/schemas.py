@@ -5,7 +5,6 @@ of JSON objects, `instances`, and answers `predictions` in the same order.
 """
 
 import math
-import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -23,6 +22,7 @@ from pydantic import (
 from model.errors import InputError
 from model.query import Event, FieldValue, History, ItemFilter, Query
 from model.schema import MAX_ID, MAX_TIMESTAMP
+from serving.reasons import bounded, quoted
 from serving.settings import ServeSettings
 from serving.wire import Asked
 
@@ -271,6 +271,7 @@ def _parse(kind: type[R], raw: Sequence[Any]) -> list[R]:
 
 
 def explain(where: str, error: ValidationError, kind: type[BaseModel]) -> str:
+    """The first problems, each with the field's name; short, whatever was sent."""
     problems = []
     found = error.errors(include_url=False, include_context=False)
     for e in found[:SHOWN_PROBLEMS]:
@@ -285,10 +286,10 @@ def explain(where: str, error: ValidationError, kind: type[BaseModel]) -> str:
         elif e["type"] == "missing":
             problems.append(f"{path}: is required")
         else:
-            problems.append(f"{path}: {message} (got {reprlib.repr(e['input'])})")
+            problems.append(f"{path}: {message} (got {quoted(e['input'])})")
     if len(found) > SHOWN_PROBLEMS:
         problems.append(f"and {len(found) - SHOWN_PROBLEMS} more problems")
-    return "; ".join(problems)
+    return bounded("; ".join(problems))
 
 
 def _check_sizes(
@@ -305,9 +306,7 @@ def _check_sizes(
         )
     for i, instance in enumerate(raw):
         if not isinstance(instance, Mapping):
-            raise InputError(
-                f"instances[{i}]: must be a JSON object (got {reprlib.repr(instance)})"
-            )
+            raise InputError(f"instances[{i}]: must be a JSON object (got {quoted(instance)})")
         item_filter = instance.get("filter")
         if not isinstance(item_filter, Mapping):
             item_filter = {}

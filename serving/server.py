@@ -52,6 +52,7 @@ from serving.process import (
     parse_arguments,
     reserve,
 )
+from serving.reasons import bounded
 from serving.settings import EXIT_WITH_PARENT, MAX_MESSAGE_BYTES, PREDICTOR, ServeSettings
 
 if TYPE_CHECKING:
@@ -195,11 +196,11 @@ class StatusInterceptor(AsyncServerInterceptor):
             pushback = ((PUSHBACK, str(1000 * RETRY_AFTER_SECONDS)),)
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error), pushback)
         except (InvalidInput, InputError) as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, bounded(str(error)))
         except ModelNotFound as error:
-            await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+            await context.abort(grpc.StatusCode.NOT_FOUND, bounded(str(error)))
         except (ModelNotReady, UnavailableError) as error:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+            await context.abort(grpc.StatusCode.UNAVAILABLE, bounded(str(error)))
         except (grpc.aio.AbortError, asyncio.CancelledError):
             raise
         except Exception as error:
@@ -354,7 +355,7 @@ class Edge:
 
 
 def _error(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
-    body = orjson.dumps({"error": message})
+    body = orjson.dumps({"error": bounded(message)})
     return Response(body, status, headers=headers, media_type="application/json")
 
 

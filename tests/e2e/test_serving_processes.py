@@ -289,6 +289,9 @@ def test_both_protocols_over_grpc_and_rest_agree(serving, client):
         wrong = [
             (request('{"num_results": -1}'), "num_results"),
             (request("{"), "JSON"),
+            (request(json.dumps({"user_id": fuzzing.nested(6, 4, "x" * 30)})), "user_id"),
+            (request(json.dumps({"context": fuzzing.nested(9, 3, "🎬" * 30)})), "context.k0"),
+            (request("{}", name="🎬" * 10**5), "instances"),
             (request("{}", shape=[2]), "shape"),
             (request("{}", shape=[-1]), "shape"),
             (request("{}", datatype="INT64"), "BYTES"),
@@ -306,6 +309,10 @@ def test_both_protocols_over_grpc_and_rest_agree(serving, client):
                 stub.ModelInfer(bad, timeout=5)
             assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
             assert reason in error.value.details()
+        other = pb.ModelInferRequest(model_name="x" * 10**5)
+        with pytest.raises(grpc.RpcError) as error:
+            stub.ModelInfer(other, timeout=5)
+        assert error.value.code() == grpc.StatusCode.NOT_FOUND
         with pytest.raises(grpc.RpcError) as error:
             stub.RepositoryModelUnload(
                 pb.RepositoryModelUnloadRequest(model_name="hrnn-meta"), timeout=5
