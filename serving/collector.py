@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import orjson
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
@@ -55,6 +54,7 @@ from serving.collector_schemas import (
     parse_events,
 )
 from serving.follower import Follower, Live
+from serving.http import http_config
 from serving.process import (
     Signals,
     Uvicorn,
@@ -418,17 +418,7 @@ def serve(settings: ServeSettings) -> None:
     """
     with reserve(settings.host, settings.collector_http_port) as http_socket:
         collector = Collector(settings)
-        server = Uvicorn(
-            uvicorn.Config(
-                application(collector),
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                lifespan="on",
-                timeout_keep_alive=65,  # longer than the proxies in front
-                timeout_graceful_shutdown=max(1, round(settings.grace_seconds)),
-            )
-        )
+        server = Uvicorn(http_config(application(collector), settings, lifespan="on"))
 
         async def run() -> None:
             told = asyncio.create_task(Signals(settings.drain_seconds).wait())

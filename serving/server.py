@@ -11,13 +11,13 @@ import os
 import socket
 import sys
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import orjson
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from google.protobuf.message import DecodeError
@@ -26,6 +26,7 @@ from starlette.exceptions import HTTPException
 from model.errors import HrnnError, InputError, UnavailableError
 from serving import codec, metrics, wire
 from serving.guards import PUSHBACK, RETRY_AFTER_SECONDS, Gate, OverloadedError
+from serving.http import Bodies, GaveWayError, http_config
 from serving.kserve_api import (
     AsyncServerInterceptor,
     DataPlane,
@@ -216,7 +217,7 @@ class Rest:
         self._settings = settings
         self.gate = gate or Gate(settings.max_in_flight)
         # Clients that send slowly must not take the places of those that have sent.
-        self._bodies = Gate(4 * settings.max_in_flight)
+        self._bodies = Bodies(settings, self.gate)
 
     def application(self) -> "ASGIApp":
         """What uvicorn calls."""
@@ -263,8 +264,8 @@ class Rest:
     ) -> Response:
         """Answer one prediction, whatever comes."""
         try:
-            with self._bodies.admit():
-                body = await self._body(headers, receive)
+            _check_encoding(headers)
+            body = await self._bodies.read(receive)
             with self.gate.admit():
                 model = await self._plane.get_model(name)
                 payload = codec.parse_json(body)
@@ -279,46 +280,18 @@ class Rest:
             return _error(400, str(error))
         except HTTPException as error:
             metrics.REQUESTS.labels("unknown", "invalid").inc()
-            return _error(error.status_code, error.detail)
+            return _error(error.status_code, error.detail, error.headers)
         except InvalidInput as error:
             return _error(400, str(error))
         except ModelNotFound as error:
             return _error(404, str(error))
+        except GaveWayError as error:
+            return _unavailable(error, {"Connection": "close"})
         except (ModelNotReady, UnavailableError) as error:
             return _unavailable(error)
         except Exception as error:
             log_failure(error)
             return _error(500, "internal error, see the server's log")
-
-    async def _body(self, headers: Sequence[tuple[bytes, bytes]], receive: "Receive") -> bytes:
-        """The whole body, at most `max_body_bytes`.
-
-        Raises:
-            HTTPException: 400 cut off, 408 too slow, 413 too large, 415 not JSON.
-        """
-        for name, value in headers:
-            if name == b"content-type":
-                if value.partition(b";")[0].strip().lower() != b"application/json":
-                    raise HTTPException(415, "send the body as Content-Type: application/json")
-            elif name == b"content-encoding" and value != b"identity":
-                raise HTTPException(415, "send the body without Content-Encoding")
-        limit = self._settings.max_body_bytes
-        body = bytearray()
-        seconds = self._settings.body_deadline_seconds
-        try:
-            async with asyncio.timeout(seconds):
-                more = True
-                while more:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise HTTPException(400, "the body was cut off")
-                    body += message.get("body", b"")
-                    if len(body) > limit:
-                        raise HTTPException(413, f"the body is larger than {limit} bytes")
-                    more = message.get("more_body", False)
-        except TimeoutError:
-            raise HTTPException(408, f"the body did not arrive within {seconds:g} s") from None
-        return bytes(body)
 
 
 class Edge:
@@ -354,13 +327,26 @@ class Edge:
         await response(scope, receive, send)
 
 
-def _error(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
+def _check_encoding(headers: Sequence[tuple[bytes, bytes]]) -> None:
+    """
+    Raises:
+        HTTPException: 415 not JSON, or compressed.
+    """
+    for name, value in headers:
+        if name == b"content-type":
+            if value.partition(b";")[0].strip().lower() != b"application/json":
+                raise HTTPException(415, "send the body as Content-Type: application/json")
+        elif name == b"content-encoding" and value != b"identity":
+            raise HTTPException(415, "send the body without Content-Encoding")
+
+
+def _error(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
     body = orjson.dumps({"error": bounded(message)})
     return Response(body, status, headers=headers, media_type="application/json")
 
 
-def _unavailable(error: Exception) -> Response:
-    return _error(503, str(error), {"Retry-After": str(RETRY_AFTER_SECONDS)})
+def _unavailable(error: Exception, headers: Mapping[str, str] = MappingProxyType({})) -> Response:
+    return _error(503, str(error), {"Retry-After": str(RETRY_AFTER_SECONDS), **headers})
 
 
 async def _http_error(_: Request, error: Exception) -> Response:
@@ -426,18 +412,7 @@ class Server(ModelServer):  # type: ignore[misc]
         grpc_server = await self._start_grpc()
         grace = self._settings.grace_seconds
         app = Rest(self.dataplane, self._settings, self._gate).application()
-        http_server = Uvicorn(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,  # nothing reads the client's address
-                lifespan="off",
-                timeout_keep_alive=65,  # longer than the proxies in front
-                timeout_graceful_shutdown=max(1, round(grace)),
-            )
-        )
+        http_server = Uvicorn(http_config(app, self._settings, lifespan="off"))
         http_task = asyncio.create_task(http_server.serve([self._http_socket]))
         stop_task = asyncio.create_task(signals.wait())
         log.info(

@@ -68,7 +68,12 @@ class ServeSettings(SettingsBase):
     breaker_seconds: PositiveFloat = 1.0  # until one request tries it again
     exploration_log: bool = True  # a line for every answer that explores
     max_in_flight: PositiveInt = 24  # requests of one process at a time; the rest get 503
-    body_deadline_seconds: PositiveFloat = 10.0  # for the body of a request to arrive
+    body_deadline_seconds: PositiveFloat = 10.0  # for the body of a request to arrive; its head too
+    max_head_bytes: PositiveInt = 64 * 2**10  # request line and headers, HTTP only
+    # What is being sent may take. Beyond, a predictor or transformer refuses (503) what has been
+    # sent for longest, a collector (429) what comes last.
+    max_buffered_bytes: PositiveInt = 64 * 2**20  # of all bodies together
+    max_open_requests: PositiveInt = 2000  # whose body is being sent; collector: being answered
     # After SIGTERM: for new requests of whoever has yet to hear that this process ends. Then
     # `grace_seconds` for those in flight.
     drain_seconds: NonNegativeFloat = 0.0
@@ -78,8 +83,6 @@ class ServeSettings(SettingsBase):
     event_log: str | None = None
     max_events: PositiveInt = 1000  # of one request
     max_queued_writes: PositiveInt = 20_000  # further ones get 429
-    max_buffered_bytes: PositiveInt = 64 * 2**20  # of all bodies being answered: beyond, 429
-    max_open_requests: PositiveInt = 2000  # being answered by a collector: beyond, 429
     append_deadline_seconds: PositiveFloat = 5.0  # until an event must be durable
     visible_wait_seconds: NonNegativeFloat = 0.25  # how long an answer waits for the online store
     follow_seconds: PositiveFloat = 0.5  # how often other collectors' changes are looked for

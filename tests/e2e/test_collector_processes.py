@@ -1,12 +1,14 @@
 """Real collectors under real faults: kill -9 under load, frozen databases, a full disk, SIGTERM."""
 
 import random
+import socket
 import threading
 import time
 from collections import Counter
 from contextlib import closing
 
 import httpx
+import psutil
 import pytest
 import sqlalchemy as sa
 
@@ -329,3 +331,24 @@ def test_requests_made_from_the_openapi_description(tmp_path):
 
                 run()
         assert collector.ready()
+
+
+def test_a_head_has_a_limit_and_a_deadline(tmp_path):
+    features = feature_store(tmp_path)
+    collector = CollectorProcess(
+        f"sqlite:///{tmp_path}/events.db", features, tmp_path, body_deadline_seconds=1.0
+    )
+    with closing(collector):
+        collector.start()
+        memory = psutil.Process(collector.process.pid).memory_info
+        before, address = memory().rss, ("127.0.0.1", collector.settings.collector_http_port)
+        with socket.create_connection(address, timeout=10) as flood:
+            flood.sendall(b"POST /events HTTP/1.1\r\n")
+            with pytest.raises((ConnectionResetError, BrokenPipeError)):
+                for _ in range(100):
+                    flood.sendall(b"X-More: " + b"x" * 2**20 + b"\r\n")
+        assert memory().rss - before < 16 * 2**20
+        with socket.create_connection(address, timeout=10) as slow:
+            slow.sendall(b"POST /events HTTP/1.1\r\nHost: x\r\n")
+            assert slow.recv(100).startswith(b"HTTP/1.1 408 ")
+        assert collector.http.post("/events", json=event("after")).status_code == 200

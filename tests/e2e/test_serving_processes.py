@@ -357,6 +357,20 @@ def test_fuzzed_requests_are_answered_or_refused(serving, role):
     serving.check()
 
 
+def test_clients_that_never_send_their_bodies_keep_nobody_out(serving, client):
+    s = serving.settings
+    for port in (s.transformer_http_port, s.predictor_http_port):
+        with contextlib.ExitStack() as stack:
+            for _ in range(10 * s.max_in_flight):
+                sock = stack.enter_context(socket.create_connection((s.host, port)))
+                sock.sendall(
+                    b"POST /v1/models/hrnn-meta:predict HTTP/1.1\r\nHost: x\r\n"
+                    b"Content-Length: 1000\r\n\r\n{"
+                )
+            time.sleep(0.2)
+            assert len(client.recommend("u1").items) == 25
+
+
 def test_concurrent_requests_get_their_own_answers(serving):
     def ask(k):
         with Client(serving.url) as client:
