@@ -6,7 +6,7 @@ of JSON objects, `instances`, and answers `predictions` in the same order.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -17,6 +17,7 @@ from pydantic import (
     FiniteFloat,
     StringConstraints,
     ValidationError,
+    model_validator,
 )
 
 from model.errors import InputError
@@ -63,6 +64,12 @@ def _task(value: Any) -> Any:
     return value
 
 
+def _some(values: Any) -> Any:
+    if not values:
+        raise ValueError("must not be empty: nothing could pass; leave it out to let all pass")
+    return values
+
+
 Id = Annotated[str, StringConstraints(min_length=1, max_length=MAX_ID)]
 Timestamp = Annotated[FiniteFloat, AfterValidator(_timestamp)]
 Weight = Annotated[FiniteFloat, Field(ge=0, le=100)]
@@ -91,11 +98,22 @@ class HistoryEvent(Request):
 
 
 class Filter(Request):
-    """Items must be in `include` (if given), not in `exclude`, and match every field of `where`."""
+    """Items must be in `include` (if given), not in `exclude`, and match every field of `where`.
 
-    include: list[Id] | None = None
+    A filter that no item could ever pass, whatever the catalogue, is a mistake and refused.
+    """
+
+    include: Annotated[list[Id], AfterValidator(_some)] | None = None
     exclude: list[Id] = []
-    where: Annotated[dict[Id, list[str]], Field(max_length=MAX_FIELDS)] = {}
+    where: Annotated[
+        dict[Id, Annotated[list[str], AfterValidator(_some)]], Field(max_length=MAX_FIELDS)
+    ] = {}
+
+    @model_validator(mode="after")
+    def _can_pass(self) -> Self:
+        if self.include is not None and set(self.include) <= set(self.exclude):
+            raise ValueError("contradicts itself: every item of include is in exclude too")
+        return self
 
     def to_filter(self) -> ItemFilter:
         return ItemFilter(

@@ -15,6 +15,19 @@ def parse(**values):
     return parse_instances([values], SETTINGS)[0]
 
 
+@pytest.mark.parametrize(
+    "item_filter",
+    [
+        {"include": ["a", "b"], "exclude": ["a"]},  # b is left
+        {"exclude": []},
+        {"include": None, "exclude": ["a"], "where": {}},
+        {"where": {"genres": ["no film has it"]}},  # today
+    ],
+)
+def test_a_filter_that_an_item_could_pass_is_taken(item_filter):
+    assert parse(filter=item_filter).filter.exclude == item_filter.get("exclude", [])
+
+
 def test_an_empty_instance_is_a_new_user_now():
     instance = parse()
     assert (instance.task, instance.user_id, instance.history, instance.timestamp) == (
@@ -89,6 +102,16 @@ def test_every_field_is_read():
         ({"filter": {"where": {"genres": "Comedy"}}}, "filter.where.genres"),
         ({"filter": {"where": {"genres": ["x"] * 5}}}, "filter.where: at most 4"),
         ({"filter": {"only": []}}, "filter.only: no such field"),
+        ({"filter": {"include": []}}, "instances[0].filter.include: must not be empty"),
+        ({"filter": {"where": {"genres": []}}}, "filter.where.genres: must not be empty"),
+        (
+            {"filter": {"include": ["a", "b"], "exclude": ["b", "c", "a"]}},
+            "instances[0].filter: contradicts itself: every item of include is in exclude too",
+        ),
+        (
+            {"task": "rate", "items": ["a"], "filter": {"include": ["a"], "exclude": ["a"]}},
+            "instances[0].filter: contradicts itself",
+        ),
         ({"trend_weight": -1}, "instances[0].trend_weight"),
         ({"trend_weight": float("inf")}, "instances[0].trend_weight"),
         ({"exploration_weight": -0.3}, "greater than or equal to 0"),
