@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 from uuid import uuid4
 
@@ -68,6 +69,9 @@ class Work:
         self.recommendation_id = uuid4().hex
         self.explored = 0  # items in the answer that would not be there without exploration
         self._items_out: list[dict[str, Any]] | None = None  # of the answer
+        self.misfit = False  # what the store holds of the user does not fit the model
+        # Fields of the store that the request does not give itself.
+        self._stored = set(features.profile if features else ()) - instance.user.keys()
         self._user = {**(features.profile if features else {}), **instance.user}
         if instance.history is not None:
             history = to_history(instance.history)
@@ -191,11 +195,29 @@ class Work:
             for r in results
         ]
 
+    def without_stored_fields(self, refusal: InputError) -> bool:
+        """After a refusal: ask again without the store's fields if it is about one of them.
+
+        The model may have changed its schema, or gone back to an older one, since they were
+        stored: that is nothing the client can mend. The history stays.
+        """
+        reason = str(refusal)
+        if not any(reason.startswith(f"user.{name}: ") for name in self._stored):
+            return False
+        self._stored = set()
+        self.misfit = True
+        self.degraded.append(FEATURES_UNAVAILABLE)
+        self._query = replace(self._query, user=dict(self.instance.user))
+        self.version = None  # affinities of another query do not mix with these
+        self._begin()
+        return True
+
     def fall_back(self) -> None:
         """Answer without the predictor: the trend's own order, log q as the score.
 
-        Items' fields are the predictor's, so with a `where` filter nothing is known to pass; and
-        nothing is known of values.
+        The catalogue is the predictor's: only items of the snapshot are known to exist. So are
+        items' fields: with a `where` filter nothing is known to pass. And nothing is known of
+        values.
         """
         self.degraded.append(PREDICTOR_UNAVAILABLE)
         self.version = None
@@ -215,10 +237,14 @@ class Work:
             candidates = sorted(include)
         else:
             candidates = self.trend.items.item_ids
+        known = self.trend.place
         passing = [
             i
             for i in candidates
-            if i not in exclude and (include is None or i in include) and not item_filter.where
+            if i in known
+            and i not in exclude
+            and (include is None or i in include)
+            and not item_filter.where
         ]
         results, _ = ranked(passing, np.zeros(len(passing)), self.trend, 1.0, self._k)
         self._answer(results)
@@ -330,6 +356,8 @@ class Transformer(JsonModel):
                     work.log_exploration()
             if work.instance.task == "recommend":
                 self._coverage.served(work.item_ids, trend)
+            if work.misfit:
+                metrics.FEATURE_ERRORS.labels("user", "bad_row").inc()
             for reason in work.degraded:
                 metrics.FALLBACKS.labels(reason).inc()
                 record.degraded = True
@@ -368,6 +396,8 @@ class Transformer(JsonModel):
                 with metrics.stage("ranking"):
                     for work, answer in zip(pending, answers, strict=True):
                         if isinstance(answer, InputError):
+                            if work.without_stored_fields(answer):
+                                continue
                             raise InputError(f"instances[{works.index(work)}].{answer}")
                         work.tell(answer)
                         if work.answered and work.instance.task == "recommend":

@@ -83,6 +83,8 @@ class FakeScorer:
         ]
 
     def check(self, query):
+        if isinstance(query.user.get("age"), str):
+            raise InputError("user.age: expected numeric, got str")
         if not isinstance(query.context.get("device", ""), str):
             raise InputError("context.device: expected categorical")
 
@@ -156,6 +158,7 @@ class FakeReader:
         self.delay = 0.0
         self.fail = False
         self.bad_rows = set()
+        self.profile = {"age": 0.5}
         self.reads = 0
         self.snapshot = SNAPSHOT
         self.lag = 0, 3600
@@ -182,7 +185,9 @@ class FakeReader:
             Event("i009", 500.0, None, 1.5),
         ]
         return SimpleNamespace(
-            known=known, profile={"age": 0.5} if known else {}, history=history if known else []
+            known=known,
+            profile=self.profile if known and user_id == "u1" else {},
+            history=history if known else [],
         )
 
     def trend(self):
@@ -696,6 +701,49 @@ def test_a_bad_row_hurts_its_user_alone_and_opens_no_circuit(service):
     assert service.predict({"user_id": "u1", **ask})[0]["degraded"] == []
 
 
+def test_a_stored_profile_that_does_not_fit_the_model_hurts_its_user_alone(service):
+    """The model reads `age` as a number; the store still holds what an older schema had."""
+    labels = {"read": "user", "kind": "bad_row"}
+    rows, answers = (
+        (lambda: count("hrnn_feature_errors_total", **labels)),
+        (lambda: count("hrnn_fallbacks_total", reason="features_unavailable")),
+    )
+    ask = {"timestamp": 600, "num_results": 4}
+    stored = [{"item_id": "i001", "timestamp": 100, "event_type": "play", "value": 4},
+              {"item_id": "i007", "timestamp": 200, "event_type": "skip"},
+              {"item_id": "i009", "timestamp": 500, "value": 1.5}]  # fmt: skip
+    (good,) = service.predict({"user_id": "u2", **ask})
+    service.reader.profile = {"age": "30-40", "zip": "5"}
+    before = rows(), answers()
+    tasks = [ask, {"task": "rank", "items": ["i001", "i002"], **ask},
+             {"task": "rate", "items": ["i001"], **ask}]  # fmt: skip
+    bad, ranked, rated, other = service.predict(
+        *({"user_id": "u1", **task} for task in tasks), {"user_id": "u2", **ask}
+    )
+    for answer in (bad, ranked, rated):
+        assert answer["degraded"] == ["features_unavailable"]
+        assert answer["items"] and answer["model_version"] == "v-test"
+    assert bad["items"] == brute_force({"history": stored, "timestamp": 600}, 4)
+    assert other["degraded"] == [] and other["items"] == good["items"]
+    assert (rows(), answers()) == (before[0] + 3, before[1] + 3)
+    # What the request says itself counts, and needs nothing of the store.
+    (own,) = service.predict({"user_id": "u1", "user": {"age": 3}, **ask})
+    assert own["degraded"] == []
+    assert own["items"] == brute_force({"history": stored, "timestamp": 600, "user": {"age": 3}}, 4)
+    # What the client gives stays the client's mistake.
+    for profile in ({"age": "30-40"}, {"zip": "5"}, {}):
+        service.reader.profile = profile
+        service.predictors.calls.clear()
+        response = service.post({"user_id": "u1", "user": {"age": "old"}, **ask})
+        assert response.status_code == 400
+        assert response.json()["error"] == "instances[0].user.age: expected numeric, got str"
+        assert len(service.predictors.calls) == 1
+    service.reader.profile = {"age": "30-40"}
+    response = service.post({"user_id": "u2"}, {"user_id": "u1", "context": {"device": 5}})
+    assert response.json()["error"] == "instances[1].context.device: expected categorical"
+    assert (rows(), answers()) == (before[0] + 3, before[1] + 3)
+
+
 def test_one_failed_read_of_many_users_counts_once(service):
     service.predict({})
     service.reader.fail = True
@@ -775,7 +823,7 @@ def test_predictor_down_means_trending_items(service, fault):
     )  # fmt: skip
     assert [i["item_id"] for i in plain["items"]] == list(SNAPSHOT.item_ids[:5])
     assert [i["item_id"] for i in filtered["items"]] == list(SNAPSHOT.item_ids[2:4])
-    assert [i["item_id"] for i in ranked["items"]] == [SNAPSHOT.item_ids[3], "i001"]
+    assert [i["item_id"] for i in ranked["items"]] == [SNAPSHOT.item_ids[3]]  # that is known
     assert where["items"] == []  # nothing is known to pass
     assert rated["items"] == []  # nothing is known of values
     for answer in (plain, filtered, ranked, where, rated):
@@ -783,6 +831,24 @@ def test_predictor_down_means_trending_items(service, fault):
         assert answer["model_version"] is None
     service.predictors.fault = None
     assert service.predict({})[0]["degraded"] == []
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_without_the_predictor_only_known_items_come(service, weight):
+    """Items of the snapshot exist; of all others only the predictor could tell."""
+    service.predictors.fault = "unavailable"
+    known, common = SNAPSHOT.item_ids[5], {"num_results": 300, "trend_weight": weight}
+    answers = service.predict(
+        {"filter": {"include": ["zzz", known]}},
+        {"filter": {"include": ["zzz"]}},
+        {"task": "rank", "items": ["zzz", known, "yyy"]},
+        {"task": "rank", "items": ["zzz"], "exploration_weight": 3.0},
+        common,
+    )
+    found = [[i["item_id"] for i in answer["items"]] for answer in answers]
+    assert found[:4] == [[known], [], [known], []]
+    assert found[4] == list(SNAPSHOT.item_ids)
+    assert all(answer["degraded"] == ["predictor_unavailable"] for answer in answers)
 
 
 def test_nothing_left_to_answer_with_is_503():
