@@ -144,7 +144,10 @@ def load(path: Path) -> Bundle:
                 raise BundleError(f"{path}: weight {name} is not finite")
         snapshot = TrendSnapshot.from_json(json.loads((path / "trend.json").read_text()))
         metrics = json.loads((path / "metrics.json").read_text())
-    except (KeyError, ValueError, TypeError, RuntimeError, OSError, SafetensorError) as error:
+    except (
+        *(KeyError, ValueError, TypeError, OverflowError, RuntimeError, OSError),
+        SafetensorError,
+    ) as error:
         raise BundleError(f"{path} cannot be loaded: {error}") from error
     except InputError as error:
         raise BundleError(f"{path} was written with other settings: {error}") from error

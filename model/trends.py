@@ -8,13 +8,15 @@ Shapes: M items, P periods.
 
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from model.settings import SettingsBase
 
@@ -26,7 +28,8 @@ class TrendSettings(SettingsBase):
 
     period_seconds: int | None = None  # how often q is refreshed
     window_seconds: int | None = None  # how far back it counts; 0 = everything before
-    smoothing: float | None = None  # pseudo-count added to every item
+    # pseudo-count added to every item
+    smoothing: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,24 @@ class TrendSnapshot:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """Inverse of `to_json`."""
+        """Inverse of `to_json`.
+
+        Raises:
+            KeyError, TypeError, ValueError, OverflowError: that did not write them.
+        """
+        item_ids = tuple(values["item_ids"])
+        log_q_T = np.asarray(values["log_q"], dtype=np.float64)
+        floor = float(values["floor"])
+        if log_q_T.shape != (len(item_ids),):
+            raise ValueError(f"trend: log_q of shape {log_q_T.shape} for {len(item_ids)} items")
+        if not np.isfinite(log_q_T).all():
+            raise ValueError("trend: log_q is not finite")
+        if not math.isfinite(floor):
+            raise ValueError("trend: floor is not finite")
         return cls(
-            item_ids=tuple(values["item_ids"]),
-            log_q=np.asarray(values["log_q"], dtype=np.float64),
-            floor=float(values["floor"]),
+            item_ids=item_ids,
+            log_q=log_q_T,
+            floor=floor,
             as_of=int(values["as_of"]),
             window_seconds=int(values["window_seconds"]),
             num_items=int(values["num_items"]),

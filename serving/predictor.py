@@ -144,7 +144,13 @@ class LoadedModel:
         self._warm_up()
 
     def _warm_up(self) -> None:
-        """Run every path once, so that the first request finds no cold one."""
+        """Run every path once, so that the first request finds no cold one.
+
+        Raises:
+            BundleError: an answer is not finite.
+        """
+        if not np.isfinite(self._own_beta):
+            raise self._not_finite("values of β")
         items = self._scorer.item_ids
         history = [Event(items[i % len(items)], float(i)) for i in range(100)] if items else []
         queries = [
@@ -164,9 +170,23 @@ class LoadedModel:
             restrictions = [self._scorer.restriction(query) for query in batch]
             more = [items[:10]] * len(batch)
             asks = self._scorer.asks(batch, restrictions, [top_n] * len(batch), [None] * len(batch))
-            self._scorer.retrieve(asks, more, [trending] * len(batch))
+            found = self._scorer.retrieve(asks, more, [trending] * len(batch))
+            for query, best in zip(batch, found, strict=True):
+                scores = [best.affinity_C]
+                if not query.exclude_seen:  # NaN: not allowed
+                    scores.append(best.affinity_A)
+                if not np.isfinite(np.concatenate(scores)).all():
+                    raise self._not_finite("scores")
             if self._scorer.rates:
-                self._scorer.rate(batch, more)
+                rated = self._scorer.rate(batch, more)
+                if not np.isfinite([value for values in rated for _, value in values]).all():
+                    raise self._not_finite("predicted values")
+
+    def _not_finite(self, what: str) -> BundleError:
+        return BundleError(
+            f"model {self.version}: its {what} are not finite although its weights are, which are "
+            "too large to calculate with; train it again"
+        )
 
     def prepare(self, lists: Iterable[ItemList]) -> None:
         """Have trending items ready before anybody asks for them; not while it is in use."""

@@ -127,7 +127,7 @@ class PredictorClient:
             if isinstance(scored, InputError):
                 raise ValueError(scored)
             return TrendSnapshot.from_json(scored.trend or {})
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise PredictorError("invalid_answer") from None
 
     async def _ask_all(

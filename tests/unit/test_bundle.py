@@ -19,7 +19,9 @@ from model.query import Event, ItemFilter, Query
 from model.recommender import Recommender
 from model.store import ModelStore
 from pipelines.cli import app
+from serving.predictor import LoadedModel
 from tests import synthetic
+from tests.e2e.processes import random_bundle
 from tests.http_server import Handler, HttpServer
 from tests.unit.test_store import deploy
 
@@ -186,6 +188,16 @@ def _other_shape(path):
     _resign(path)
 
 
+def _trend(**changes):
+    def damage(path):
+        values = json.loads((path / "trend.json").read_text())
+        values |= {name: change(values[name]) for name, change in changes.items()}
+        (path / "trend.json").write_text(json.dumps(values))
+        _resign(path)
+
+    return damage
+
+
 DAMAGE = {
     "no manifest": (lambda p: (p / "manifest.json").unlink(), "no manifest.json"),
     "garbage manifest": (lambda p: (p / "manifest.json").write_text("{"), "not a bundle manifest"),
@@ -202,6 +214,11 @@ DAMAGE = {
     "pickle": (_pickle_as_weights, "cannot be loaded"),
     "huge header": (_huge_header, "cannot be loaded"),
     "other shape": (_other_shape, "cannot be loaded"),
+    "trend NaN": (_trend(log_q=lambda q: [*q[:-1], float("nan")]), "trend.*log_q.*finite"),
+    "trend none": (_trend(log_q=lambda q: [float("-inf"), *q[1:]]), "trend.*log_q.*finite"),
+    "trend floor": (_trend(floor=lambda _: float("-inf")), "trend.*floor.*finite"),
+    "trend short": (_trend(log_q=lambda q: q[1:]), "trend.*log_q"),
+    "trend never": (_trend(as_of=lambda _: float("inf")), "cannot be loaded"),
 }
 
 
@@ -211,6 +228,22 @@ def test_damaged_bundles_are_refused(case, copy):
     damage(copy)
     with pytest.raises(BundleError, match=message):
         bundles.load(copy)
+
+
+@pytest.mark.parametrize("part", ["", "values."])
+def test_a_model_whose_answers_are_not_finite_is_not_served(part, tmp_path):
+    """Finite weights under valid digests, too large to calculate with."""
+    copy = random_bundle(tmp_path / "bundle")
+    LoadedModel(Recommender.load(copy))
+    weights = load_file(copy / "weights.safetensors")
+    assert any(name.startswith("values.") for name in weights)
+    for name, tensor in weights.items():
+        if name.startswith(part) and tensor.is_floating_point():
+            weights[name] = tensor * 1e25
+    save_file(weights, copy / "weights.safetensors")
+    _resign(copy)
+    with pytest.raises(BundleError, match="not finite although its weights are"):
+        LoadedModel(Recommender.load(copy))
 
 
 def test_a_bundle_of_the_format_before_is_read_as_it_was_meant(copy):

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import columns, trend_table
+from model.errors import InputError
 from model.trend_table import TrendTable
 from model.trends import (
     DAY,
@@ -178,6 +179,13 @@ def test_the_choice_fits_the_table_of_the_whole_catalogue():
     assert choose_trend(item, time, 1, TrendSettings()).period_seconds == HOUR
     large = choose_trend(item, time, 1, TrendSettings(), table_items=2**27 // 100)
     assert large.period_seconds == DAY
+
+
+@pytest.mark.parametrize("smoothing", [0.0, -1.0, float("nan"), float("inf")])
+def test_every_item_has_a_trend(smoothing):
+    """Without smoothing log q of an item nobody used is −∞."""
+    with pytest.raises(InputError, match="smoothing"):
+        TrendSettings.parse({"smoothing": smoothing})
 
 
 def test_snapshot_is_a_distribution_and_round_trips():
