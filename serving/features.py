@@ -227,9 +227,10 @@ class Features:
                 continue  # still stuck in the one before
             reading = loop.run_in_executor(self._trends, self._refresh)
             try:
-                await asyncio.wait_for(
-                    asyncio.shield(reading), self._settings.trend_deadline_seconds
-                )
+                # Not wait_for, which until Python 3.12 forgets that it was cancelled when what it
+                # waits for ends at the same moment: `close` would then wait for ever.
+                async with asyncio.timeout(self._settings.trend_deadline_seconds):
+                    await asyncio.shield(reading)
             except TimeoutError as error:
                 reading.add_done_callback(_retrieve)
                 self._trend_failed("deadline", error)

@@ -29,6 +29,7 @@ from model.retrieval import Allowed
 from model.trends import snapshot_from_counts
 from serving import collector_metrics, metrics, wire
 from serving.exploration import uncertainty, uniform
+from serving.features import Features
 from serving.kserve_api import ModelRepository
 from serving.predictor import MOST_TOGETHER, LoadedModel, Predictor, _cost
 from serving.process import BackgroundHandler, freeze_garbage_collection, parse_arguments
@@ -883,6 +884,37 @@ def test_a_store_that_comes_up_later_is_used():
     first, second = asyncio.run(run())
     assert first["degraded"] == ["trend_unavailable"]
     assert second["degraded"] == [] and second["trend_version"] == SNAPSHOT.version
+
+
+@pytest.mark.parametrize("turns", range(8))
+def test_stopping_while_a_read_of_the_trend_ends_takes_no_time(turns):
+    """The read ends some turns of the event loop before it is told to stop."""
+
+    async def no_trend(timeout):
+        raise UnavailableError("none")
+
+    async def run():
+        quick = SETTINGS.model_copy(update={"trend_refresh_seconds": 0.0})
+        features = Features(FakeReader, quick, no_trend)
+        features.prepare()
+        loop, reads = asyncio.get_running_loop(), []
+        loop.run_in_executor = lambda *_: reads.append(loop.create_future()) or reads[-1]
+        await features.open()
+        while not reads:
+            await asyncio.sleep(0)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        reads[0].set_result(None)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        closing = asyncio.create_task(features.close())
+        await asyncio.wait([closing], timeout=1)
+        stopped = closing.done()
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()  # so that a failure is one, and no hang
+        return stopped
+
+    assert asyncio.run(run())
 
 
 def test_the_predictor_over_v1(service):
