@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -220,6 +221,32 @@ class RequestRecord:
     version: str | None = None  # of the model that answered
 
 
+class Arrival:
+    """A request from its arrival on; counted once, by `request` or as refused before it."""
+
+    counted = False
+
+    def refused(self, outcome: str) -> None:
+        """Count it, unless it has been."""
+        if not self.counted:
+            self.counted = True
+            REQUESTS.labels(RequestRecord.task, outcome).inc()
+
+
+_arrival: ContextVar[Arrival | None] = ContextVar("arrival", default=None)
+
+
+@contextmanager
+def arrival() -> Iterator[Arrival]:
+    """Around all that is done for one request."""
+    arrived = Arrival()
+    token = _arrival.set(arrived)
+    try:
+        yield arrived
+    finally:
+        _arrival.reset(token)
+
+
 @contextmanager
 def request() -> Iterator[RequestRecord]:
     """Count and time one request by its task and how it ended."""
@@ -239,3 +266,5 @@ def request() -> Iterator[RequestRecord]:
         finally:
             REQUEST_SECONDS.labels(record.task).observe(time.perf_counter() - start)
             REQUESTS.labels(record.task, outcome).inc()
+            if (arrived := _arrival.get()) is not None:
+                arrived.counted = True

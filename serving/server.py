@@ -11,8 +11,9 @@ import os
 import socket
 import sys
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -160,6 +161,25 @@ class Servicer(InferenceServicer):  # type: ignore[misc]
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "models are loaded at start-up")
 
 
+@contextmanager
+def _counted() -> Iterator[None]:
+    """Around all that is done for one prediction: whatever refuses it, it is counted once."""
+    with metrics.arrival() as arrived:
+        try:
+            yield
+        except (OverloadedError, grpc.aio.AbortError):  # the gate has; whoever aborts has a reason
+            raise
+        except (InvalidInput, InputError, HTTPException, ModelNotFound):
+            arrived.refused("invalid")
+            raise
+        except (ModelNotReady, UnavailableError):
+            arrived.refused("unavailable")
+            raise
+        except Exception:
+            arrived.refused("error")
+            raise
+
+
 class StatusInterceptor(AsyncServerInterceptor):
     """Exceptions to gRPC status codes, without request contents in the log."""
 
@@ -187,12 +207,12 @@ class StatusInterceptor(AsyncServerInterceptor):
         self, method: Callable[..., Any], request: Any, context: Any, method_name: str
     ) -> Any:
         try:
-            if request is None:
-                raise InputError("the message is cut off or is not of this method's type")
             if not method_name.endswith("/ModelInfer"):  # health must be answered when it is full
-                return await method(request, context)
-            with self._gate.admit():
-                return await method(request, context)
+                return await method(_read(request), context)
+            with _counted():
+                message = _read(request)
+                with self._gate.admit():
+                    return await method(message, context)
         except OverloadedError as error:
             pushback = ((PUSHBACK, str(1000 * RETRY_AFTER_SECONDS)),)
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error), pushback)
@@ -207,6 +227,16 @@ class StatusInterceptor(AsyncServerInterceptor):
         except Exception as error:
             log_failure(error)
             await context.abort(grpc.StatusCode.INTERNAL, "internal error, see the server's log")
+
+
+def _read(message: Any) -> Any:
+    """
+    Raises:
+        InputError: it could not be read.
+    """
+    if message is None:
+        raise InputError("the message is cut off or is not of this method's type")
+    return message
 
 
 class Rest:
@@ -264,24 +294,21 @@ class Rest:
     ) -> Response:
         """Answer one prediction, whatever comes."""
         try:
-            _check_encoding(headers)
-            body = await self._bodies.read(receive)
-            with self.gate.admit():
-                model = await self._plane.get_model(name)
-                payload = codec.parse_json(body)
-                if open_inference:
-                    payload = codec.infer_request(payload, name)
-                # Not through KServe's data plane, whose hooks and histograms nothing here uses.
-                result = await model.predict(payload)
-                content = result.to_rest()[0] if open_inference else result
-                return Response(orjson.dumps(content), media_type="application/json")
-        except InputError as error:  # before the model saw it, so not counted there
-            metrics.REQUESTS.labels("unknown", "invalid").inc()
-            return _error(400, str(error))
+            with _counted():
+                _check_encoding(headers)
+                body = await self._bodies.read(receive)
+                with self.gate.admit():
+                    model = await self._plane.get_model(name)
+                    payload = codec.parse_json(body)
+                    if open_inference:
+                        payload = codec.infer_request(payload, name)
+                    # Not through KServe's data plane, whose hooks and histograms nothing here uses.
+                    result = await model.predict(payload)
+                    content = result.to_rest()[0] if open_inference else result
+                    return Response(orjson.dumps(content), media_type="application/json")
         except HTTPException as error:
-            metrics.REQUESTS.labels("unknown", "invalid").inc()
             return _error(error.status_code, error.detail, error.headers)
-        except InvalidInput as error:
+        except (InvalidInput, InputError) as error:
             return _error(400, str(error))
         except ModelNotFound as error:
             return _error(404, str(error))

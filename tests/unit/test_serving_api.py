@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import grpc
 import httpx
 import numpy as np
 import pytest
@@ -30,12 +31,13 @@ from model.trends import snapshot_from_counts
 from serving import collector_metrics, metrics, wire
 from serving.exploration import uncertainty, uniform
 from serving.features import Features
-from serving.kserve_api import ModelRepository
+from serving.guards import Gate
+from serving.kserve_api import ModelRepository, pb, pb_grpc
 from serving.predictor import MOST_TOGETHER, LoadedModel, Predictor, _cost
 from serving.process import BackgroundHandler, freeze_garbage_collection, parse_arguments
 from serving.schemas import parse_instances
 from serving.scoring import PredictorError
-from serving.server import Plane, Rest
+from serving.server import Plane, Rest, Servicer, StatusInterceptor
 from serving.settings import ServeSettings
 from serving.transformer import Transformer
 
@@ -1068,6 +1070,86 @@ def test_metrics_count_requests_by_task_and_outcome(service):
     assert count("hrnn_requests_total", task="unknown", outcome="invalid") == invalid + 2
     assert count("hrnn_model_info", version="v-test") == 1
     assert count("hrnn_requests_in_flight") == 0
+
+
+def refusals():
+    """By outcome; of the predictor's questions, too."""
+    return [
+        sum(
+            count("hrnn_requests_total", task=task, outcome=outcome) or 0
+            for task in ("unknown", "score")
+        )
+        for outcome in ("invalid", "unavailable", "error", "shed")
+    ]
+
+
+def test_every_refused_prediction_is_counted_once_over_rest(service):
+    tensor = {"name": "instances", "shape": [1], "datatype": "BYTES", "data": ["{}"]}
+    service.predict({})
+    for path, body, place in [
+        (PREDICT, {}, 0),
+        (PREDICT, {"instances": [{"num_results": -1}]}, 0),
+        ("/v1/models/other:predict", {"instances": [{}]}, 0),
+        (INFER, {"inputs": []}, 0),
+        (INFER, {"inputs": [tensor | {"datatype": "FP64"}]}, 0),
+        (INFER, {"inputs": [tensor | {"datatype": "NONE"}]}, 0),
+    ]:
+        before = refusals()
+        assert 400 <= service.post(path=path, json=body).status_code < 500, body
+        after = refusals()
+        assert [b - a for a, b in zip(before, after, strict=True)] == [
+            float(k == place) for k in range(4)
+        ], body
+
+
+def test_every_refused_prediction_is_counted_once_over_grpc(service):
+    service.predict({})
+
+    async def run(model, gate, ask, message):
+        registry = ModelRepository()
+        registry.update(model)
+        server = grpc.aio.server(interceptors=(StatusInterceptor(gate),))
+        pb_grpc.add_GRPCInferenceServiceServicer_to_server(Servicer(Plane(registry), None), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            call = channel.unary_unary(f"/inference.GRPCInferenceService/{ask}")
+            try:
+                await call(message, timeout=10)
+            except grpc.aio.AioRpcError as error:
+                return error.code().name
+            finally:
+                await server.stop(0)
+        return "OK"
+
+    def infer(model_name="hrnn-meta", contents=(b"{}",), **tensor):
+        values = {"name": "instances", "datatype": "BYTES", "shape": [len(contents)]} | tensor
+        tensor = pb.ModelInferRequest.InferInputTensor(
+            contents=pb.InferTensorContents(bytes_contents=contents), **values
+        )
+        return pb.ModelInferRequest(model_name=model_name, inputs=[tensor]).SerializeToString()
+
+    asks = infer(contents=[b"{}", b"{}"], name=wire.ASKS), infer(name=wire.ASKS)
+    full = Gate(1)
+    transformer, predictor = service.transformer, service.predictors.predictor
+    with full.admit():
+        for model, gate, ask, message, status, changed in [
+            (transformer, Gate(1), "ModelInfer", infer(), "OK", None),
+            (transformer, Gate(1), "ServerLive", b"\xff", "INVALID_ARGUMENT", None),
+            (transformer, Gate(1), "ModelInfer", b"\xff", "INVALID_ARGUMENT", 0),
+            (transformer, Gate(1), "ModelInfer", infer("other"), "NOT_FOUND", 0),
+            (transformer, Gate(1), "ModelInfer", infer(contents=[b"{"]), "INVALID_ARGUMENT", 0),
+            (transformer, Gate(1), "ModelInfer", infer(datatype="NONE"), "INVALID_ARGUMENT", 0),
+            (transformer, full, "ModelInfer", infer(), "UNAVAILABLE", 3),
+            (predictor, Gate(1), "ModelInfer", asks[0], "INVALID_ARGUMENT", 0),
+            (predictor, Gate(1), "ModelInfer", asks[1], "INVALID_ARGUMENT", 0),
+        ]:
+            before = refusals()
+            assert asyncio.run(run(model, gate, ask, message)) == status
+            after = refusals()
+            assert [b - a for a, b in zip(before, after, strict=True)] == [
+                float(k == changed) for k in range(4)
+            ], (ask, message)
 
 
 def test_logs_hold_no_ids(service, caplog):
