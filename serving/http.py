@@ -30,6 +30,7 @@ class BoundedHttp(HttpToolsProtocol):
         super().__init__(*args, **more)
         self._max_head_bytes, self._head_seconds = max_head_bytes, head_seconds
         self._in_head = True  # not in a body
+        self._begun = False  # a head, that has not ended
         self._too_large = False
         self._beside_body = 0  # bytes that the parser may hold
         self._deadline: asyncio.TimerHandle | None = None
@@ -52,15 +53,25 @@ class BoundedHttp(HttpToolsProtocol):
             return
         if self._beside_body > self._max_head_bytes:
             self._refuse(431, "the head of the request is too large")
-        elif self._deadline is None and self._owes_bytes:
-            self._deadline = self.loop.call_later(self._head_seconds, self._missed_deadline)
+        elif self._owes_bytes:
+            if self._deadline is None:
+                self._deadline = self.loop.call_later(self._head_seconds, self._missed_deadline)
+        elif self._in_head and not self._answering and self.timeout_keep_alive_task is None:
+            # The answer came before the end of its request, which has taken its timer away.
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+
+    def on_message_begin(self) -> None:
+        self._begun = True
+        super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if size > self._max_head_bytes:  # came in one piece
             self._too_large = True
             raise ValueError  # ends the parsing: uvicorn calls `send_400_response`
-        self._in_head = False
+        self._in_head = self._begun = False
         self._beside_body = 0  # what follows is taken off by `on_body`
         self._met_deadline()
         super().on_headers_complete()
@@ -88,7 +99,9 @@ class BoundedHttp(HttpToolsProtocol):
     @property
     def _owes_bytes(self) -> bool:
         """A request has begun to arrive that no application waits for, with its own deadline."""
-        return self._beside_body > 0 if self._in_head else not self._answering
+        if self._in_head:
+            return self._begun or self._beside_body > 0
+        return not self._answering
 
     def _met_deadline(self) -> None:
         if self._deadline is not None:
@@ -204,7 +217,8 @@ class Bodies:
         while len(self._reading) > self._max_reading or self._held > self._max_held:
             longest = next(iter(self._reading))
             self._held -= self._reading.pop(longest)
-            longest.reschedule(now)
+            if not longest.expired():  # it ends by itself, and cannot be changed any more
+                longest.reschedule(now)
 
     def _gave_way(self) -> GaveWayError:
         self._gate.shed()

@@ -370,6 +370,10 @@ class LoadedModel:
         return asked.exploration_weight * self._sigma_M * uniform_M
 
 
+Call = Sequence[tuple[LoadedModel, Asked]]
+Answers = list[Scored | InputError]
+
+
 class Predictor(JsonModel):
     """Answers candidate questions of the transformer with one model version per answer.
 
@@ -391,8 +395,8 @@ class Predictor(JsonModel):
         self._changing = asyncio.Lock()  # one after the other: champions, items
         self._models: tuple[LoadedModel, ...] = ()  # the one in use, then the one before it
         # What callers ask for at the same time is answered by one use of the model.
-        self._uses: Batcher[Sequence[Asked], list[Scored | InputError]] = Batcher(
-            self._score_all, most=MOST_TOGETHER, size=self._cost
+        self._uses: Batcher[Call, Answers] = Batcher(
+            self._score_all, most=MOST_TOGETHER, size=_cost
         )
         self._lists: OrderedDict[str, ItemList] = OrderedDict()
         self._limits = Limits(
@@ -628,47 +632,41 @@ class Predictor(JsonModel):
         metrics.INSTANCES.observe(len(whole))
         return write_answers(whole)
 
-    def _cost(self, asked: Sequence[Asked]) -> int:
-        """In ordinary questions."""
-        return sum(_cost(one, len(self._models[0].scorer.item_ids)) for one in asked)
-
     async def _in_parts(self, asked: Sequence[Asked]) -> list[Scored | InputError]:
-        """Answers of one model version, part by part: between them others get their turn.
+        """Answers part by part: between them others get their turn.
 
-        Whoever is cancelled has the rest not worked on.
+        Each question's model is the one that its search began with if that is still there, else
+        the newest, and stays the same whatever is loaded meanwhile. Whoever is cancelled has the
+        rest not worked on.
         """
+        newest = self._models[0]
+        versions = {model.version: model for model in self._models}
+        call = [(versions.get(one.model_version or "", newest), one) for one in asked]
         answers: list[Scored | InputError] = []
-        version: str | None = None
-        while len(answers) < len(asked):
-            part: list[Asked] = []
+        while len(answers) < len(call):
+            part: list[tuple[LoadedModel, Asked]] = []
             cost = 0
-            for one in islice(asked, len(answers), None):
-                cost += self._cost([one])
+            for use in islice(call, len(answers), None):
+                cost += _cost([use])
                 if part and cost > MOST_TOGETHER:
                     break
-                part.append(one)
-            if version is not None:
-                part = [replace(one, model_version=one.model_version or version) for one in part]
+                part.append(use)
             answers += await self._uses.ask(part)
-            version = next((a.model_version for a in answers if isinstance(a, Scored)), None)
         return answers
 
-    async def _score_all(
-        self, calls: Sequence[Sequence[Asked]]
-    ) -> Sequence[list[Scored | InputError] | Exception]:
+    async def _score_all(self, calls: Sequence[Call]) -> Sequence[Answers | Exception]:
         """Answer several calls by one use of each model version that they need."""
         metrics.CALLS_TOGETHER.observe(len(calls))
         loop = asyncio.get_running_loop()
-        models = self._models
         try:
-            return await loop.run_in_executor(self._executor, _score_all, models, calls)
+            return await loop.run_in_executor(self._executor, _score_all, calls)
         except Exception:
             if len(calls) == 1:
                 raise
 
-        async def alone(call: Sequence[Asked]) -> list[Scored | InputError] | Exception:
+        async def alone(call: Call) -> Answers | Exception:
             try:
-                (answer,) = await loop.run_in_executor(self._executor, _score_all, models, [call])
+                (answer,) = await loop.run_in_executor(self._executor, _score_all, [call])
             except Exception as error:
                 return error
             return answer
@@ -677,7 +675,12 @@ class Predictor(JsonModel):
         return await asyncio.gather(*map(alone, calls))
 
 
-def _cost(asked: Asked, num_items: int) -> int:
+def _cost(call: Call) -> int:
+    """What a call costs its models, in ordinary questions."""
+    return sum(_cost_of(asked, len(model.scorer.item_ids)) for model, asked in call)
+
+
+def _cost_of(asked: Asked, num_items: int) -> int:
     """What a question costs the model, in ordinary ones."""
     query = asked.query
     every_item = int(asked.exploration_weight != 0) * 8 + len(query.filter.where)
@@ -719,24 +722,16 @@ def to_json(instance: ScoreInstance, scored: Scored) -> dict[str, Any]:
     return answer
 
 
-def _score_all(
-    models: Sequence[LoadedModel], calls: Sequence[Sequence[Asked]]
-) -> list[list[Scored | InputError]]:
-    """Each question by the version that its search began with if that is still there, else by the
-    newest.
-    """
-    together = [one for call in calls for one in call]
+def _score_all(calls: Sequence[Call]) -> list[Answers]:
+    """Every question by its model; those of the same model together."""
+    together = [use for call in calls for use in call]
     answers: list[Scored | InputError | None] = [None] * len(together)
-    versions = {model.version: model for model in reversed(models)}
-    members: dict[str, list[int]] = {}
-    for b, one in enumerate(together):
-        began_with = one.model_version or ""
-        version = began_with if began_with in versions else models[0].version
-        members.setdefault(version, []).append(b)
-    for version, some in members.items():
-        for b, answer in zip(
-            some, versions[version].score([together[b] for b in some]), strict=True
-        ):
+    members: dict[int, list[int]] = {}
+    for b, (model, _) in enumerate(together):
+        members.setdefault(id(model), []).append(b)
+    for some in members.values():
+        model = together[some[0]][0]
+        for b, answer in zip(some, model.score([together[b][1] for b in some]), strict=True):
             answers[b] = answer
     all_answers = iter(answers)
     return [[a for a in islice(all_answers, len(call)) if a is not None] for call in calls]

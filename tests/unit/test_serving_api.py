@@ -33,7 +33,7 @@ from serving.exploration import uncertainty, uniform
 from serving.features import Features
 from serving.guards import Gate
 from serving.kserve_api import ModelRepository, pb, pb_grpc
-from serving.predictor import MOST_TOGETHER, LoadedModel, Predictor, _cost
+from serving.predictor import MOST_TOGETHER, LoadedModel, Predictor, _cost_of
 from serving.process import BackgroundHandler, freeze_garbage_collection, parse_arguments
 from serving.schemas import parse_instances
 from serving.scoring import PredictorError
@@ -1227,7 +1227,7 @@ def test_a_call_that_fails_does_not_spoil_those_asked_at_the_same_time():
 
     async def together():
         asked = [*calls, calls[0]]
-        return await asyncio.gather(*map(predictor._uses.ask, asked), return_exceptions=True)
+        return await asyncio.gather(*map(predictor._in_parts, asked), return_exceptions=True)
 
     first, failed, last = asyncio.run(together())
     assert isinstance(failed, RuntimeError)
@@ -1292,7 +1292,8 @@ def test_a_large_call_is_answered_by_one_model_whatever_happens_meanwhile(monkey
     class Newer(FakeScorer):
         version = "newer"
 
-    predictor, newer = Predictor(SETTINGS, FakeScorer()), LoadedModel(Newer())
+    predictor = Predictor(SETTINGS, FakeScorer())
+    between, newer = LoadedModel(Newer()), LoadedModel(Newer())
     asks = FakeScorer.asks
 
     async def ask():
@@ -1300,6 +1301,7 @@ def test_a_large_call_is_answered_by_one_model_whatever_happens_meanwhile(monkey
 
         def swapping(self, queries, *others):
             if predictor.version != "newer":
+                loop.call_soon_threadsafe(predictor._use, between)  # the first is let go
                 loop.call_soon_threadsafe(predictor._use, newer)
             return asks(self, queries, *others)
 
@@ -1325,7 +1327,7 @@ def test_a_large_call_is_answered_by_one_model_whatever_happens_meanwhile(monkey
 )
 def test_what_a_question_costs_is_what_it_makes_the_model_do(extra, cost):
     asked = wire.Asked(**({"task": "score", "query": Query([], 1.0)} | extra))
-    assert _cost(asked, 10**6) == cost
+    assert _cost_of(asked, 10**6) == cost
 
 
 def test_the_predictors_public_form_bounds_its_answers(service):

@@ -190,6 +190,29 @@ def test_all_bodies_together_are_bounded():
     asyncio.run(run())
 
 
+def test_a_body_whose_time_is_up_makes_room_for_others():
+    async def run():
+        settings = SETTINGS.model_copy(
+            update={"max_open_requests": 1, "body_deadline_seconds": 0.05}
+        )
+        bodies = Bodies(settings, Gate(10))
+
+        async def whole():
+            return {"type": "http.request", "body": b"{}", "more_body": False}
+
+        late = asyncio.create_task(bodies.read(asyncio.Event().wait))
+        await asyncio.sleep(0.01)
+        time.sleep(0.06)  # its timer fires in the next turn, in which another one comes
+        await asyncio.sleep(0)
+        other = asyncio.create_task(bodies.read(whole))
+        outcomes = await asyncio.gather(late, other, return_exceptions=True)
+        assert isinstance(outcomes[0], HTTPException | OverloadedError)
+        assert outcomes[1] == b"{}"
+        assert (bodies._held, bodies._reading) == (0, {})
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize(
     ("begin", "piece"),
     [
@@ -255,6 +278,18 @@ def test_what_follows_an_answer_given_early_has_a_deadline(connect):
             break
         time.sleep(0.02)
     assert time.monotonic() - start < 2.5 * SETTINGS.body_deadline_seconds
+
+
+@pytest.mark.parametrize("rest", [b"x", b"xGET / HT"])
+def test_a_connection_whose_answer_came_early_is_closed_when_nothing_follows(rest, monkeypatch):
+    monkeypatch.setattr(http, "KEEP_ALIVE_SECONDS", 1)
+    with serving() as port, socket.create_connection(("127.0.0.1", port), timeout=5) as sock:
+        sock.sendall(b"GET /v2 HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\n")
+        assert status(sock) == 200
+        sock.sendall(rest)
+        start = time.monotonic()
+        assert closed(sock) if rest == b"x" else status(sock) == 408
+        assert time.monotonic() - start < 3
 
 
 def test_a_connection_that_never_begins_is_closed(connect, monkeypatch):

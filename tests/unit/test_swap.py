@@ -35,7 +35,7 @@ def test_a_new_model_has_read_what_the_old_one_read_and_knows_its_lists(recommen
     items = wire.ItemList(old.item_ids[:7], np.full(7, -2.0), -9.0)
     predictor._lists[items.name] = items
     questions = [asked(old, user, items) for user in range(3 * serving.READ_TOGETHER)]
-    asyncio.run(predictor._uses.ask(questions))
+    asyncio.run(predictor._in_parts(questions))
     pauses = []
     monkeypatch.setattr(serving.time, "sleep", pauses.append)
     model = predictor._made_ready(LoadedModel(new), predictor._models[0], [items])
