@@ -15,6 +15,10 @@ from numpy.typing import NDArray
 from model.schema import FieldKind
 
 
+def _number(value: Any) -> float:
+    return float(value) + 0.0  # of two zeros one
+
+
 class FieldValues:
     """One field of all items, each distinct value kept once.
 
@@ -35,8 +39,8 @@ class FieldValues:
             count_M = np.fromiter((0 if v is None else len(v) for v in column_M), np.int64)
             self._item_F = np.repeat(np.arange(self.num_items), count_M)
             values_F = [value for v in column_M if v is not None for value in v]
-        if not self.numeric:
-            values_F = [None if v is None else str(v) for v in values_F]
+        read = _number if self.numeric else str
+        values_F = [None if v is None else read(v) for v in values_F]
         self._type = pa.float64() if self.numeric else pa.string()
         encoded = pa.array(values_F, self._type).dictionary_encode()
         self._value_V = encoded.dictionary
@@ -49,8 +53,9 @@ class FieldValues:
         Args:
             values: numbers of a numeric field, else texts.
         """
-        wanted = pa.array([v for v in values if v == v], self._type)  # NaN equals nothing
-        hit_V = pc.is_in(self._value_V, value_set=wanted).to_numpy(zero_copy_only=False)
+        wanted = [v + 0.0 if self.numeric else v for v in values if v == v]  # not NaN
+        found_V = pc.is_in(self._value_V, value_set=pa.array(wanted, self._type))
+        hit_V = found_V.to_numpy(zero_copy_only=False)
         hit_F: NDArray[np.bool_] = np.append(hit_V, False)[self._code_F]
         if self._item_F is None:
             return hit_F

@@ -138,7 +138,7 @@ class Items(nn.Module):
 
         Args:
             met_M: bool, the items that training met.
-            start_M: biases that training began with.
+            start_M: biases that say how popular each item is, and no more.
         """
         if self.output_tower is not None or bool(met_M.all()) or not bool(met_M.any()):
             return

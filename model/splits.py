@@ -121,12 +121,15 @@ def split_users(
 def _split_by_hash(histories: Histories, settings: SplitSettings) -> UserSplit:
     place_U = _hashed(histories.user_ids, settings.seed)
     long_U = np.diff(histories.offset_U1) >= settings.min_events
-    # Without any user on a side (there are few), the ones nearest to it go there.
+    # Without any long user on a side (there are few), the ones nearest to it go there; the others'
+    # sides stay.
+    held_out = settings.test_share + settings.valid_share
     last_test = max(settings.test_share, place_U[long_U].min(initial=1.0))
     rest_R = place_U[long_U & (place_U > last_test)]
-    last_valid = max(settings.test_share + settings.valid_share, rest_R.min(initial=1.0))
-    train_U, test_U = place_U > last_valid, place_U <= last_test
-    parts = (train_U, long_U & ~train_U & ~test_U, long_U & test_U)
+    last_valid = max(held_out, rest_R.min(initial=1.0))
+    train_U = place_U > np.where(long_U, last_valid, held_out)
+    test_U = long_U & (place_U <= last_test)
+    parts = (train_U, long_U & ~train_U & ~test_U, test_U)
     return UserSplit(*(histories.subset(np.flatnonzero(part_U)) for part_U in parts))
 
 

@@ -111,14 +111,11 @@ class Trainer:
                 len(rated),
             )
         self.objective = self._objective(num_items, sample)
+        self.start_bias_M = self.network.items.bias.detach().clone()  # popularity's
         self.anew: list[str] = []  # weights that an older model could not give
         if start is not None:
             self.anew = warm_start(self.network.cpu(), catalogue, start)
             self.network.to(self.device)
-        self.start_bias_M = self.network.items.bias.detach().clone()
-        self.met_M = torch.from_numpy(self.count_M > 0)  # by this training or the one before
-        if start is not None:
-            self.met_M |= torch.from_numpy(start.catalogue.encode(catalogue.item_ids) >= 0)
         # Items that were never trained on are known by their fields alone; the others' λ is chosen
         # at the end, half and half until then.
         self.set_lambda(self.network, KNOWN_LAMBDA)
@@ -326,8 +323,9 @@ class Trainer:
 
     def place_items(self, network: HRNNMeta) -> None:
         """Put items where they can be compared that training tells nothing of."""
-        network.items.align(torch.from_numpy(self.count_M > 0))
-        network.items.place_unmet(self.met_M, self.start_bias_M)
+        met_M = torch.from_numpy(self.count_M > 0)
+        network.items.align(met_M)
+        network.items.place_unmet(met_M, self.start_bias_M)
 
     def set_lambda(self, network: HRNNMeta, lambda_mix: float) -> None:
         """λ of the items with interactions; the others have 1."""

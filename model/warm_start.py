@@ -89,15 +89,18 @@ def warm_start(network: HRNNMeta, catalogue: Catalogue, start: Start) -> list[st
 def _copy_rows(table: Tensor, before: Tensor, position_M: Tensor, num_old: int) -> None:
     """Rows of shared items by id; what comes after the items stays last.
 
-    New items stand around the mean, each where chance has put it: all in one place they would be
-    slow to come apart.
+    New items go with the shared ones from where both began: vectors stand around the mean, each
+    where chance has put it (all in one place they would be slow to come apart), biases keep their
+    own popularity.
     """
     num_items = len(position_M)
     table[num_items:] = before[num_old:]
     known_M = position_M >= 0
-    mean = before[:num_old].mean(dim=0)
-    rows = table[:num_items] + mean
-    rows[known_M] = before[position_M[known_M]]
+    rows = table[:num_items].clone()
+    shared = before[position_M[known_M]]
+    if len(shared):
+        rows += (shared - rows[known_M]).mean(dim=0)
+    rows[known_M] = shared
     table[:num_items] = rows
 
 

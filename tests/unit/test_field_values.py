@@ -9,7 +9,10 @@ from model.field_values import FieldValues
 from model.schema import FieldKind
 
 TEXTS = st.sampled_from(["", "a", "b", "a b", "7", "ä", "True"])
-NUMBERS = st.one_of(st.integers(-3, 3), st.sampled_from([0.5, -2.0, float("nan"), float("inf")]))
+NUMBERS = st.one_of(
+    st.integers(-3, 3),
+    st.sampled_from([0.5, -2.0, -0.0, float("nan"), float("inf"), 2**53 + 1, True]),
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -36,7 +39,7 @@ def test_one_of_several_values_is_enough(column, wanted):
 @given(column=st.lists(st.none() | NUMBERS, max_size=12), wanted=st.lists(NUMBERS, max_size=6))
 def test_numbers_are_equal_as_numbers_and_nan_to_none(column, wanted):
     got = FieldValues(column, FieldKind.NUMERIC).matching([float(v) for v in wanted])
-    by_hand = [v is not None and any(v == w for w in wanted) for v in column]
+    by_hand = [v is not None and any(float(v) == float(w) for w in wanted) for v in column]
     np.testing.assert_array_equal(got, np.array(by_hand, dtype=bool))
 
 

@@ -208,6 +208,18 @@ def test_by_hash_users_of_few_events_are_trained_on_and_not_tested_on():
     assert length(published.train) == {5, 6, 7}
 
 
+@pytest.mark.parametrize("long_users", [1, 2, 5])
+def test_by_hash_few_long_users_take_no_side_from_the_others(long_users):
+    lengths = [7] * long_users + [3] * 500
+    log = numbered([[1] * n for n in lengths], [list(range(n)) for n in lengths])
+    whole = numbered([[1] * 3] * len(lengths), [list(range(3))] * len(lengths))
+    split = split_users(log, SplitSettings(assign="hash", min_events=5))
+    alone = split_users(whole, SplitSettings(assign="hash", min_events=2))
+    short = set(log.user_ids[long_users:])
+    assert set(split.train.user_ids) & short == set(alone.train.user_ids) & short
+    assert len(split.test) >= 1
+
+
 @pytest.mark.parametrize("users", [3, 10, 400])
 def test_by_hash_users_keep_their_side_when_others_join(users):
     log = synthetic.successor(2 * users, 6, 10, seed=0)

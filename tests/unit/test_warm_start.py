@@ -18,7 +18,7 @@ from model.store import Lineage, ModelStore
 from model.trainer import Trainer
 from model.training import TrainSettings, fit
 from model.trends import ResolvedTrend
-from model.warm_start import Start, _copy_tokens
+from model.warm_start import Start, _copy_rows, _copy_tokens
 from tests import synthetic
 from tests.unit.test_store import make_bundle
 
@@ -184,3 +184,10 @@ def test_what_a_warm_start_means_is_told_as_a_version(tmp_path):
         resolve("v2", store)
     with pytest.raises(InputError, match="no bundle's folder, and no model store"):
         resolve("v1", "")
+
+
+def test_new_items_keep_their_own_popularity_and_go_where_the_shared_ones_went():
+    table = torch.tensor([-1.0, -2.0, -7.0, -9.0])  # began at log popularity
+    before = torch.tensor([-1.5, -7.5])  # of the first and the third
+    _copy_rows(table, before, torch.tensor([0, -1, 1, -1]), 2)
+    torch.testing.assert_close(table, torch.tensor([-1.5, -2.5, -7.5, -9.5]))
