@@ -128,26 +128,6 @@ class Items(nn.Module):
             self.field_bias.intercept.add_((self.bias - field_b_M)[known_M].mean())
         self.train(training)
 
-    @torch.no_grad()
-    def place_unmet(self, met_M: Tensor, start_M: Tensor) -> None:
-        """Items that no training event is of stand where an average item does, but for their start.
-
-        Descent pushes what is never chosen down without end, as nothing in training speaks against
-        it; among the events to come it is chosen as often as its count and smoothing say. Where
-        items have fields, these say where it stands.
-
-        Args:
-            met_M: bool, the items that training met.
-            start_M: biases that say how popular each item is, and no more.
-        """
-        if self.output_tower is not None or bool(met_M.all()) or not bool(met_M.any()):
-            return
-        met_M, start_M = met_M.to(self.bias.device), start_M.to(self.bias.device)
-        w_MD = self.output_embedding.weight[: self.num_items]
-        w_MD[~met_M] = w_MD[met_M].mean(dim=0)
-        learned_M = self.bias - start_M
-        self.bias[~met_M] = (start_M + learned_M[met_M].mean())[~met_M]
-
     def fold(self) -> None:
         """Compute every item's input vector once, for inference with fixed weights."""
         with torch.no_grad():

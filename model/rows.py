@@ -26,6 +26,10 @@ class StepRows:
         self._places: list[tuple[Tensor, Tensor]] = []  # of indices known or asked for before
         self.common_R = torch.empty(0, dtype=torch.int64)  # the rows that all tables have
 
+    def __deepcopy__(self, memo: dict[int, object]) -> "StepRows":
+        """A copied network has tables of its own, of which nothing is taken out."""
+        return type(self)()
+
     def open(self, tables: Iterable[nn.Parameter], met: Sequence[Tensor]) -> None:
         """Take rows out.
 

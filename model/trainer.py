@@ -111,7 +111,6 @@ class Trainer:
                 len(rated),
             )
         self.objective = self._objective(num_items, sample)
-        self.start_bias_M = self.network.items.bias.detach().clone()  # popularity's
         self.anew: list[str] = []  # weights that an older model could not give
         if start is not None:
             self.anew = warm_start(self.network.cpu(), catalogue, start)
@@ -320,12 +319,6 @@ class Trainer:
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] *= self.settings.plateau_factor
-
-    def place_items(self, network: HRNNMeta) -> None:
-        """Put items where they can be compared that training tells nothing of."""
-        met_M = torch.from_numpy(self.count_M > 0)
-        network.items.align(met_M)
-        network.items.place_unmet(met_M, self.start_bias_M)
 
     def set_lambda(self, network: HRNNMeta, lambda_mix: float) -> None:
         """λ of the items with interactions; the others have 1."""

@@ -201,7 +201,7 @@ class _Run:
     def _validate(self) -> dict[str, float]:
         """What is descended, measured on the validation users: events count what they are worth."""
         model, settings = self.trainer.model, self.settings
-        self.trainer.place_items(model.network)
+        model.network.items.align(torch.from_numpy(self.trainer.count_M > 0))
         ppl = perplexity(model, self.valid, model.network.num_items, self.worth_E)
         measured = {"valid_loss": float(np.log(ppl)), "valid_ppl": ppl}
         if model.network.values is not None and settings.value_weight:

@@ -11,14 +11,13 @@ from model.encoders import EncoderKind
 from model.errors import InputError
 from model.evaluation import SplitSettings, evaluate, split_users
 from model.fields import FieldBags
-from model.hrnn import TrainedHRNN, encode_batches
+from model.hrnn import encode_batches
 from model.inputs import InputEncodings, Positions
 from model.losses import softmax_cross_entropy
 from model.network import HRNNMeta, NetworkSettings
 from model.sequences import Histories
 from model.training import TrainSettings, fit
 from model.trends import ResolvedTrend
-from model.warm_start import Start
 from tests import synthetic
 
 SMALL = NetworkSettings(embedding=16, hidden=32, control=8, dropout=0.0)
@@ -201,43 +200,3 @@ def test_half_precision_trains_every_encoder(encoder, softmax):
     model, result = _fit(log, 30, network=network, max_epochs=2, **chosen)
     assert np.isfinite(result["ppl"]) and np.isfinite(model.curve[-1]["train_loss"])
     assert all(p.dtype == torch.float32 for p in model.network.parameters())
-
-
-def test_items_that_nobody_chose_yet_keep_some_of_the_chance_that_they_begin_with():
-    """Descent pushes what training never chooses down without end; other users choose it."""
-    log = synthetic.successor(300, 12, 20, seed=0)
-    split, catalogue = split_users(log, SplitSettings()), synthetic.catalogue(40)
-    settings = TrainSettings(
-        network=SMALL, batch_events=256, learning_rate=0.01, max_epochs=20, patience=20
-    )
-    # With one event more of every item, 20 of some 3,000: the share of all of them together.
-    begin = 20 / (split.train.num_events + 40)
-
-    def share(start: Start | None) -> tuple[TrainedHRNN, float]:
-        model = fit(split.train, split.valid, catalogue, settings, None, start=start)
-        p_unmet = [
-            torch.softmax(score_NM, dim=1)[:, 20:].sum(dim=1)
-            for _, score_NM in model.iter_scores(split.test, 1000)
-        ]
-        return model, float(torch.cat(p_unmet).mean())
-
-    cold, p_cold = share(None)
-    assert min(cold.curve, key=lambda e: e["valid_loss"])["epoch"] > 5
-    assert begin / 20 < p_cold < begin  # 0.08 of it; 0.02 after seven epochs, left alone
-    _, p_warm = share(Start(cold.network, catalogue))  # met by neither
-    assert begin / 20 < p_warm < begin
-
-
-def test_an_unmet_item_stands_as_the_mean_of_the_others_but_for_its_start():
-    settings = NetworkSettings(embedding=4, hidden=8, tied=False)
-    encodings = InputEncodings(num_items=5, session_gap=60)
-    items = HRNNMeta(settings, encodings, FieldBags.encode((), {}, 5), with_trend=False).items
-    torch.nn.init.normal_(items.bias)
-    met = torch.tensor([True, False, True, True, False])
-    start = torch.tensor([-1.0, -4.0, -2.0, -3.0, -5.0])
-    w, b = items.untied.weight.detach().clone(), items.bias.detach().clone()
-    items.place_unmet(met, start)
-    torch.testing.assert_close(items.untied.weight[met], w[met])
-    torch.testing.assert_close(items.bias[met], b[met])
-    torch.testing.assert_close(items.untied.weight[1], w[met].mean(dim=0))
-    torch.testing.assert_close(items.bias[~met] - start[~met], (b - start)[met].mean().expand(2))
