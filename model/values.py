@@ -11,11 +11,12 @@ Shapes: E events, N positions, M items, H hidden, U users, Y tastes, X = Y + 1, 
 parts (by item c, by user u·x, by both z·U·x).
 """
 
+import itertools
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from scipy.optimize import lsq_linear
 from torch import Tensor, nn
 
 from model.rows import StepRows, lookup
@@ -175,11 +176,15 @@ def shares_kept(value_N: NDArray[np.float64], part_NP1: NDArray[np.float64]) -> 
     """
     learned_NP = part_NP1[:, 1:]
     num_parts = learned_NP.shape[1]
-    damping = np.sqrt(SHARE_DAMPING)
-    found = lsq_linear(
-        np.concatenate([learned_NP, damping * np.eye(num_parts)]),
-        np.concatenate([value_N - part_NP1[:, 0], np.full(num_parts, damping)]),
-        bounds=(0.0, 1.0),
-    )
-    share_P: NDArray[np.float64] = found.x
+    gram_PP = learned_NP.T @ learned_NP + SHARE_DAMPING * np.eye(num_parts)
+    right_P = learned_NP.T @ (value_N - part_NP1[:, 0]) + SHARE_DAMPING
+    best, share_P = np.inf, np.ones(num_parts)
+    # Convex, of few parts: each is at a bound or free.
+    for held in itertools.product((0.0, 1.0, None), repeat=num_parts):
+        free = [p for p, at in enumerate(held) if at is None]
+        at_P = np.array([0.0 if at is None else at for at in held])
+        at_P[free] = np.linalg.solve(gram_PP[np.ix_(free, free)], (right_P - gram_PP @ at_P)[free])
+        loss = at_P @ gram_PP @ at_P / 2 - right_P @ at_P
+        if loss < best and at_P.min() >= 0.0 and at_P.max() <= 1.0:
+            best, share_P = loss, at_P
     return share_P
