@@ -37,6 +37,8 @@ from model.transitions import Transitions
 from model.trends import ResolvedTrend, TrendSnapshot
 
 TRANSITIONS = "transitions.safetensors"
+# What reading raises where something else was written than `save` writes.
+UNREADABLE = KeyError, ValueError, TypeError, OverflowError, RuntimeError, OSError, SafetensorError
 
 
 @dataclass(frozen=True)
@@ -144,10 +146,7 @@ def load(path: Path) -> Bundle:
                 raise BundleError(f"{path}: weight {name} is not finite")
         snapshot = TrendSnapshot.from_json(json.loads((path / "trend.json").read_text()))
         metrics = json.loads((path / "metrics.json").read_text())
-    except (
-        *(KeyError, ValueError, TypeError, OverflowError, RuntimeError, OSError),
-        SafetensorError,
-    ) as error:
+    except UNREADABLE as error:
         raise BundleError(f"{path} cannot be loaded: {error}") from error
     except InputError as error:
         raise BundleError(f"{path} was written with other settings: {error}") from error

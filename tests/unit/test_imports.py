@@ -1,6 +1,9 @@
 """Imports between rooms point one way (docs/architecture.md)."""
 
 import ast
+import re
+import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -23,9 +26,11 @@ OWNERS = {
 }
 
 
-def imported(path: Path) -> set[str]:
+def imported(path: Path, *, at_once: bool = False) -> set[str]:
+    """Packages that a file imports; `at_once`: as soon as it is imported itself."""
+    tree = ast.parse(path.read_text())
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in tree.body if at_once else ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -48,3 +53,18 @@ def test_model_can_be_lifted_out():
     """model/ needs no serving, pipeline or feature store package."""
     for path in (ROOT / "model").rglob("*.py"):
         assert not imported(path) & {"kfp", "feast", "kserve", "fastapi", "ibis", "duckdb"}, path
+
+
+def normal(distribution: str) -> str:
+    return re.sub("[-_.]+", "-", distribution).lower()
+
+
+def test_what_is_imported_at_once_is_installed_with_the_product():
+    """The tests have packages that the product has not: they do not notice by themselves."""
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    locked = {normal(re.split("[=<>@ ]", line)[0]) for line in lines if line[:1].isalnum()}
+    providers = packages_distributions()
+    for room in ROOMS:
+        for path in (ROOT / room).rglob("*.py"):
+            for package in imported(path, at_once=True) - set(ROOMS) - sys.stdlib_module_names:
+                assert {normal(d) for d in providers[package]} & locked, f"{path}: {package}"

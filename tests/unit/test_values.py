@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import lsq_linear
 
 from model import trainer, values
 from model.catalogue import Catalogue
@@ -19,6 +20,7 @@ from model.training import fit
 from model.values import (
     MEAN_DAMPING,
     RIDGE,
+    SHARE_DAMPING,
     ValueHead,
     item_means,
     item_tastes,
@@ -106,6 +108,21 @@ def test_of_what_was_learned_as_much_is_kept_as_new_users_bear_out():
     value = parts @ [1.0, 0.7, 0.0, 1.0] - 0.5 * parts[:, 2] + 0.1 * rng.normal(size=5000)
     np.testing.assert_allclose(shares_kept(value, parts), [0.7, 0.0, 1.0], atol=0.02)
     np.testing.assert_array_equal(shares_kept(value[:0], parts[:0]), 1.0)  # nothing is known
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 10**6), events=st.integers(0, 40), scale=st.sampled_from([0.1, 1, 30]))
+def test_shares_are_those_of_a_general_bounded_least_squares_solver(seed, events, scale):
+    rng = np.random.default_rng(seed)
+    parts, value = scale * rng.normal(size=(events, 4)), rng.normal(size=events)
+    damping = SHARE_DAMPING**0.5
+    expected = lsq_linear(
+        np.concatenate([parts[:, 1:], damping * np.eye(3)]),
+        np.concatenate([value - parts[:, 0], np.full(3, damping)]),
+        bounds=(0.0, 1.0),
+        method="bvls",
+    )
+    np.testing.assert_allclose(shares_kept(value, parts), expected.x, atol=1e-6)
 
 
 def test_a_head_that_keeps_shares_predicts_the_shares_of_its_parts():
