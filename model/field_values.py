@@ -5,6 +5,7 @@ several).
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -61,4 +62,25 @@ class FieldValues:
             return hit_F
         hit_M = np.zeros(self.num_items, dtype=np.bool_)
         hit_M[self._item_F[hit_F]] = True
+        return hit_M
+
+
+@dataclass(frozen=True)
+class StackedFieldValues:
+    """The same of a catalogue some of whose items are new or changed: only those are read anew."""
+
+    of_bundle: FieldValues
+    of_changed: FieldValues
+    row_M: NDArray[np.int64]  # of each item, among the bundle's and then the changed ones
+
+    @property
+    def numeric(self) -> bool:
+        """Whether the values are numbers."""
+        return self.of_bundle.numeric
+
+    def matching(self, values: Iterable[Any]) -> NDArray[np.bool_]:
+        """Items that have one of the values `[M]`; see `FieldValues`."""
+        values = list(values)
+        parts = [self.of_bundle.matching(values), self.of_changed.matching(values)]
+        hit_M: NDArray[np.bool_] = np.concatenate(parts)[self.row_M]
         return hit_M

@@ -22,7 +22,7 @@ from model.approximate import Measured
 from model.encoders import GRUEncoder
 from model.errors import InputError
 from model.extension import with_items
-from model.field_values import FieldValues
+from model.field_values import FieldValues, StackedFieldValues
 from model.hrnn import encode_batches
 from model.inputs import Positions
 from model.lean import LeanGRU
@@ -110,7 +110,9 @@ class Recommender:
                 )
                 self._key_M = np.fromiter(found, np.int64, len(self._catalogue))
             self._lean = LeanGRU(self._network, index, states, self._key_M)
-        self._field_values: dict[str, FieldValues] = {}
+        self._changed = list(keys or ())
+        self._bundle_values: dict[str, FieldValues] = {} if of is None else of._bundle_values
+        self._field_values: dict[str, FieldValues | StackedFieldValues] = {}
         self.version: str = bundle.manifest.model_version
         self.item_ids: tuple[str, ...] = bundle.catalogue.item_ids
         self.item_titles: dict[str, str] = bundle.catalogue.titles
@@ -569,12 +571,28 @@ class Recommender:
             if name != self._catalogue.title_field:  # large, and hardly ever asked for
                 self._values_of(name)
 
-    def _values_of(self, name: str) -> FieldValues:
+    def _values_of(self, name: str) -> FieldValues | StackedFieldValues:
         found = self._field_values.get(name)
         if found is None:
             kind = self._bundle.schema.items.get(name, FieldKind.CATEGORICAL)
-            found = self._field_values[name] = FieldValues(self._catalogue.fields[name], kind)
+            if name not in self._bundle_values:
+                column = self._origin.catalogue.fields[name]
+                self._bundle_values[name] = FieldValues(column, kind)
+            found = self._bundle_values[name]
+            if self._changed:
+                index, column = self._catalogue.index, self._catalogue.fields[name]
+                changed = FieldValues([column[index[item]] for item in self._changed], kind)
+                found = StackedFieldValues(found, changed, self._stacked_M)
+            self._field_values[name] = found
         return found
+
+    @cached_property
+    def _stacked_M(self) -> NDArray[np.int64]:
+        """Where each item stands among the bundle's and then the changed ones."""
+        index = self._origin.catalogue.index
+        place = {item: len(index) + c for c, item in enumerate(self._changed)}
+        rows = (index[i] if (c := place.get(i)) is None else c for i in self.item_ids)
+        return np.fromiter(rows, np.int64, len(self.item_ids))
 
     def _having(self, name: str, values: Iterable[str]) -> NDArray[np.bool_]:
         """Items `[M]` whose field has one of these values."""

@@ -16,6 +16,7 @@ from model import bundle as bundles
 from model import retrieval
 from model.encoders import EncoderKind
 from model.errors import BundleError, InputError
+from model.field_values import FieldValues
 from model.manifest import MANIFEST, digest_of_file
 from model.query import Event, ItemFilter, Query
 from model.recommender import Recommender
@@ -233,6 +234,41 @@ def test_filters_on_every_kind_of_field(recommender):
     assert passing(ItemFilter(), exclude_seen=True) == [j for j in range(M) if j not in (2, 4)]
     assert passing(ItemFilter(include=frozenset())) == []
     assert set(recommender.fields) == {"genres", "year", "colour", "blurb", "title"}
+
+
+def test_filters_see_new_and_changed_items_and_read_no_others_again(recommender, monkeypatch):
+    recommender.prepare_filters()
+    read = []
+    begin = FieldValues.__init__
+
+    def counted(self, column_M, kind):
+        read.append(len(column_M))
+        begin(self, column_M, kind)
+
+    monkeypatch.setattr(FieldValues, "__init__", counted)
+    # "a" comes before all others, "i003a" between them; i003 was red, i006 too, and is left alone.
+    new = {
+        "a": {"colour": "red", "genres": ["even", "new"], "year": 1994},
+        "i003a": {"colour": "mauve", "year": 9007199254740993},
+    }
+    grown = recommender.with_items(new | {"i003": {"colour": "mauve"}})
+    grown.prepare_filters()
+    assert read == [3] * 4
+
+    def passing(**values):
+        item_filter = ItemFilter(where={name: frozenset(v) for name, v in values.items()})
+        allowed_M = grown.allowed(query("i002", filter=item_filter))
+        return [i for i, allowed in zip(grown.item_ids, allowed_M, strict=True) if allowed]
+
+    red = [f"i{j:03d}" for j in range(6, M, 3)]
+    assert passing(colour=["red"]) == ["a", *red]
+    assert passing(colour=["mauve"]) == ["i003", "i003a"]
+    assert passing(genres=["new"]) == ["a"]
+    assert passing(year=["1994"]) == ["a", *(f"i{j:03d}" for j in range(M) if j % 5 == 4)]
+    again = grown.with_items({"b": {"colour": "red"}})  # of the bundle, not of what was added
+    assert again.allowed(query("i002", filter=ItemFilter(where={"colour": {"red"}}))).sum() == (
+        len(red) + 2
+    )
 
 
 def test_k_beyond_the_catalogue_gives_all_allowed_items(recommender):
